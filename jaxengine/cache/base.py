@@ -1,0 +1,119 @@
+"""A KV cache is a product: which slot a token takes (layout) x how it is stored there (codec) x where slots are (store).
+
+The three know nothing of each other. A file in `layouts/` has
+    num_slots(length, window)                  -> slots for sequences of up to `length` tokens
+    slots(positions [B, T], lengths [B], S)    -> the slot of each new token, S where it takes none
+    positions(lengths [B], S)                  -> the position that stands in each slot, -1 where none does, [B, S]
+    holds(T, S, window)                        -> whether T new tokens can be written before they are read
+    CAN_REWIND                                 whether the last tokens can be taken back (speculative decoding needs it)
+a file in `codecs/` has
+    encode(x [B, K, T, H]) -> a tree of arrays [B, K, T, ...]
+    decode(tree, dtype)    -> [B, K, T, H]
+and a file in `stores/` has
+    make(tree of shapes [B, K, S, ...])        -> the empty slots
+    write(slots, tree, where [B, T])           -> the slots with the new tokens in them
+    read(slots)                                -> the whole tree
+
+A layout answers with positions, never with masks; attention masks by positions. Batch is an explicit dim.
+
+B batch, T new tokens, S slots, K kv heads, H head dim.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from jaxengine import technique
+from jaxengine.nn import Attention
+from pallas_kernels.attention import attention as attention_kernel
+
+LAYOUTS, CODECS, STORES = "jaxengine.cache.layouts", "jaxengine.cache.codecs", "jaxengine.cache.stores"
+
+
+@dataclasses.dataclass(frozen=True)
+class Caching:
+    """The plan's choice of layout, codec and store, by name. `layout` is for layers with a sliding window; layers that
+    see all tokens keep all of them."""
+
+    layout: str = "window"
+    codec: str = "raw"
+    store: str = "device"
+
+    def __post_init__(self) -> None:
+        technique.find(LAYOUTS, self.layout)
+        technique.find(CODECS, self.codec)
+        technique.find(STORES, self.store)
+
+    def layout_for(self, attention: Attention) -> ModuleType:
+        """The layout of a layer that attends so."""
+        return technique.find(LAYOUTS, "full" if attention.window is None else self.layout)
+
+
+def empty(caching: Caching, attention: Attention, batch: int, length: int, dtype: Any) -> Any:
+    """One layer's cache with nothing in it, for `batch` sequences of up to `length` tokens: {'k': ..., 'v': ...}."""
+    slots = caching.layout_for(attention).num_slots(length, attention.window)
+    token = jax.ShapeDtypeStruct((batch, attention.num_kv_heads, slots, attention.head_dim), dtype)
+    stored = jax.eval_shape(technique.find(CODECS, caching.codec).encode, token)
+    store = technique.find(STORES, caching.store)
+    return {"k": store.make(stored), "v": store.make(stored)}
+
+
+@dataclasses.dataclass(frozen=True)
+class CachedAttend:
+    """Attend over the cache and the new tokens, and keep the new tokens: what the engine hands to a block.
+
+    positions [B, T]: of the new tokens, -1 for padding; lengths [B]: tokens in the cache before; fresh: the cache is
+    known to be empty, so that the new tokens see only each other.
+    """
+
+    caching: Caching
+    positions: Int[Array, "B T"]
+    lengths: Int[Array, "B"]
+    fresh: bool
+
+    def __call__(self, attention: Attention, q: Array, k: Array, v: Array, kv: Any) -> tuple[Array, Any]:
+        layout = self.caching.layout_for(attention)
+        codec = technique.find(CODECS, self.caching.codec)
+        store = technique.find(STORES, self.caching.store)
+        new = {"k": k.swapaxes(1, 2), "v": v.swapaxes(1, 2)}
+        T, S = q.shape[1], jax.tree.leaves(kv)[0].shape[2]
+        after = self.lengths + (self.positions >= 0).sum(-1, dtype=jnp.int32)
+        where = layout.slots(self.positions, after, S)
+        written = {n: store.write(kv[n], codec.encode(new[n]), where) for n in new}
+
+        def stored(slots: Any) -> dict[str, Array]:
+            return {n: codec.decode(store.read(slots[n]), q.dtype) for n in slots}
+
+        if self.fresh:
+            seen, at = new, self.positions
+        elif layout.holds(T, S, attention.window):
+            seen, at = stored(written), layout.positions(after, S)
+        else:
+            old = stored(kv)
+            seen = {n: jnp.concatenate([old[n], new[n]], axis=2) for n in new}
+            at = jnp.concatenate([layout.positions(self.lengths, S), self.positions], axis=1)
+        out = attention_kernel(
+            q, seen["k"], seen["v"], self.positions, at,
+            scale=attention.scale, window=attention.window, softcap=attention.softcap,
+        )  # fmt: skip
+        return out, written
+
+
+@dataclasses.dataclass(frozen=True)
+class PlainAttend:
+    """Attend among the given tokens alone, and keep nothing: scoring a text, training."""
+
+    positions: Int[Array, "B T"]
+
+    def __call__(self, attention: Attention, q: Array, k: Array, v: Array, kv: Any) -> tuple[Array, Any]:
+        out = attention_kernel(
+            q, k.swapaxes(1, 2), v.swapaxes(1, 2), self.positions, self.positions,
+            scale=attention.scale, window=attention.window, softcap=attention.softcap,
+        )  # fmt: skip
+        return out, kv

@@ -1,0 +1,219 @@
+"""The compiled functions: a forward pass, prefill, and a number of decode steps. Pure functions of (params, cache, tokens).
+
+What is compiled is keyed on an Engine (family, config, cache, dtype, sharding), which is frozen and hashes, and on shapes.
+
+B batch, T queries, D model, V vocab, C steps that fit the output of one call.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxengine import sampling
+from jaxengine.architecture import Architecture, merge
+from jaxengine.cache.base import CachedAttend, Caching, PlainAttend, empty
+from jaxengine.walk import lay_out, walk
+from sharding.rules import Rules, constrain
+
+CHUNK = 64  # steps that one call of `decode` can make; more tokens are more calls of the same program
+
+
+@dataclasses.dataclass(frozen=True)
+class Engine:
+    """What a program is compiled for, apart from shapes."""
+
+    architecture: Architecture
+    caching: Caching
+    dtype: str
+    rules: Rules
+    mesh: jax.sharding.Mesh
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+    """Where a batch stands between steps. `token` was chosen last and is not in the cache yet.
+
+    lengths: tokens in the cache; done: rows that have met a stop id; counts: what penalties need.
+    """
+
+    cache: Any
+    token: Int[Array, "B"]
+    lengths: Int[Array, "B"]
+    done: Bool[Array, "B"]
+    counts: Any
+    keys: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Chosen:
+    """Tokens with their log-probabilities under the model, and the `top` most likely ones beside them."""
+
+    token: Int[Array, "..."]
+    logprob: Float[Array, "..."]
+    top_ids: Int[Array, "..."]
+    top_logprobs: Float[Array, "..."]
+
+
+def forward(
+    engine: Engine, params: Any, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], attend: Any, layers: Any
+) -> tuple[Float[Array, "B T D"], Any]:
+    """Tokens through the embedding and every layer; gives the residual stream and the layers' new caches."""
+    architecture = engine.architecture
+
+    def placed(x: Array) -> Array:
+        return constrain(x, engine.rules, engine.mesh, ("batch", "sequence", "act_embed"))
+
+    def body(kind: Any, weights: Any, x: Array, kv: Any) -> tuple[Array, Any]:
+        block = merge(architecture.block(kind)[0], weights)
+        x, kv = block(x, positions, attend, kv)
+        return placed(x), kv
+
+    outer = merge(architecture.outer()[0], params["outer"])
+    x = outer.embed(tokens, positions, jnp.dtype(engine.dtype))
+    return walk(body, placed(x), params["banks"], layers)
+
+
+def head(engine: Engine, params: Any, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+    """The residual stream to float32 logits."""
+    return merge(engine.architecture.outer()[0], params["outer"]).head(x).astype(jnp.float32)
+
+
+def empty_cache(engine: Engine, params: Any, batch: int, length: int) -> Any:
+    """Every layer's cache, empty, laid out as the layers' weights are."""
+
+    def make(kind: Any) -> Any:
+        return empty(engine.caching, engine.architecture.attention(kind), batch, length, jnp.dtype(engine.dtype))
+
+    return lay_out(params["banks"], make)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def score(
+    engine: Engine, params: Any, tokens: Int[Array, "B T"], lengths: Int[Array, "B"]
+) -> Float[Array, "B T V"]:
+    """Logits of every position, float32, keeping no cache; rows are padded on the right to T."""
+    positions = row_positions(tokens.shape[1], lengths)
+    nothing = lay_out(params["banks"], lambda kind: ())
+    x, _ = forward(engine, params, tokens, positions, PlainAttend(positions), nothing)
+    return head(engine, params, x)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+def prefill(
+    engine: Engine,
+    steps: sampling.Steps,
+    length: int,
+    samples: int,
+    top: int,
+    params: Any,
+    tokens: Int[Array, "B T"],
+    lengths: Int[Array, "B"],
+    values: Any,
+    keys: Array,
+    stop_ids: Int[Array, "E"],
+) -> tuple[Decoding, Chosen]:
+    """Read the prompts, right-padded to T, into a new cache of `length` tokens, and choose each row's first token.
+
+    Each prompt becomes `samples` rows next to each other; `values` and `keys` are of those B * samples rows.
+    """
+    B, T = tokens.shape
+    positions = row_positions(T, lengths)
+    attend = CachedAttend(engine.caching, positions, jnp.zeros_like(lengths), fresh=True)
+    x, cache = forward(engine, params, tokens, positions, attend, empty_cache(engine, params, B, length))
+    last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)
+    logits = head(engine, params, last)[:, 0]
+    rows = jnp.repeat(jnp.arange(B, dtype=jnp.int32), samples)
+    counts = sampling.init_counts(steps, tokens[rows], positions[rows] >= 0, logits.shape[-1])
+    batch_dim = [0 if bank.form == "unrolled" else 1 for bank in params["banks"]]
+    cache = tuple(
+        jax.tree.map(lambda a, d=d: jnp.take(a, rows, axis=d), c) for c, d in zip(cache, batch_dim, strict=True)
+    ) if samples > 1 else cache  # fmt: skip
+    chosen, counts = choose(steps, top, values, logits[rows], counts, keys, lengths[rows])
+    done = (chosen.token[:, None] == stop_ids[None, :]).any(-1)
+    return Decoding(cache, chosen.token, lengths[rows], done, counts, keys), chosen
+
+
+def step(engine: Engine, params: Any, now: Decoding) -> tuple[Float[Array, "B V"], Any]:
+    """One token further: put each row's last token into the cache; gives the next token's logits and the cache."""
+    positions = jnp.where(now.done, -1, now.lengths)[:, None]
+    attend = CachedAttend(engine.caching, positions, now.lengths, fresh=False)
+    x, cache = forward(engine, params, now.token[:, None], positions, attend, now.cache)
+    return head(engine, params, x)[:, 0], cache
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
+def decode(
+    engine: Engine,
+    steps: sampling.Steps,
+    top: int,
+    params: Any,
+    now: Decoding,
+    values: Any,
+    stop_ids: Int[Array, "E"],
+    limit: Int[Array, ""],
+) -> tuple[Decoding, Chosen, Int[Array, ""]]:
+    """Up to `limit` (at most CHUNK) steps in one compiled loop; ends early when every row is done.
+
+    Gives the new state, the tokens chosen [B, CHUNK] and the number of steps made. A row that is done repeats its last
+    token and writes nothing.
+    """
+    B = now.token.shape[0]
+
+    def slot(x: Array) -> Array:
+        return jnp.zeros((CHUNK, *x.shape), x.dtype)
+
+    blank = Chosen(
+        jnp.zeros((B,), jnp.int32), jnp.zeros((B,)), jnp.zeros((B, top), jnp.int32), jnp.zeros((B, top), jnp.float32)
+    )
+
+    def going(loop: Any) -> Array:
+        i, now, _ = loop
+        return (i < limit) & ~now.done.all()
+
+    def once(loop: Any) -> Any:
+        i, now, out = loop
+        logits, cache = step(engine, params, now)
+        lengths = jnp.where(now.done, now.lengths, now.lengths + 1)
+        chosen, counts = choose(steps, top, values, logits, now.counts, now.keys, lengths)
+        chosen = dataclasses.replace(chosen, token=jnp.where(now.done, now.token, chosen.token))
+        done = now.done | (chosen.token[:, None] == stop_ids[None, :]).any(-1)
+        out = jax.tree.map(lambda all_, x: lax.dynamic_update_index_in_dim(all_, x, i, 0), out, chosen)
+        return i + 1, Decoding(cache, chosen.token, lengths, done, counts, now.keys), out
+
+    made, now, out = lax.while_loop(going, once, (jnp.int32(0), now, jax.tree.map(slot, blank)))
+    return now, jax.tree.map(lambda a: a.swapaxes(0, 1), out), made
+
+
+def choose(
+    steps: sampling.Steps, top: int, values: Any, logits: Float[Array, "B V"], counts: Any, keys: Array, lengths: Array
+) -> tuple[Chosen, Any]:
+    """A token for each row from its logits; its key is folded with its length, so that neighbours change nothing."""
+    token, logprob = sampling.sample(steps, values, logits, counts, sampling.step_keys(keys, lengths))
+    if top:
+        top_ids, top_logprobs = sampling.top_logprobs(logits, top)
+    else:
+        top_ids, top_logprobs = jnp.zeros((len(token), 0), jnp.int32), jnp.zeros((len(token), 0), jnp.float32)
+    return Chosen(token, logprob, top_ids, top_logprobs), sampling.update_counts(steps, counts, token)
+
+
+def row_positions(T: int, lengths: Int[Array, "B"]) -> Int[Array, "B T"]:
+    """0, 1, ... for each row's own tokens, -1 for the padding on its right."""
+    at = jnp.arange(T, dtype=jnp.int32)[None, :]
+    return jnp.where(at < lengths[:, None], at, -1)
+
+
+def bucket(n: int, *, least: int = 16, most: int = 2048) -> int:
+    """n rounded up so that few lengths are ever compiled: to a power of two from `least` to `most`, then to multiples."""
+    size = least
+    while size < n and size < most:
+        size *= 2
+    return size if n <= size else -(-n // most) * most

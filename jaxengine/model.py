@@ -1,0 +1,424 @@
+"""A loaded model: logits, generation, streaming, saving. The Python surface that users hold.
+
+    model = jaxengine.load("Llama-3.2-1B")
+    model.generate("The capital of France is", max_new_tokens=20)[0].text
+    for piece in model.stream([{"role": "user", "content": "Hello"}]): print(piece, end="")
+
+Prompts are strings, chats (lists of {"role", "content"}) or lists of token ids, one or many. All prompts of a call make
+one batch, right-padded to a bucket of lengths; every row gives what it gives alone, sampled rows too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from checkpoints.output import output_folder
+from checkpoints.safetensors import plan_shards, write_file
+from jaxengine import engine, placement, sampling
+from jaxengine.architecture import Architecture
+from jaxengine.plan import DTYPES, Plan
+from jaxengine.text import Detokenizer, StopStrings, Tokenizer
+from jaxengine.weights.base import Weight
+
+log = logging.getLogger("jaxengine")
+
+Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """What one prompt gave, once.
+
+    text: without the stop id or stop string. tokens: the ids generated, a stop id included. finish_reason: 'stop' (a
+    stop id or string was met) or 'length'. logprobs: natural log of the model's probability of each token (before
+    temperature and filters), if asked for; top_logprobs: for each token the most likely ids with theirs.
+    """
+
+    text: str
+    tokens: list[int]
+    finish_reason: str
+    prompt: int
+    logprobs: list[float] | None = None
+    top_logprobs: list[dict[int, float]] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Where a model came from, as far as an export needs it."""
+
+    config: dict[str, Any]
+    folder: Path | None
+    weight_map: dict[str, str]
+    metadata: dict[str, Any]
+
+
+class Model:
+    """A model in its place, ready to run. Made by `jaxengine.load`."""
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        plan: Plan,
+        mesh: jax.sharding.Mesh,
+        params: Any,
+        source: Source,
+        tokenizer: Tokenizer | None,
+    ):
+        self.architecture, self.plan, self.mesh, self.params = architecture, plan, mesh, params
+        self.source, self.tokenizer = source, tokenizer
+        self.engine = engine.Engine(architecture, plan.caching, plan.dtype, plan.sharding_rules(), mesh)
+
+    def __repr__(self) -> str:
+        c = self.architecture
+        count = sum(x.size for x in jax.tree.leaves(self.params))
+        return f"Model({c.family}, {c.num_layers} layers, {count / 1e6:.4g} M stored values, home={self.plan.home!r})"
+
+    @property
+    def config(self) -> Any:
+        """The family's Config, in Hugging Face's field names."""
+        return self.architecture.config
+
+    # --- scoring ---------------------------------------------------------------------------------------------------
+
+    def logits(self, ids: Any, *, lengths: Sequence[int] | None = None) -> Float[Array, "B T V"]:
+        """Next-token logits at every position, float32 [B, T, V].
+
+        ids: [T] or [B, T] token ids. lengths: for rows padded on the right, how many of each are its own (positions past
+        it give arbitrary numbers). Raises ValueError for ids that are no tokens, or rows of unequal length.
+        """
+        try:
+            rows = np.atleast_2d(np.asarray(ids))
+        except ValueError:
+            raise ValueError("logits: rows of unequal length; pad them on the right and give lengths=[...]") from None
+        if rows.ndim != 2 or not np.issubdtype(rows.dtype, np.integer) or rows.shape[1] == 0:
+            raise ValueError(f"logits: ids are {rows.dtype} of shape {rows.shape}; they must be integers [T] or [B, T], T > 0")
+        B, T = rows.shape
+        own = np.full(B, T) if lengths is None else np.asarray(lengths)
+        if own.shape != (B,) or own.min() < 1 or own.max() > T:
+            raise ValueError(f"logits: lengths are {lengths!r}; they must be {B} numbers from 1 to {T}")
+        self._check_ids([row[:n].tolist() for row, n in zip(rows, own, strict=True)], 0)
+        padded = np.zeros((B, engine.bucket(T)), np.int32)
+        padded[:, :T] = np.where(np.arange(T) < own[:, None], rows, 0)
+        found = engine.score(self.engine, self.params, self._put(padded), self._put(own.astype(np.int32)))
+        return found[:, :T]
+
+    # --- generation ------------------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float = 1.0,
+        presence_penalty: float = 0.0,
+        frequency_penalty: float = 0.0,
+        stop: str | Sequence[str] = (),
+        stop_ids: Sequence[int] | None = None,
+        seed: int | None = None,
+        n: int = 1,
+        logprobs: int | None = None,
+    ) -> list[Completion]:
+        """Continue each prompt: n completions for each, those of one prompt next to each other.
+
+        temperature 0 is greedy. stop: strings that end a completion; stop_ids: token ids that do (the checkpoint's own
+        end-of-text ids if not given; () for none). seed: the same seed gives the same text for a prompt whatever stands
+        beside it in the batch; None draws one. logprobs: None for none, 0 for each token's own, k for the k most likely
+        beside it. Raises ValueError for a prompt that is empty, too long, or has ids that are no tokens.
+        """
+        how = sampling.Sampling(
+            temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
+            presence_penalty=presence_penalty, frequency_penalty=frequency_penalty,
+        )  # fmt: skip
+        ids = self._encode_all(prompts)
+        run = _Run(self, ids, how, max_new_tokens, stop, stop_ids, seed, n, logprobs)
+        while not run.finished:
+            run.advance(engine.CHUNK if not run.stop else 8)
+        return run.completions()
+
+    def stream(self, prompt: Prompt, *, max_new_tokens: int = 128, **options: Any) -> Iterator[str]:
+        """Continue one prompt, yielding text as it becomes final: never half a character, never a part of a stop string.
+
+        Takes `generate`'s options but n and logprobs. Joined together, the pieces are `generate`'s text.
+        """
+        for refused in ("n", "logprobs"):
+            if refused in options:
+                raise ValueError(f"stream gives one text and nothing beside it; for {refused} use generate")
+        if self.tokenizer is None:
+            raise ValueError("stream needs a tokenizer, and the checkpoint folder has none; generate gives token ids")
+        stop, stop_ids, seed = options.pop("stop", ()), options.pop("stop_ids", None), options.pop("seed", None)
+        ids = self._encode_all(prompt)
+        if len(ids) != 1:
+            raise ValueError(f"stream takes one prompt; it was given {len(ids)}")
+        run = _Run(self, ids, sampling.Sampling(**options), max_new_tokens, stop, stop_ids, seed, 1, None)
+        return self._pieces(run)
+
+    def _pieces(self, run: _Run) -> Iterator[str]:
+        steps = 1
+        while True:
+            if piece := run.rows[0].take_text():
+                yield piece
+            if run.finished:
+                return
+            start = time.perf_counter()
+            run.advance(steps)
+            # a call for every token costs a fast model more than its steps; a slow one should be seen token by token
+            steps = min(2 * steps, 16) if time.perf_counter() - start < 0.05 else max(steps // 2, 1)
+
+    # --- saving ----------------------------------------------------------------------------------------------------
+
+    def save(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        format: str = "hf",  # noqa: A002  (the word users expect)
+        dtype: str | None = None,
+        overwrite: bool = False,
+        max_shard_bytes: int = 5_000_000_000,
+    ) -> None:
+        """Write the model to a folder, which appears whole or not at all.
+
+        format 'hf': safetensors under Hugging Face's names, in `dtype` (the plan's if not given), quantised weights
+        decoded, split as the folder it came from; with config and tokenizer beside it. Raises FileExistsError for a folder that is not
+        empty, unless `overwrite`.
+        """
+        if format != "hf":
+            raise ValueError(f"save: format is {format!r}; it can be 'hf'")
+        dtype = dtype or self.plan.dtype
+        if dtype not in DTYPES:
+            raise ValueError(f"save: dtype is {dtype!r}; it can be {', '.join(DTYPES)}")
+        if not self.source.config:
+            raise ValueError("save: this model was made without a config.json; give from_arrays its raw config")
+        with output_folder(folder, overwrite=overwrite) as temporary:
+            self._write_safetensors(Path(temporary), dtype, max_shard_bytes)
+            self._write_rest(Path(temporary), dtype)
+
+    def _write_safetensors(self, folder: Path, dtype: str, max_shard_bytes: int) -> None:
+        params, table = self.architecture.params(), self.architecture.name_table()
+        meta = self.source.metadata
+        theirs = table.theirs(params, self.architecture.num_layers, meta.get("prefix"))
+        tensors = {name: (np.dtype(dtype), shape) for name, shape in theirs.items()}
+        parts = placement.stored(self.architecture, self.params)
+
+        def ours(name: str) -> np.ndarray:
+            leaf = parts[name]()
+            dense = leaf.dense() if isinstance(leaf, Weight) else leaf
+            return np.asarray(jax.device_get(dense.astype(dtype)))
+
+        shards = plan_shards(tensors, max_shard_bytes, self.source.weight_map or None)
+        for file, names in shards.items():
+            metadata = meta.get("files", {}).get(file, {"format": "pt"})
+            write_file(
+                folder / file, {n: tensors[n] for n in names}, lambda n: table.assemble(n, ours, params), metadata
+            )
+        if len(shards) > 1:
+            self._write_index(folder, shards, tensors)
+
+    def _write_index(self, folder: Path, shards: Mapping[str, Sequence[str]], tensors: Mapping[str, Any]) -> None:
+        total = sum(int(np.prod(shape)) * d.itemsize for d, shape in tensors.values())
+        parameters = sum(int(np.prod(shape)) for _, shape in tensors.values())
+        where = {n: file for file, names in shards.items() for n in names}
+        given = self.source.metadata.get("index")
+        metadata = given if given and given.get("total_size") == total else {"total_parameters": parameters, "total_size": total}
+        text = json.dumps({"metadata": metadata, "weight_map": dict(sorted(where.items()))}, indent=2, sort_keys=True) + "\n"
+        (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+
+    def _write_rest(self, folder: Path, dtype: str) -> None:
+        source = self.source.folder
+        named = "dtype" if "dtype" in self.source.config or "torch_dtype" not in self.source.config else "torch_dtype"
+        if source is not None and self.source.config.get(named) == dtype:
+            shutil.copyfile(source / "config.json", folder / "config.json")
+        else:
+            raw = self.source.config | {named: dtype}
+            (folder / "config.json").write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        if source is None:
+            return
+        for path in sorted(source.iterdir()):
+            text = path.suffix in (".json", ".jinja", ".txt", ".model", ".md")
+            kept = path.name not in ("config.json", "jaxengine_plan.json") and not path.name.endswith(".index.json")
+            if path.is_file() and text and kept:
+                shutil.copyfile(path, folder / path.name)
+
+    # --- inputs ----------------------------------------------------------------------------------------------------
+
+    def _put(self, x: np.ndarray) -> Array:
+        return jax.device_put(x, jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec()))
+
+    def _encode_all(self, prompts: Any) -> list[list[int]]:
+        one = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int | np.integer | Mapping))
+        if not one and len(prompts) == 0:
+            raise ValueError("generate: there is no prompt")
+        return [self._encode(p) for p in ([prompts] if one else prompts)]
+
+    def _encode(self, prompt: Any) -> list[int]:
+        if isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], Mapping)):
+            if self.tokenizer is None:
+                raise ValueError("The checkpoint folder has no tokenizer: give prompts as lists of token ids")
+            return self.tokenizer.encode(prompt) if isinstance(prompt, str) else self.tokenizer.encode_chat(prompt)
+        if not all(isinstance(i, int | np.integer) for i in prompt):
+            raise ValueError(f"A prompt is a string, a list of {{'role', 'content'}} or a list of ids, not {prompt!r}")
+        return [int(i) for i in prompt]
+
+    def _check_ids(self, ids: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+        V, most = self.config.vocab_size, self.config.max_position_embeddings
+        for i, row in enumerate(ids):
+            if not row:
+                raise ValueError(f"Prompt {i} is empty: generation needs at least one token to start from")
+            if bad := [t for t in row if not 0 <= t < V]:
+                raise ValueError(f"Prompt {i} has token id {bad[0]}; ids are 0 to {V - 1}")
+            length = len(row) + max_new_tokens
+            if length > most:
+                said = f"Prompt {i} has {len(row)} tokens; with max_new_tokens={max_new_tokens} that is {length}, and max_position_embeddings is {most}"
+                if any(n.endswith("positions") for n in self.architecture.outer()[1]):
+                    raise ValueError(f"{said}: this model has no position beyond it. At most max_new_tokens={max(0, most - len(row))}")
+                log.warning("%s: the model was not trained beyond it", said)
+
+
+class _Row:
+    """One completion in the making: its tokens, its text as far as it is final, and whether it has ended."""
+
+    def __init__(self, prompt: int, tokenizer: Tokenizer | None, stop: Sequence[str], stop_ids: frozenset[int]):
+        self.prompt, self.stop_ids = prompt, stop_ids
+        self.tokens: list[int] = []
+        self.logprobs: list[float] = []
+        self.top: list[dict[int, float]] = []
+        self.finish_reason: str | None = None
+        self.text = ""
+        self._taken = 0
+        self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer)
+        self._stopper = StopStrings(stop) if stop else None
+
+    def add(self, token: int, logprob: float, top: dict[int, float]) -> None:
+        self.tokens.append(token)
+        self.logprobs.append(logprob)
+        self.top.append(top)
+        if token in self.stop_ids:
+            return self.end("stop")
+        if self._detokenizer is not None and self._emit(self._detokenizer.push(token)):
+            self.finish_reason = "stop"
+        return None
+
+    def end(self, reason: str) -> None:
+        rest = "" if self._detokenizer is None else self._detokenizer.flush()
+        if self._emit(rest):
+            reason = "stop"
+        elif self._stopper is not None:
+            self.text += self._stopper.flush()
+        self.finish_reason = reason
+
+    def _emit(self, text: str) -> bool:
+        if self._stopper is None:
+            self.text += text
+            return False
+        emitted, stopped = self._stopper.push(text)
+        self.text += emitted
+        return stopped
+
+    def take_text(self) -> str:
+        piece, self._taken = self.text[self._taken :], len(self.text)
+        return piece
+
+
+class _Run:
+    """A batch on its way: the compiled state, and what has come out of it."""
+
+    def __init__(
+        self,
+        model: Model,
+        ids: list[list[int]],
+        how: sampling.Sampling,
+        max_new_tokens: int,
+        stop: str | Sequence[str],
+        stop_ids: Sequence[int] | None,
+        seed: int | None,
+        n: int,
+        logprobs: int | None,
+    ):
+        self.stop = [stop] if isinstance(stop, str) else list(stop)
+        for name, given, least in (("max_new_tokens", max_new_tokens, 1), ("n", n, 1), ("logprobs", logprobs or 0, 0)):
+            if not isinstance(given, int) or given < least:
+                raise ValueError(f"generate: {name} is {given!r}; it must be a whole number, at least {least}")
+        if self.stop and model.tokenizer is None:
+            raise ValueError("generate: stop strings need a tokenizer, and the checkpoint folder has none; use stop_ids")
+        if stop_ids is None:
+            stop_ids = model.tokenizer.eos_ids if model.tokenizer is not None else _config_eos(model.source.config)
+        model._check_ids(ids, max_new_tokens)
+        self.model, self.limit, self.top, self.wants_logprobs = model, max_new_tokens, logprobs or 0, logprobs is not None
+        if self.top > model.config.vocab_size:
+            raise ValueError(f"generate: logprobs is {logprobs}; the vocabulary has {model.config.vocab_size} tokens")
+        owners = [i for i in range(len(ids)) for _ in range(n)]
+        self.rows = [_Row(i, model.tokenizer, self.stop, frozenset(stop_ids)) for i in owners]
+        self.steps = sampling.Steps.of([how])
+        self.values = sampling.values(self.steps, [how] * len(owners))
+        self.stop_ids = model._put(np.asarray(sorted(stop_ids) or [-1], np.int32))
+        longest = max(map(len, ids))
+        tokens = np.zeros((len(ids), engine.bucket(longest)), np.int32)
+        for row, given in zip(tokens, ids, strict=True):
+            row[: len(given)] = given
+        self.now, chosen = engine.prefill(
+            model.engine, self.steps, engine.bucket(longest + max_new_tokens, least=64), n, self.top, model.params,
+            model._put(tokens), model._put(np.asarray([len(i) for i in ids], np.int32)), self.values,
+            sampling.row_keys(seed, [j for _ in ids for j in range(n)]), self.stop_ids,
+        )  # fmt: skip
+        self.made = 1
+        self._keep(jax.tree.map(lambda a: a[:, None], chosen), 1)
+
+    @property
+    def finished(self) -> bool:
+        return all(r.finish_reason is not None for r in self.rows)
+
+    def advance(self, steps: int) -> None:
+        """Make up to `steps` more tokens in each row that has not ended."""
+        limit = min(steps, self.limit - self.made, engine.CHUNK)
+        m = self.model
+        self.now, chosen, made = engine.decode(
+            m.engine, self.steps, self.top, m.params, self.now, self.values, self.stop_ids, jnp.int32(limit)
+        )
+        self.made += limit
+        self._keep(chosen, int(made))
+
+    def _keep(self, chosen: engine.Chosen, made: int) -> None:
+        tokens, logprobs, top_ids, top_logprobs = (
+            np.asarray(a) for a in (chosen.token, chosen.logprob, chosen.top_ids, chosen.top_logprobs)
+        )
+        for b, row in enumerate(self.rows):
+            for t in range(made):
+                if row.finish_reason is None:
+                    top = dict(zip(top_ids[b, t].tolist(), top_logprobs[b, t].tolist(), strict=True))
+                    row.add(int(tokens[b, t]), float(logprobs[b, t]), top)
+            if row.finish_reason is None and self.made >= self.limit:
+                row.end("length")
+        done = [r.finish_reason is not None for r in self.rows]
+        if self.stop and any(done):  # the device knows of stop ids alone
+            self.now = dataclasses.replace(self.now, done=self.model._put(np.asarray(done)))
+
+    def completions(self) -> list[Completion]:
+        """What every row gave, in the order of the prompts."""
+        return [
+            Completion(
+                r.text, r.tokens, r.finish_reason or "length", r.prompt,
+                r.logprobs if self.wants_logprobs else None, r.top if self.wants_logprobs and self.top else None,
+            )
+            for r in self.rows
+        ]  # fmt: skip
+
+
+def _config_eos(config: Mapping[str, Any]) -> tuple[int, ...]:
+    found = config.get("eos_token_id")
+    return () if found is None else tuple(found) if isinstance(found, list) else (found,)

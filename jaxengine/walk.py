@@ -1,0 +1,70 @@
+"""The one loop over layers, wherever they live.
+
+    carry, states <- body(kind, weights, carry, state)          for each layer, in order
+
+`body` knows neither the home nor the form. States (a layer's KV cache) are laid out as the bank's weights are: a tuple
+of one state for each layer where the bank is unrolled, a tuple of one stacked state for each kind where it is scanned.
+A scanned bank carries its stacked states through the loop and writes each layer's back in place: as scanned inputs and
+outputs they would stand twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxengine.homes.base import Bank, home
+
+Body = Callable[[Hashable, Any, Any, Any], tuple[Any, Any]]
+
+
+def walk(body: Body, carry: Any, banks: Sequence[Bank], states: Sequence[Any]) -> tuple[Any, tuple[Any, ...]]:
+    """Run `body` through all layers of the banks; gives the last carry and the new states, laid out as `states`."""
+    done = []
+    for bank, bank_states in zip(banks, states, strict=True):
+        loop = {"unrolled": _unrolled, "scan": _scanned}[bank.form]
+        carry, new = loop(body, carry, bank, bank_states)
+        done.append(new)
+    return carry, tuple(done)
+
+
+def _unrolled(body: Body, carry: Any, bank: Bank, states: Any) -> tuple[Any, Any]:
+    fetch = home(bank.home).fetch
+    new = []
+    for kind, weights, state in zip(bank.kinds * bank.repeats, bank.weights, states, strict=True):
+        carry, state = body(kind, fetch(weights), carry, state)
+        new.append(state)
+    return carry, tuple(new)
+
+
+def _scanned(body: Body, carry: Any, bank: Bank, states: Any) -> tuple[Any, Any]:
+    fetch = home(bank.home).fetch
+
+    def period(loop: Any, slices: Any) -> tuple[Any, None]:
+        i, carry, states = loop
+        new = []
+        for kind, weights, stack in zip(bank.kinds, slices, states, strict=True):
+            state = jax.tree.map(lambda s: lax.dynamic_index_in_dim(s, i, keepdims=False), stack)
+            carry, state = body(kind, fetch(weights), carry, state)
+            new.append(jax.tree.map(lambda s, x: lax.dynamic_update_index_in_dim(s, x, i, 0), stack, state))
+        return (i + 1, carry, tuple(new)), None
+
+    (_, carry, states), _ = lax.scan(period, (jnp.int32(0), carry, states), bank.weights, length=bank.repeats)
+    return carry, states
+
+
+def lay_out(banks: Sequence[Bank], make: Callable[[Hashable], Any]) -> tuple[Any, ...]:
+    """States for `walk`: make(kind) for each layer, stacked where the bank is scanned."""
+
+    def of(bank: Bank) -> tuple[Any, ...]:
+        if bank.form == "unrolled":
+            return tuple(make(kind) for kind in bank.kinds * bank.repeats)
+        return tuple(
+            jax.tree.map(lambda x: jnp.broadcast_to(x[None], (bank.repeats, *x.shape)), make(kind)) for kind in bank.kinds
+        )
+
+    return tuple(of(bank) for bank in banks)

@@ -1,0 +1,126 @@
+"""What a weight is: a leaf that contracts.
+
+A model calls `contract("btd,nhd->btnh", x, w)` and does not know how `w` is stored. `w` is an array, or a Weight: a
+pytree that stands for a matrix it need not hold. `dense()` is a Weight's oracle (the matrix itself), `contract` its
+fast path. Composition is nesting.
+
+Every matrix is stored [out..., in...], Hugging Face's own order: loading is a reshape, the contracted dims are
+contiguous (what a fused kernel wants to read), and a spec always reads
+
+    "<batch><in>, <out><in> -> <batch><out>"
+
+A file in this folder is one format and has
+    encode(w, *, out)    -> array or Weight; `out` is the number of leading output dims of w
+    leaf_axes(axes, out) -> the same tree with the logical axes of each array in place of the array
+so that bytes, placement and checkpoints follow from eval_shape(encode) and need no second description.
+
+Layout on CPU. XLA:CPU reads an [out, in] float32 matrix at full memory bandwidth for one row, but at less than half of
+it for 2 to 64 rows (7 against 17 GB/s on two cores, jax 0.10.2 and 0.12.0.1), whichever way the einsum is written:
+it always canonicalises to rows @ W^T. Computed as W @ rows^T, with both transposes held apart from the dot by a
+barrier so that they are not folded back into it, it reads at full bandwidth again. `scripts/bench.py --contract`
+measures both.
+"""
+
+from __future__ import annotations
+
+import abc
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Float
+
+FEW_ROWS = 64  # above this many rows the plain form is as fast on CPU (5.3 against 3.8 GB/s at 64, 1.4 against 1.4 at 256)
+
+
+class Weight(abc.ABC):
+    """A matrix [out..., in...] that need not be held as an array. Subclasses are frozen dataclasses and pytrees."""
+
+    @property
+    @abc.abstractmethod
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the matrix that this stands for."""
+
+    @abc.abstractmethod
+    def dense(self) -> Array:
+        """The matrix itself, [out..., in...], float32."""
+
+    @abc.abstractmethod
+    def error_bound(self) -> Array:
+        """Elementwise bound on |w - dense()| for the w that was encoded; broadcasts against dense()."""
+
+    @abc.abstractmethod
+    def contract(self, spec: str, x: Array) -> Array:
+        """einsum(spec, x, dense()) in x's dtype, without holding dense() where the format allows."""
+
+    @abc.abstractmethod
+    def take(self, ids: Array, dtype: Any) -> Array:
+        """Rows of the matrix: dense()[ids] in `dtype`; ids int [...], the result [..., in...]."""
+
+
+def value(p: Any) -> Any:
+    """The array or Weight inside a Flax variable; anything else as it is."""
+    return p.get_value() if isinstance(p, nnx.Variable) else p
+
+
+def contract(spec: str, x: Float[Array, "..."], w: Any) -> Float[Array, "..."]:
+    """Contract activations with a weight: einsum(spec, x, w), the result in x's dtype.
+
+    spec: "<batch><in>,<out><in>-><batch><out>", e.g. "btd,nhd->btnh"; w: an array, a Weight, or a Flax Param of either.
+    Raises ValueError for a spec of another form.
+    """
+    w = value(w)
+    if isinstance(w, Weight):
+        return w.contract(spec, x)
+    return einsum(spec, x, w.astype(x.dtype))
+
+
+def take(w: Any, ids: Array, dtype: Any) -> Array:
+    """Rows of a weight (an embedding look-up): w[ids] in `dtype`."""
+    w = value(w)
+    if isinstance(w, Weight):
+        return w.take(ids, dtype)
+    return jnp.take(w, ids, axis=0).astype(dtype)
+
+
+def split_spec(spec: str) -> tuple[str, str, str]:
+    """The letters of (batch, in, out) of a contraction spec."""
+    left, _, result = spec.replace(" ", "").partition("->")
+    x_dims, _, w_dims = left.partition(",")
+    ins = "".join(c for c in w_dims if c in x_dims)
+    outs = "".join(c for c in w_dims if c not in x_dims)
+    batch = x_dims[: len(x_dims) - len(ins)]
+    if not (ins and outs and x_dims == batch + ins and w_dims == outs + ins and result == batch + outs):
+        raise ValueError(f"A weight is contracted as '<batch><in>,<out><in>-><batch><out>'; the spec is {spec!r}")
+    return batch, ins, outs
+
+
+def einsum(spec: str, x: Array, w: Array) -> Array:
+    """einsum of activations and one dense matrix of the same dtype; accumulates in float32."""
+    batch, ins, outs = split_spec(spec)
+    rows = math.prod(x.shape[: len(batch)])
+
+    def plain(x: Array, w: Array) -> Array:
+        return jnp.einsum(spec, x, w, preferred_element_type=jnp.float32).astype(x.dtype)
+
+    def columns(x: Array, w: Array) -> Array:
+        wanted = x.shape[: len(batch)] + w.shape[: len(outs)]
+        x_im = lax.optimization_barrier(x.reshape(rows, -1).T)
+        y_om = w.reshape(-1, x_im.shape[0]) @ x_im
+        return lax.optimization_barrier(y_om).T.reshape(wanted)
+
+    def reduced(x: Array, w: Array) -> Array:
+        # one row in 16 bits: XLA:CPU's dot converts the whole matrix first (1.4 GB/s); a fused multiply-add reads it once
+        wanted = x.shape[: len(batch)] + w.shape[: len(outs)]
+        x_i = x.reshape(-1).astype(jnp.float32)
+        w_oi = w.reshape(-1, x_i.shape[0]).astype(jnp.float32)
+        return (w_oi * x_i[None, :]).sum(-1).astype(x.dtype).reshape(wanted)
+
+    if x.dtype == jnp.float32 and 1 < rows <= FEW_ROWS:
+        return lax.platform_dependent(x, w, cpu=columns, default=plain)
+    if x.dtype.itemsize == 2 and rows == 1:
+        return lax.platform_dependent(x, w, cpu=reduced, default=plain)
+    return plain(x, w)
