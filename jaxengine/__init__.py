@@ -1,8 +1,8 @@
 """jaxengine: runs and fine-tunes language models that do not fit the GPU, in JAX.
 
-    import jaxengine
-    model = jaxengine.load("path/to/a/Hugging Face folder")
-    print(model.generate("Once upon a time")[0].text)
+import jaxengine
+model = jaxengine.load("path/to/a/Hugging Face folder")
+print(model.generate("Once upon a time")[0].text)
 """
 
 from __future__ import annotations

@@ -15,17 +15,18 @@ C = TypeVar("C")
 
 # Training-time settings, ids that the tokenizer and generation settings own, versions, and switches of other programs.
 BOOKKEEPING = frozenset(
-    """_name_or_path _attn_implementation_autoset architectures attention_dropout attn_implementation auto_map bad_words_ids
-    begin_suppress_tokens bos_token_id chunk_size_feed_forward classifier_dropout cross_attention_hidden_size cache_implementation
-    decoder_start_token_id dropout dtype early_stopping embd_pdrop attn_pdrop resid_pdrop encoder_no_repeat_ngram_size
-    eos_token_id exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id
-    gradient_checkpointing hidden_dropout_prob id2label init_std initializer_range label2id layerdrop length_penalty
-    max_length min_length model_type no_repeat_ngram_size num_beam_groups num_beams num_return_sequences
-    output_attentions output_hidden_states output_past output_scores pad_token_id prefix problem_type pruned_heads
-    remove_invalid_values repetition_penalty return_dict return_dict_in_generate sep_token_id summary_activation
-    summary_first_dropout summary_proj_to_labels summary_type summary_use_proj suppress_tokens task_specific_params
-    temperature tf_legacy_loss tokenizer_class top_k top_p torch_dtype torchscript transformers_version typical_p
-    unsloth_fixed unsloth_version use_bfloat16 use_cache _sliding_window_pattern""".split()
+    """_name_or_path _attn_implementation_autoset architectures attention_dropout attn_implementation auto_map
+    bad_words_ids begin_suppress_tokens bos_token_id chunk_size_feed_forward classifier_dropout
+    cross_attention_hidden_size cache_implementation decoder_start_token_id dropout dtype early_stopping embd_pdrop
+    attn_pdrop resid_pdrop encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty finetuning_task
+    forced_bos_token_id forced_eos_token_id gradient_checkpointing hidden_dropout_prob id2label init_std
+    initializer_range label2id layerdrop length_penalty max_length min_length model_type no_repeat_ngram_size
+    num_beam_groups num_beams num_return_sequences output_attentions output_hidden_states output_past output_scores
+    pad_token_id prefix problem_type pruned_heads remove_invalid_values repetition_penalty return_dict
+    return_dict_in_generate sep_token_id summary_activation summary_first_dropout summary_proj_to_labels summary_type
+    summary_use_proj suppress_tokens task_specific_params temperature tf_legacy_loss tokenizer_class top_k top_p
+    torch_dtype torchscript transformers_version typical_p unsloth_fixed unsloth_version use_bfloat16 use_cache
+    _sliding_window_pattern""".split()
 )
 
 
@@ -51,7 +52,9 @@ def read_fields(
     for name, allowed in only.items():
         if name in raw and raw[name] not in allowed:
             choices = " or ".join(repr(a) for a in allowed)
-            raise ConfigError(f"config.json: {name} is {raw[name]!r}; {raw.get('model_type')} is supported with {choices}")
+            raise ConfigError(
+                f"config.json: {name} is {raw[name]!r}; {raw.get('model_type')} is supported with {choices}"
+            )
     known = BOOKKEEPING | set(wanted) | set(only) | set(also) | set(used)
     for name, given in raw.items():
         if name not in known and given not in (None, False, [], {}, ""):
@@ -70,11 +73,12 @@ def read_fields(
     return cls(**values)
 
 
-def rope_fields(raw: Mapping[str, Any], *, theta: float = 10000.0) -> dict[str, Any]:
+def rope_fields(raw: Mapping[str, Any], *, theta: float = 10000.0, partial: bool = False) -> dict[str, Any]:
     """The rope parameters as one mapping, from either spelling.
 
     transformers >= 5 writes `rope_parameters`; before, `rope_theta`, `partial_rotary_factor` and `rope_scaling` stood
-    apart. `theta` is the family's default base.
+    apart. `theta` is the family's default base; `partial` families rotate a part of each head where
+    `partial_rotary_factor` says so, and ConfigError refuses it in the others.
     """
     merged: dict[str, Any] = {"rope_theta": raw.get("rope_theta") or theta}
     if raw.get("partial_rotary_factor") is not None:
@@ -83,12 +87,55 @@ def rope_fields(raw: Mapping[str, Any], *, theta: float = 10000.0) -> dict[str, 
     if not isinstance(given, Mapping):
         raise ConfigError(f"config.json: rope_scaling is {given!r}; it must be a mapping with rope_type")
     merged.update({k: v for k, v in given.items() if v is not None})
-    if merged.get("rope_type", merged.get("type")) in ("longrope", "su", "yarn") and raw.get("original_max_position_embeddings"):
-        merged.setdefault("original_max_position_embeddings", raw["original_max_position_embeddings"])
+    if not partial and merged.get("partial_rotary_factor", 1) != 1:
+        raise ConfigError(
+            f"config.json: partial_rotary_factor is {merged['partial_rotary_factor']!r}; model_type"
+            f" {raw.get('model_type')!r} rotates whole heads, 1.0"
+        )
+    original = raw.get("original_max_position_embeddings")
+    if original and merged.get("rope_type", merged.get("type")) in ("llama3", "longrope", "su", "yarn"):
+        merged["original_max_position_embeddings"] = original  # the outer one goes first, as in transformers
     return merged
 
 
-ROPE_FIELDS = ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
+ROPE_FIELDS = (
+    "rope_parameters",
+    "rope_scaling",
+    "rope_theta",
+    "partial_rotary_factor",
+    "original_max_position_embeddings",
+)
+
+
+SLIDING, FULL = "sliding_attention", "full_attention"  # the entries of layer_types
+
+
+def sliding_window(raw: Mapping[str, Any], default: int | None) -> int | None:
+    """`sliding_window`, where an explicit null means none and only an absent one is `default`."""
+    window = raw.get("sliding_window", default)
+    if window is not None and (not isinstance(window, int) or window < 1):
+        raise ConfigError(f"config.json: sliding_window is {window!r}; it must be a number of tokens, at least 1, or null")
+    return window
+
+
+def layer_types(raw: Mapping[str, Any], window: int | None, default: Sequence[str]) -> tuple[str, ...]:
+    """`layer_types`, one of SLIDING and FULL for each layer; `default` where it is absent or null.
+
+    Raises ConfigError for another entry, another number of layers, or a sliding layer where `window` is None.
+    """
+    given, layers = raw.get("layer_types"), raw.get("num_hidden_layers")
+    types = tuple(default if given is None else given)
+    if given is not None and len(types) != layers:
+        raise ConfigError(f"config.json: layer_types has {len(types)} entries; num_hidden_layers is {layers!r}")
+    for i, entry in enumerate(types):
+        if entry not in (SLIDING, FULL):
+            raise ConfigError(f"config.json: layer_types[{i}] is {entry!r}; there are {SLIDING!r} and {FULL!r}")
+        if entry == SLIDING and window is None:
+            raise ConfigError(
+                f"config.json: layer_types[{i}] is {SLIDING!r}, and no sliding_window is in use; give one (and"
+                f" use_sliding_window true, where the family has that), or make the layer {FULL!r}"
+            )
+    return types
 
 
 def freeze(x: Any) -> Any:

@@ -64,7 +64,9 @@ def load(
         chosen = dataclasses.replace(start, **{k: v for k, v in given.items() if v is not None})
         if memory is not None:
             if home is not None:
-                raise ValueError(f"memory={memory!r} chooses the home, and home={home!r} was given too: give one of them")
+                raise ValueError(
+                    f"memory={memory!r} chooses the home, and home={home!r} was given too: give one of them"
+                )
             chosen = choose(arch, chosen, memory)
         over = make_mesh(chosen.mesh or None)
         placement.check_sharding(arch, chosen, over)
@@ -91,7 +93,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     """config.json as it stands; CheckpointError if there is none or it is no JSON object."""
     path = folder / "config.json"
     if not folder.is_dir():
-        raise CheckpointError(f"{folder} is not a folder; give a Hugging Face checkpoint folder (config.json, *.safetensors)")
+        raise CheckpointError(
+            f"{folder} is not a folder; give a Hugging Face checkpoint folder (config.json, *.safetensors)"
+        )
     if not path.is_file():
         raise CheckpointError(f"{folder} has no config.json; a Hugging Face checkpoint folder has one")
     try:

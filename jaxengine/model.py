@@ -23,9 +23,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from checkpoints.output import output_folder
 from jaxtyping import Array, Float
 
-from checkpoints.output import output_folder
 from checkpoints.safetensors import plan_shards, write_file
 from jaxengine import engine, placement, sampling
 from jaxengine.architecture import Architecture
@@ -104,7 +104,9 @@ class Model:
         except ValueError:
             raise ValueError("logits: rows of unequal length; pad them on the right and give lengths=[...]") from None
         if rows.ndim != 2 or not np.issubdtype(rows.dtype, np.integer) or rows.shape[1] == 0:
-            raise ValueError(f"logits: ids are {rows.dtype} of shape {rows.shape}; they must be integers [T] or [B, T], T > 0")
+            raise ValueError(
+                f"logits: ids are {rows.dtype} of shape {rows.shape}; they must be integers [T] or [B, T], T > 0"
+            )
         B, T = rows.shape
         own = np.full(B, T) if lengths is None else np.asarray(lengths)
         if own.shape != (B,) or own.min() < 1 or own.max() > T:
@@ -187,16 +189,16 @@ class Model:
         self,
         folder: str | os.PathLike[str],
         *,
-        format: str = "hf",  # noqa: A002  (the word users expect)
+        format: str = "hf",
         dtype: str | None = None,
         overwrite: bool = False,
         max_shard_bytes: int = 5_000_000_000,
     ) -> None:
         """Write the model to a folder, which appears whole or not at all.
 
-        format 'hf': safetensors under Hugging Face's names, in `dtype` (the plan's if not given), quantised weights
-        decoded, split as the folder it came from; with config and tokenizer beside it. Raises FileExistsError for a folder that is not
-        empty, unless `overwrite`.
+        format 'hf': safetensors under Hugging Face's names, in `dtype` (the plan's if not given), quantised
+        weights decoded, split as the folder it came from, with config and tokenizer beside it. Raises FileExistsError
+        for a folder that is not empty, unless `overwrite`.
         """
         if format != "hf":
             raise ValueError(f"save: format is {format!r}; it can be 'hf'")
@@ -235,8 +237,15 @@ class Model:
         parameters = sum(int(np.prod(shape)) for _, shape in tensors.values())
         where = {n: file for file, names in shards.items() for n in names}
         given = self.source.metadata.get("index")
-        metadata = given if given and given.get("total_size") == total else {"total_parameters": parameters, "total_size": total}
-        text = json.dumps({"metadata": metadata, "weight_map": dict(sorted(where.items()))}, indent=2, sort_keys=True) + "\n"
+        metadata = (
+            given
+            if given and given.get("total_size") == total
+            else {"total_parameters": parameters, "total_size": total}
+        )
+        text = (
+            json.dumps({"metadata": metadata, "weight_map": dict(sorted(where.items()))}, indent=2, sort_keys=True)
+            + "\n"
+        )
         (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
 
     def _write_rest(self, folder: Path, dtype: str) -> None:
@@ -284,9 +293,14 @@ class Model:
                 raise ValueError(f"Prompt {i} has token id {bad[0]}; ids are 0 to {V - 1}")
             length = len(row) + max_new_tokens
             if length > most:
-                said = f"Prompt {i} has {len(row)} tokens; with max_new_tokens={max_new_tokens} that is {length}, and max_position_embeddings is {most}"
+                said = (
+                    f"Prompt {i} has {len(row)} tokens; with max_new_tokens={max_new_tokens} that is {length},"
+                    f" and max_position_embeddings is {most}"
+                )
                 if any(n.endswith("positions") for n in self.architecture.outer()[1]):
-                    raise ValueError(f"{said}: this model has no position beyond it. At most max_new_tokens={max(0, most - len(row))}")
+                    raise ValueError(
+                        f"{said}: this model has no position beyond it. At most max_new_tokens={max(0, most - len(row))}"
+                    )
                 log.warning("%s: the model was not trained beyond it", said)
 
 
@@ -355,11 +369,18 @@ class _Run:
             if not isinstance(given, int) or given < least:
                 raise ValueError(f"generate: {name} is {given!r}; it must be a whole number, at least {least}")
         if self.stop and model.tokenizer is None:
-            raise ValueError("generate: stop strings need a tokenizer, and the checkpoint folder has none; use stop_ids")
+            raise ValueError(
+                "generate: stop strings need a tokenizer, and the checkpoint folder has none; use stop_ids"
+            )
         if stop_ids is None:
             stop_ids = model.tokenizer.eos_ids if model.tokenizer is not None else _config_eos(model.source.config)
         model._check_ids(ids, max_new_tokens)
-        self.model, self.limit, self.top, self.wants_logprobs = model, max_new_tokens, logprobs or 0, logprobs is not None
+        self.model, self.limit, self.top, self.wants_logprobs = (
+            model,
+            max_new_tokens,
+            logprobs or 0,
+            logprobs is not None,
+        )
         if self.top > model.config.vocab_size:
             raise ValueError(f"generate: logprobs is {logprobs}; the vocabulary has {model.config.vocab_size} tokens")
         owners = [i for i in range(len(ids)) for _ in range(n)]

@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jaxengine.weights.base import value
+from jaxengine.weights.base import contract, value
 
 
 def matrix(
@@ -72,13 +72,16 @@ def rms_norm(x: Float[Array, "... D"], weight: Any, eps: float, *, offset: float
 
 
 def layer_norm(x: Float[Array, "... D"], weight: Any, bias: Any, eps: float) -> Float[Array, "... D"]:
-    """(x - mean) / std * weight + bias, computed in float32 (Ba et al., arXiv:1607.06450)."""
+    """(x - mean) / std * weight + bias, computed in float32 (Ba et al., arXiv:1607.06450); either may be None."""
     wide = x.astype(jnp.float32)
     wide = wide - wide.mean(-1, keepdims=True)
     wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
-    w, b = (value(p).astype(jnp.float32) for p in (weight, bias))
-    shape = (1,) * (x.ndim - 1) + w.shape
-    return (wide * w.reshape(shape) + b.reshape(shape)).astype(x.dtype)
+    shape = (1,) * (x.ndim - 1) + x.shape[-1:]
+    if (w := value(weight)) is not None:
+        wide = wide * w.astype(jnp.float32).reshape(shape)
+    if (b := value(bias)) is not None:
+        wide = wide + b.astype(jnp.float32).reshape(shape)
+    return wide.astype(x.dtype)
 
 
 def plus(x: Array, bias: Any) -> Array:
@@ -99,6 +102,12 @@ ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
     "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
 }
+
+
+def gated_mlp(h: Float[Array, "B T D"], gate: Any, up: Any, down: Any, act: str) -> Float[Array, "B T D"]:
+    """down (act(gate h) * up h), without biases; SwiGLU where act is silu (Shazeer, arXiv:2002.05202)."""
+    hidden = ACTIVATIONS[act](contract("btd,fd->btf", h, gate)) * contract("btd,fd->btf", h, up)
+    return contract("btf,df->btd", hidden, down)
 
 
 # --- rotary positions (Su et al., arXiv:2104.09864) ---------------------------------------------------------------
@@ -188,7 +197,9 @@ def rope_from_config(
         short, long = (np.asarray(need(f), np.float64) for f in ("short_factor", "long_factor"))
         for name, given in (("short_factor", short), ("long_factor", long)):
             if given.shape != plain.shape:
-                raise ValueError(f"config.json: {where}.{name} has {given.size} numbers; head_dim {head_dim} needs {plain.size}")
+                raise ValueError(
+                    f"config.json: {where}.{name} has {given.size} numbers; head_dim {head_dim} needs {plain.size}"
+                )
         return Rope(tuple(plain / short), float(attention_factor), tuple(plain / long), int(original))
     raise ValueError(
         f"config.json: {where} asks for type {kind!r}; there are default, linear, llama3, yarn and longrope"

@@ -34,7 +34,9 @@ def check_sharding(architecture: Architecture, plan: Plan, mesh: Mesh) -> None:
     check(plan.sharding_rules(), mesh, {name: (s.shape, s.axes) for name, s in specs.items()})
 
 
-def place(architecture: Architecture, plan: Plan, mesh: Mesh, read: Read, track: Track = lambda name, size: None) -> Any:
+def place(
+    architecture: Architecture, plan: Plan, mesh: Mesh, read: Read, track: Track = lambda name, size: None
+) -> Any:
     """All parameters in their places: {'outer': {name: weight}, 'banks': (Bank, ...)}."""
     check_sharding(architecture, plan, mesh)
     rules = plan.sharding_rules()
@@ -86,7 +88,9 @@ def _stacked(
                 leaf = one(layer_name, spec, None)
                 if stack is None:
                     stack = jax.tree.map(
-                        lambda x, a: _empty_stack((segment.repeats, *x.shape), x.dtype, named_sharding(rules, mesh, a, memory_kind=memory)),
+                        lambda x, a: _empty_stack(
+                            (segment.repeats, *x.shape), x.dtype, named_sharding(rules, mesh, a, memory_kind=memory)
+                        ),
                         leaf,
                         axes,
                     )

@@ -49,7 +49,7 @@ class Plan:
     kv_codec: str = "raw"
     kv_store: str = "device"
     sharding: str = "single"
-    rules: tuple[tuple[str | None, ...], ...] = ()
+    rules: tuple[Any, ...] = ()
     mesh: str = ""
 
     def __post_init__(self) -> None:
@@ -165,7 +165,9 @@ def parse_bytes(memory: str | int) -> int:
         return memory
     found = re.fullmatch(r"\s*([0-9.]+)\s*([KMGT]?)(i?)B?\s*", memory, re.IGNORECASE)
     if not found or found[1].count(".") > 1 or found[1] == "." or float(found[1]) <= 0:
-        raise ValueError(f"memory is {memory!r}; write a size such as '16GB' (10^9 bytes), '15.5GiB' (2^30), or a number of bytes")
+        raise ValueError(
+            f"memory is {memory!r}; write a size such as '16GB' (10^9 bytes), '15.5GiB' (2^30), or a number of bytes"
+        )
     power = " KMGT".index(found[2].upper() or " ")
     return int(float(found[1]) * (1024 if found[3] else 1000) ** power)
 

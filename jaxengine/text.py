@@ -640,8 +640,8 @@ class Tokenizer:
             if not templates:
                 raise ChatTemplateError(
                     f"{self.folder} has no chat template (no chat_template.jinja, none in tokenizer_config.json), as "
-                    "is usual for a base model. Encode a plain prompt instead, take the folder of the -Instruct or -Chat "
-                    "model, or pass chat_template='...' with the jinja text."
+                    "is usual for a base model. Encode a plain prompt instead, take the folder of the -Instruct or "
+                    "-Chat model, or pass chat_template='...' with the jinja text."
                 )
             wanted = "tool_use" if with_tools and "tool_use" in templates else "default"
         if wanted in templates:

@@ -64,7 +64,8 @@ def lay_out(banks: Sequence[Bank], make: Callable[[Hashable], Any]) -> tuple[Any
         if bank.form == "unrolled":
             return tuple(make(kind) for kind in bank.kinds * bank.repeats)
         return tuple(
-            jax.tree.map(lambda x: jnp.broadcast_to(x[None], (bank.repeats, *x.shape)), make(kind)) for kind in bank.kinds
+            jax.tree.map(lambda x: jnp.broadcast_to(x[None], (bank.repeats, *x.shape)), make(kind))
+            for kind in bank.kinds
         )
 
     return tuple(of(bank) for bank in banks)

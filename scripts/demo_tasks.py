@@ -297,9 +297,9 @@ def text_files(split: Split) -> list[tuple[str, str]]:
 def text_windows(
     encode: Callable[[str], Sequence[int]], split: Split = "held_out", length: int = CONTEXT
 ) -> list[list[int]]:
-    """The split's text in windows of `length` - 1 tokens: one is left for the beginning token. Each file's rest is dropped.
+    """The split's text in windows of `length` - 1 tokens (one is left for the beginning token).
 
-    encode: text to ids, without special tokens.
+    A rest at the end of a file is dropped. encode: text to ids, without special tokens.
     """
     windows: list[list[int]] = []
     for _, text in text_files(split):

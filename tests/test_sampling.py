@@ -1,6 +1,6 @@
 """Sampling against numpy float64: each processor and their combinations, the draw's distribution, rows and traces.
 
-Tolerances are derived from float32's unit roundoff u = 2**-24, in `logit_error` and `decided`.
+Tolerances are derived from float32's unit roundoff u = 2**-24, in the oracle's `logit_error` and `decided`.
 """
 
 import math
@@ -13,6 +13,7 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from oracles import sampling as oracle
+from oracles.sampling import decided, logit_error
 
 from jaxengine.sampling import (
     Counts,
@@ -36,29 +37,6 @@ process_jit = jax.jit(process, static_argnums=0)
 sample_jit = jax.jit(sample, static_argnums=0)
 init_jit = jax.jit(init_counts, static_argnums=(0, 3))
 update_jit = jax.jit(update_counts, static_argnums=0)
-
-
-def logit_error(outcome, s):
-    """At most 12 roundings (two penalties with their parameters, the temperature, min-p's edge), each relative to the
-    largest number met."""
-    return 12 * U * (outcome.largest + abs(math.log(s.min_p or 1.0)))
-
-
-def decided(outcome, s):
-    """No comparison was closer than rounding.
-
-    Top-p compares a tail's share f with 1 - p. Errors in the exponents (two logit errors, a subtraction, 4 u of exp,
-    in numerator and denominator) move log(f / (1 - f)); sums of V terms and the product add (V + 3) u to either side.
-    """
-    if outcome.logit_slack <= 2 * logit_error(outcome, s):
-        return False
-    exponent = 2 * (2 * logit_error(outcome, s) + 2 * U * outcome.largest + 4 * U)
-    sums = 2 * (len(outcome.logits) + 3) * U
-    for before, tail in outcome.splits:
-        low, high = (tail * math.exp(e) / (before + tail * math.exp(e)) for e in (-exponent, exponent))
-        if low * (1 - sums) <= 1 - s.top_p <= high * (1 + sums):
-            return False
-    return True
 
 
 def assert_row(got, outcome, s):
@@ -101,7 +79,7 @@ samplings = st.builds(
 )
 texts = st.lists(st.integers(0, V - 1), max_size=T)
 quick = settings(
-    max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow], database=None
+    max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow], database=None
 )
 
 
@@ -161,8 +139,8 @@ ONE_EACH = [
 
 @pytest.mark.parametrize("s", ONE_EACH, ids=str)
 def test_alone_with_the_smallest_steps(s):
-    """Each processor with nothing else compiled in, on eight rows, and the same program where all are compiled in."""
-    n = 2 * B
+    """Each processor with nothing else compiled in, and with everything compiled in."""
+    n = B
     logits, rng = random_logits(7, (n, V)), np.random.default_rng(8)
     prompts, generated = rng.integers(0, V, (n, T)).tolist(), rng.integers(0, V, (n, T)).tolist()
     outcomes = [oracle.process(s, z, p, g) for z, p, g in zip(logits, prompts, generated, strict=True)]
@@ -236,7 +214,7 @@ def test_min_p_one_keeps_the_largest_and_its_equals():
 def test_filters_at_their_limit_agree_with_greedy_on_ties():
     logits = [0.0, 2.0, 1.0, 2.0]
     z = jnp.asarray(np.array([logits], np.float32))
-    token, _ = sample(Steps(), {}, z, Counts(), row_keys(0, [0]))
+    token, _ = sample_jit(Steps(), {}, z, Counts(), row_keys(0, [0]))
     assert kept(Sampling(1.0, top_p=1e-300), logits) == token.tolist() == [1]
 
 
@@ -320,7 +298,7 @@ def far(draws, probs, false_alarm=1e-9):
     return np.abs(np.bincount(draws, minlength=K) / n - probs).sum() > bound
 
 
-N, K = 40_000, 8  # the bound is then 0.036 in L1
+N, K = 20_000, 8  # the bound is then 0.051 in L1
 LOGITS = np.array([1.5, 0.2, -0.7, 0.9, 0.0, -2.0, 1.1, 0.3], np.float32)
 DRAWN = [
     Sampling(1.0),
@@ -335,7 +313,7 @@ DRAWN = [
 
 def draws_of(s, keys, n=N):
     logits = jnp.broadcast_to(jnp.asarray(LOGITS), (n, K))
-    counts = batch_counts(ALL, [[0, 1]] * n, [[3, 3, 4]] * n, K)
+    counts = jax.tree.map(lambda x: jnp.broadcast_to(x, (n, K)), batch_counts(ALL, [[0, 1]], [[3, 3, 4]], K))
     return np.asarray(sample_jit(ALL, values(ALL, [s] * n), logits, counts, keys)[0])
 
 
@@ -371,11 +349,9 @@ def test_successive_draws_of_a_row_are_independent():
 
 MIXED = [
     Sampling(),
-    Sampling(0.8, top_k=7),
-    Sampling(repetition_penalty=1.4),
-    Sampling(1.3, top_p=0.9, presence_penalty=0.5),
-    Sampling(1.0, min_p=0.05, frequency_penalty=0.6),
-    Sampling(2.0),
+    Sampling(1.5, top_k=7, repetition_penalty=1.4),
+    Sampling(2.0, top_p=0.9, presence_penalty=0.5),
+    Sampling(1.8, min_p=0.05, frequency_penalty=0.6),
 ]
 
 
@@ -474,10 +450,10 @@ def test_numbers_do_not_trace_again_and_steps_do():
     assert traces == 3
 
 
-def compiled(s):
+def lowered(s):
     steps = Steps.of([s])
     args = values(steps, [s] * B), jnp.zeros((B, V), jnp.float32), batch_counts(steps, [[]] * B, [[]] * B)
-    return sample_jit.lower(steps, *args, row_keys(0, range(B))).compile().as_text()
+    return sample_jit.lower(steps, *args, row_keys(0, range(B)))
 
 
 @pytest.mark.parametrize(
@@ -495,10 +471,16 @@ def compiled(s):
     ids=str,
 )
 def test_sorts_and_random_bits_only_where_asked_for(s, sorts):
-    text = compiled(s)
-    assert text.count(" sort(") == sorts
-    assert text.count("scatter(") == 0
-    assert ("xor" in text) == (not s.greedy)  # threefry
+    text = lowered(s).as_text()
+    assert text.count("stablehlo.sort") == sorts
+    assert "top_k" not in text
+    assert "stablehlo.scatter" not in text
+    assert ("stablehlo.xor" in text) == (not s.greedy)  # threefry
+
+
+def test_xla_adds_no_second_sort():
+    text = lowered(Sampling(0.7, top_k=5, top_p=0.5, min_p=0.1, repetition_penalty=1.1, presence_penalty=1)).compile()
+    assert text.as_text().count(" sort(") == 1
 
 
 def test_counts_hold_only_what_the_steps_read():
@@ -587,7 +569,7 @@ def test_top_logprobs(n, shift):
 
 def test_top_logprobs_holds_what_greedy_reports():
     logits = jnp.asarray(random_logits(52))
-    token, logprob = sample(Steps(), {}, logits, Counts(), row_keys(0, range(B)))
+    token, logprob = sample_jit(Steps(), {}, logits, Counts(), row_keys(0, range(B)))
     ids, logprobs = top_logprobs(logits, 3)
     assert ids[:, 0].tolist() == token.tolist()
     np.testing.assert_array_equal(logprobs[:, 0], logprob)

@@ -27,13 +27,14 @@ import abc
 import math
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float
 
-FEW_ROWS = 64  # above this many rows the plain form is as fast on CPU (5.3 against 3.8 GB/s at 64, 1.4 against 1.4 at 256)
+FEW_ROWS = (
+    64  # above this many rows the plain form is as fast on CPU (5.3 against 3.8 GB/s at 64, 1.4 against 1.4 at 256)
+)
 
 
 class Weight(abc.ABC):
@@ -66,7 +67,7 @@ def value(p: Any) -> Any:
     return p.get_value() if isinstance(p, nnx.Variable) else p
 
 
-def contract(spec: str, x: Float[Array, "..."], w: Any) -> Float[Array, "..."]:
+def contract(spec: str, x: Float[Array, ...], w: Any) -> Float[Array, ...]:
     """Contract activations with a weight: einsum(spec, x, w), the result in x's dtype.
 
     spec: "<batch><in>,<out><in>-><batch><out>", e.g. "btd,nhd->btnh"; w: an array, a Weight, or a Flax Param of either.
@@ -100,7 +101,7 @@ def split_spec(spec: str) -> tuple[str, str, str]:
 
 def einsum(spec: str, x: Array, w: Array) -> Array:
     """einsum of activations and one dense matrix of the same dtype; accumulates in float32."""
-    batch, ins, outs = split_spec(spec)
+    batch, _, outs = split_spec(spec)
     rows = math.prod(x.shape[: len(batch)])
 
     def plain(x: Array, w: Array) -> Array:

@@ -24,8 +24,8 @@ from jaxengine.weights.base import Weight, einsum
 class PerChannel(Weight):
     """codes int8 [out..., in...], scale float32 [out...]."""
 
-    codes: Int8[Array, "..."]
-    scale: Float[Array, "..."]
+    codes: Int8[Array, ...]
+    scale: Float[Array, ...]
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -47,5 +47,7 @@ def attention(
     scores = jnp.where(seen[:, None, None], scores, NEVER)
     weights = jnp.exp(scores - scores.max(-1, keepdims=True))
     weights = weights / weights.sum(-1, keepdims=True)
-    out = jnp.einsum("bkgts,bksh->btkgh", weights.astype(q.dtype), v.astype(q.dtype), preferred_element_type=jnp.float32)
+    out = jnp.einsum(
+        "bkgts,bksh->btkgh", weights.astype(q.dtype), v.astype(q.dtype), preferred_element_type=jnp.float32
+    )
     return out.reshape(B, T, N, H).astype(q.dtype)

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+U = 2.0**-24  # float32's unit roundoff
+
 
 def repetition(z, seen, penalty):
     """z [V]; seen: ids in the prompt or generated."""
@@ -106,3 +108,26 @@ def log_softmax(logits):
     z = np.array(logits, np.float64)
     top = max(z)
     return z - top - math.log(math.fsum(math.exp(v - top) for v in z))
+
+
+def logit_error(outcome, s):
+    """At most 12 roundings (two penalties with their parameters, the temperature, min-p's edge), each relative to the
+    largest number met."""
+    return 12 * U * (outcome.largest + abs(math.log(s.min_p or 1.0)))
+
+
+def decided(outcome, s):
+    """No comparison was closer than rounding.
+
+    Top-p compares a tail's share f with 1 - p. Errors in the exponents (two logit errors, a subtraction, 4 u of exp,
+    in numerator and denominator) move log(f / (1 - f)); sums of V terms and the product add (V + 3) u to either side.
+    """
+    if outcome.logit_slack <= 2 * logit_error(outcome, s):
+        return False
+    exponent = 2 * (2 * logit_error(outcome, s) + 2 * U * outcome.largest + 4 * U)
+    sums = 2 * (len(outcome.logits) + 3) * U
+    for before, tail in outcome.splits:
+        low, high = (tail * math.exp(e) / (before + tail * math.exp(e)) for e in (-exponent, exponent))
+        if low * (1 - sums) <= 1 - s.top_p <= high * (1 + sums):
+            return False
+    return True

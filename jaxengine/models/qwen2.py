@@ -1,0 +1,155 @@
+"""Qwen2 and Qwen2.5, and what is built on them (Yang et al., arXiv:2407.10671; arXiv:2412.15115).
+
+    x <- x + W_o attend(rope(W_q h + b_q), rope(W_k h + b_k), W_v h + b_v)       h = rms_norm(x)
+    x <- x + W_down (act(W_gate h) * W_up h)                                     h = rms_norm(x)
+
+Llama with biases on q, k and v alone. Where `use_sliding_window` is set, the layers from `max_window_layers` on have a
+sliding window (`layer_types` says it layer by layer in newer files).
+
+B batch, T queries, D model, F mlp, N query heads, K kv heads, H head dim, V vocab.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from checkpoints.table import Row, Table
+from jaxengine.config import FULL, ROPE_FIELDS, SLIDING, freeze, layer_types, read_fields, rope_fields, sliding_window
+from jaxengine.nn import (
+    ACTIVATIONS,
+    Attend,
+    Attention,
+    gated_mlp,
+    matrix,
+    plus,
+    rms_norm,
+    rope,
+    rope_from_config,
+    vector,
+)
+from jaxengine.weights.base import contract, take
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Hugging Face's Qwen2Config, as far as the arithmetic needs it."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rope: tuple[tuple[str, Any], ...]
+    sliding_window: int | None
+    layer_types: tuple[str, ...]
+    max_position_embeddings: int = 32768
+    rms_norm_eps: float = 1e-6
+    hidden_act: str = "silu"
+    tie_word_embeddings: bool = False
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> Config:
+        """From config.json's fields; ConfigError names what is not supported."""
+        heads = raw.get("num_attention_heads") or 1
+        window = sliding_window(raw, 4096) if raw.get("use_sliding_window") else None
+        first = 28 if raw.get("max_window_layers") is None else raw["max_window_layers"]
+        default = [FULL if window is None or i < first else SLIDING for i in range(raw.get("num_hidden_layers") or 0)]
+        return read_fields(
+            cls,
+            raw,
+            only={"hidden_act": tuple(ACTIVATIONS)},
+            also={
+                "rope": freeze(rope_fields(raw)),
+                "num_key_value_heads": raw.get("num_key_value_heads", 32) or heads,
+                "head_dim": raw.get("head_dim") or raw.get("hidden_size", 0) // heads,
+                "sliding_window": window,
+                "layer_types": layer_types(raw, window, default),
+            },
+            used=(*ROPE_FIELDS, "use_sliding_window", "max_window_layers"),
+        )
+
+    def kinds(self) -> tuple[str, ...]:
+        """Layers differ in whether they have the window."""
+        return self.layer_types
+
+
+class Block(nnx.Module):
+    """One layer: attention, then the gated MLP, each on the normed residual stream."""
+
+    def __init__(self, config: Config, kind: str, rngs: nnx.Rngs):
+        c = config
+        D, F, N, K, H = c.hidden_size, c.intermediate_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim
+        self.attention = Attention(N, K, H, scale=H**-0.5, window=c.sliding_window if kind == SLIDING else None)
+        self.rope = rope_from_config(dict(c.rope), H, max_positions=c.max_position_embeddings)
+        self.eps, self.act = c.rms_norm_eps, c.hidden_act
+        self.input_norm = vector((D,), ("norm",), fill=1.0)
+        self.q = matrix(rngs, (N, H, D), ("heads", "head_dim", "embed"), out=2)
+        self.k = matrix(rngs, (K, H, D), ("kv_heads", "head_dim", "embed"), out=2)
+        self.v = matrix(rngs, (K, H, D), ("kv_heads", "head_dim", "embed"), out=2)
+        self.o = matrix(rngs, (D, N, H), ("embed", "heads", "head_dim"), out=1)
+        self.q_bias = vector((N, H), ("heads", "head_dim"))
+        self.k_bias = vector((K, H), ("kv_heads", "head_dim"))
+        self.v_bias = vector((K, H), ("kv_heads", "head_dim"))
+        self.mlp_norm = vector((D,), ("norm",), fill=1.0)
+        self.gate = matrix(rngs, (F, D), ("mlp", "embed"), out=1)
+        self.up = matrix(rngs, (F, D), ("mlp", "embed"), out=1)
+        self.down = matrix(rngs, (D, F), ("embed", "mlp"), out=1)
+
+    def __call__(
+        self, x: Float[Array, "B T D"], positions: Int[Array, "B T"], attend: Attend, kv: Any
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        h = rms_norm(x, self.input_norm, self.eps)
+        q = plus(contract("btd,nhd->btnh", h, self.q), self.q_bias)
+        k = plus(contract("btd,khd->btkh", h, self.k), self.k_bias)
+        v = plus(contract("btd,khd->btkh", h, self.v), self.v_bias)
+        y, kv = attend(self.attention, rope(q, positions, self.rope), rope(k, positions, self.rope), v, kv)
+        x = x + contract("btnh,dnh->btd", y, self.o)
+        h = rms_norm(x, self.mlp_norm, self.eps)
+        return x + gated_mlp(h, self.gate, self.up, self.down, self.act), kv
+
+
+class Model(nnx.Module):
+    """What stands before and after the layers."""
+
+    def __init__(self, config: Config, rngs: nnx.Rngs):
+        V, D = config.vocab_size, config.hidden_size
+        self.eps = config.rms_norm_eps
+        self.embedding = matrix(rngs, (V, D), ("vocab", "embed"), out=1)
+        self.final_norm = vector((D,), ("norm",), fill=1.0)
+        self.lm_head = None if config.tie_word_embeddings else matrix(rngs, (V, D), ("vocab", "embed"), out=1)
+
+    def embed(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], dtype: Any) -> Float[Array, "B T D"]:
+        """Tokens to the residual stream, in `dtype`."""
+        del positions
+        return take(self.embedding, tokens, dtype)
+
+    def head(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """The residual stream to logits, in x's dtype."""
+        h = rms_norm(x, self.final_norm, self.eps)
+        return contract("btd,vd->btv", h, self.embedding if self.lm_head is None else self.lm_head)
+
+
+def name_table(config: Config) -> Table:
+    """Hugging Face's names for these parameters."""
+    at = "model.layers.{layer}."
+    return Table(
+        [
+            Row("model.embed_tokens.weight", "embedding"),
+            Row(f"{at}input_layernorm.weight", "layers.{layer}.input_norm"),
+            *[Row(f"{at}self_attn.{n}_proj.weight", f"layers.{{layer}}.{n}") for n in "qkvo"],
+            *[Row(f"{at}self_attn.{n}_proj.bias", f"layers.{{layer}}.{n}_bias") for n in "qkv"],
+            Row(f"{at}post_attention_layernorm.weight", "layers.{layer}.mlp_norm"),
+            *[Row(f"{at}mlp.{n}_proj.weight", f"layers.{{layer}}.{n}") for n in ("gate", "up", "down")],
+            Row("model.norm.weight", "final_norm"),
+            *([] if config.tie_word_embeddings else [Row("lm_head.weight", "lm_head")]),
+        ],
+        ignore=("*.rotary_emb.inv_freq", *(("lm_head.weight",) if config.tie_word_embeddings else ())),
+        prefixes=("model.", ""),
+    )
