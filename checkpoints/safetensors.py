@@ -502,3 +502,24 @@ def plan_shards(
     if len(shards) == 1:
         return {SINGLE: shards[0]}
     return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": names for i, names in enumerate(shards, 1)}
+
+
+def write_index(
+    folder: str | os.PathLike[str],
+    shards: Mapping[str, Sequence[str]],
+    tensors: Mapping[str, tuple[np.dtype, Sequence[int]]],
+    like: Mapping[str, Any] | None = None,
+) -> None:
+    """Write model.safetensors.index.json for `shards` (what plan_shards gave), as transformers does.
+
+    `like` is the source folder's `index_metadata`: kept while its total_size is still true (some tools count the
+    parameters differently, or note more).
+    """
+    sizes = {name: math.prod(shape) for name, (_, shape) in tensors.items()}
+    total = sum(sizes[name] * np.dtype(dtype).itemsize for name, (dtype, _) in tensors.items())
+    metadata = {"total_parameters": sum(sizes.values()), "total_size": total}
+    if like is not None and like.get("total_size") == total:
+        metadata = dict(like)
+    index = {"metadata": metadata, "weight_map": {name: file for file, names in shards.items() for name in names}}
+    text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+    Path(folder, INDEX).write_text(text, encoding="utf-8")

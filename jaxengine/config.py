@@ -114,7 +114,9 @@ def sliding_window(raw: Mapping[str, Any], default: int | None) -> int | None:
     """`sliding_window`, where an explicit null means none and only an absent one is `default`."""
     window = raw.get("sliding_window", default)
     if window is not None and (not isinstance(window, int) or window < 1):
-        raise ConfigError(f"config.json: sliding_window is {window!r}; it must be a number of tokens, at least 1, or null")
+        raise ConfigError(
+            f"config.json: sliding_window is {window!r}; it must be a number of tokens, at least 1, or null"
+        )
     return window
 
 

@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from checkpoints.errors import CheckpointError
-from checkpoints.safetensors import Reader
 from jaxengine import placement
 from jaxengine.architecture import Architecture, architecture
-from jaxengine.config import ConfigError
-from jaxengine.model import Model, Source
-from jaxengine.plan import DTYPES, Plan, choose
+from jaxengine.export import one_dtype
+from jaxengine.model import Model
+from jaxengine.plan import Plan, choose
+from jaxengine.sources import Origin, open_source, read_config, saved_plan
 from jaxengine.text import Tokenizer
 from sharding.mesh import make_mesh
-
-ORBAX = "orbax"  # the sub-folder of a saved model that holds its arrays
-PLAN = "jaxengine_plan.json"
 
 
 def load(
@@ -33,7 +30,7 @@ def load(
     memory: str | int | None = None,
     weights: str | None = None,
     dtype: str | None = None,
-    mesh: str | None = None,
+    mesh: str | Mesh | None = None,
     sharding: str | None = None,
     home: str | None = None,
     form: str | None = None,
@@ -45,7 +42,7 @@ def load(
 
     plan: every choice at once; the other arguments go before its fields. memory: a budget such as '16GB', which chooses
     the home. weights: the format of matrices ('dense', 'int8'). dtype: 'float32', 'bfloat16' or 'float16' (the
-    checkpoint's own if not given). mesh: e.g. 'data=2,tensor=4' over the devices there are; sharding: the table of
+    checkpoint's own if not given). mesh: e.g. 'data=2,tensor=4' over all devices, or a jax Mesh; sharding: the table of
     rules. home: 'device' or 'host'; form: 'unrolled' or 'scan'. kv: the cache's codec ('raw', 'int8'); kv_layout: the
     layout of sliding-window layers ('window', 'full'). progress: called with (name, bytes read, bytes in all).
 
@@ -56,20 +53,19 @@ def load(
     raw = read_config(folder)
     arch = architecture(raw)
     with open_source(folder, arch) as source:
+        named = mesh if mesh is None or isinstance(mesh, str) else ",".join(f"{k}={v}" for k, v in mesh.shape.items())
         given = {
-            "weights": weights, "dtype": dtype, "mesh": mesh, "sharding": sharding, "home": home, "form": form,
+            "weights": weights, "dtype": dtype, "mesh": named, "sharding": sharding, "home": home, "form": form,
             "kv_codec": kv, "kv_layout": kv_layout,
         }  # fmt: skip
-        start = plan or saved_plan(folder) or Plan(dtype=checkpoint_dtype(raw, source))
+        start = plan or source.plan or saved_plan(folder) or Plan(dtype=dtype or one_dtype(arch, source.dtype, raw))
         chosen = dataclasses.replace(start, **{k: v for k, v in given.items() if v is not None})
         if memory is not None:
             if home is not None:
-                raise ValueError(
-                    f"memory={memory!r} chooses the home, and home={home!r} was given too: give one of them"
-                )
+                raise ValueError(f"memory={memory!r} chooses the home, and home={home!r} was given too: give one")
             chosen = choose(arch, chosen, memory)
-        over = make_mesh(chosen.mesh or None)
-        placement.check_sharding(arch, chosen, over)
+        over = mesh if isinstance(mesh, Mesh) else make_mesh(chosen.mesh or None)
+        _check_formats(arch, source.plan, chosen)
         done = 0
 
         def track(name: str, size: int) -> None:
@@ -79,7 +75,21 @@ def load(
                 progress(name, done, source.nbytes)
 
         params = placement.place(arch, chosen, over, source.read, track)
-    return Model(arch, chosen, over, params, Source(raw, folder, source.weight_map, source.metadata), tokenizer(folder))
+        origin = source.origin(raw)
+    return Model(arch, chosen, over, params, origin, tokenizer(folder))
+
+
+def _check_formats(arch: Architecture, stored: Plan | None, chosen: Plan) -> None:
+    """Weights that were stored quantised stay in their format; refuse another one by name."""
+    if stored is None:
+        return
+    for name, spec in arch.specs().items():
+        was, wanted = stored.format_of(name, spec), chosen.format_of(name, spec)
+        if was not in ("dense", wanted):
+            raise CheckpointError(
+                f"{name} is stored as {was!r} and the plan asks for {wanted!r}: load it as it is stored (give no weights"
+                f" argument), or start from the checkpoint that it was made from"
+            )
 
 
 def tokenizer(folder: Path) -> Tokenizer | None:
@@ -89,97 +99,13 @@ def tokenizer(folder: Path) -> Tokenizer | None:
     return Tokenizer.from_folder(folder)
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """config.json as it stands; CheckpointError if there is none or it is no JSON object."""
-    path = folder / "config.json"
-    if not folder.is_dir():
-        raise CheckpointError(
-            f"{folder} is not a folder; give a Hugging Face checkpoint folder (config.json, *.safetensors)"
-        )
-    if not path.is_file():
-        raise CheckpointError(f"{folder} has no config.json; a Hugging Face checkpoint folder has one")
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as e:
-        raise CheckpointError(f"{path} is not JSON: {e}") from None
-    if not isinstance(raw, dict):
-        raise CheckpointError(f"{path} holds {type(raw).__name__}, not an object")
-    return raw
+def from_arrays(
+    arch: Architecture, plan: Plan, arrays: Mapping[str, Any], config: Mapping[str, Any] | None = None
+) -> Model:
+    """A Model of parameters that are in memory ({name: array}), e.g. freshly initialised or trained ones.
 
-
-def saved_plan(folder: Path) -> Plan | None:
-    """The plan stored beside a checkpoint, if there is one."""
-    path = folder / PLAN
-    return Plan.from_json(path.read_text(encoding="utf-8")) if path.is_file() else None
-
-
-@dataclasses.dataclass
-class HuggingFace:
-    """A Hugging Face folder as a source of our parameters."""
-
-    reader: Reader
-    arch: Architecture
-
-    def __enter__(self) -> HuggingFace:
-        self._params = self.arch.params()
-        self._table = self.arch.name_table()
-        try:
-            self.prefix = self._table.check(self.reader, self._params, self.arch.num_layers)
-        except BaseException:
-            self.reader.close()
-            raise
-        return self
-
-    def __exit__(self, *stopped: object) -> None:
-        self.reader.close()
-
-    def read(self, name: str) -> np.ndarray:
-        """One parameter in our shape and the file's dtype."""
-        return self._table.read(self.reader, name, self._params)
-
-    @property
-    def nbytes(self) -> int:
-        return sum(self.reader.info(n).nbytes for n in self.reader.names)
-
-    @property
-    def dtypes(self) -> set[str]:
-        """The dtypes of its matrices."""
-        return {np.dtype(i.dtype).name for n in self.reader.names if len((i := self.reader.info(n)).shape) > 1}
-
-    @property
-    def weight_map(self) -> dict[str, str]:
-        return dict(self.reader.weight_map)
-
-    @property
-    def metadata(self) -> dict[str, Any]:
-        return {"files": dict(self.reader.metadata), "index": self.reader.index_metadata, "prefix": self.prefix}
-
-
-def open_source(folder: Path, arch: Architecture) -> Any:
-    """What the folder's arrays are read from: orbax where `Model.save(..., format='orbax')` wrote, else safetensors."""
-    if (folder / ORBAX).is_dir():
-        from jaxengine.orbax_source import Orbax
-
-        return Orbax(folder / ORBAX, arch)
-    return HuggingFace(Reader.open(folder), arch)
-
-
-def checkpoint_dtype(raw: dict[str, Any], source: Any) -> str:
-    """The dtype that a checkpoint is used in if nobody says: that of its matrices, or what config.json names."""
-    stored = source.dtypes & set(DTYPES)
-    if len(stored) == 1:
-        return stored.pop()
-    named = raw.get("dtype") or raw.get("torch_dtype")
-    if named in DTYPES:
-        return named
-    raise ConfigError(
-        f"config.json names no dtype and the tensors are {', '.join(sorted(source.dtypes))}: say dtype='bfloat16',"
-        f" 'float16' or 'float32'"
-    )
-
-
-def from_arrays(arch: Architecture, plan: Plan, arrays: dict[str, Any], raw: dict[str, Any] | None = None) -> Model:
-    """A Model of parameters that are in memory ({name: array}), e.g. freshly initialised or trained ones."""
+    config: the raw config.json fields, needed for `save`.
+    """
     over = make_mesh(plan.mesh or None)
     params = placement.place(arch, plan, over, lambda name: np.asarray(jax.device_get(arrays[name])))
-    return Model(arch, plan, over, params, Source(raw or {}, None, {}, {}), None)
+    return Model(arch, plan, over, params, Origin(dict(config or {})), None)

@@ -11,27 +11,23 @@ one batch, right-padded to a bucket of lengths; every row gives what it gives al
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import os
-import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from checkpoints.output import output_folder
 from jaxtyping import Array, Float
 
-from checkpoints.safetensors import plan_shards, write_file
-from jaxengine import engine, placement, sampling
+from checkpoints.output import output_folder
+from jaxengine import engine, export, placement, sampling
 from jaxengine.architecture import Architecture
 from jaxengine.plan import DTYPES, Plan
+from jaxengine.sources import Origin
 from jaxengine.text import Detokenizer, StopStrings, Tokenizer
-from jaxengine.weights.base import Weight
 
 log = logging.getLogger("jaxengine")
 
@@ -55,16 +51,6 @@ class Completion:
     top_logprobs: list[dict[int, float]] | None = None
 
 
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """Where a model came from, as far as an export needs it."""
-
-    config: dict[str, Any]
-    folder: Path | None
-    weight_map: dict[str, str]
-    metadata: dict[str, Any]
-
-
 class Model:
     """A model in its place, ready to run. Made by `jaxengine.load`."""
 
@@ -74,11 +60,11 @@ class Model:
         plan: Plan,
         mesh: jax.sharding.Mesh,
         params: Any,
-        source: Source,
+        origin: Origin,
         tokenizer: Tokenizer | None,
     ):
         self.architecture, self.plan, self.mesh, self.params = architecture, plan, mesh, params
-        self.source, self.tokenizer = source, tokenizer
+        self.origin, self.tokenizer = origin, tokenizer
         self.engine = engine.Engine(architecture, plan.caching, plan.dtype, plan.sharding_rules(), mesh)
 
     def __repr__(self) -> str:
@@ -196,73 +182,27 @@ class Model:
     ) -> None:
         """Write the model to a folder, which appears whole or not at all.
 
-        format 'hf': safetensors under Hugging Face's names, in `dtype` (the plan's if not given), quantised
-        weights decoded, split as the folder it came from, with config and tokenizer beside it. Raises FileExistsError
-        for a folder that is not empty, unless `overwrite`.
+        format 'hf': safetensors under Hugging Face's names, in `dtype` (the plan's if not given), quantised weights
+        decoded, split into files as the folder it came from. 'orbax': one chunk per layer, weights in the formats they
+        are in, to be loaded by `load` or by plain orbax. Config, tokenizer and plan stand beside the weights. Raises
+        FileExistsError for a folder that is not empty, unless `overwrite`.
         """
-        if format != "hf":
-            raise ValueError(f"save: format is {format!r}; it can be 'hf'")
-        dtype = dtype or self.plan.dtype
-        if dtype not in DTYPES:
-            raise ValueError(f"save: dtype is {dtype!r}; it can be {', '.join(DTYPES)}")
-        if not self.source.config:
-            raise ValueError("save: this model was made without a config.json; give from_arrays its raw config")
-        with output_folder(folder, overwrite=overwrite) as temporary:
-            self._write_safetensors(Path(temporary), dtype, max_shard_bytes)
-            self._write_rest(Path(temporary), dtype)
-
-    def _write_safetensors(self, folder: Path, dtype: str, max_shard_bytes: int) -> None:
-        params, table = self.architecture.params(), self.architecture.name_table()
-        meta = self.source.metadata
-        theirs = table.theirs(params, self.architecture.num_layers, meta.get("prefix"))
-        tensors = {name: (np.dtype(dtype), shape) for name, shape in theirs.items()}
+        if format not in export.FORMATS:
+            raise ValueError(f"save: format is {format!r}; it can be {' or '.join(export.FORMATS)}")
+        if dtype is not None and (format != "hf" or dtype not in DTYPES):
+            raise ValueError(f"save: dtype is {dtype!r}; it goes with format='hf' and can be {', '.join(DTYPES)}")
+        if not self.origin.config:
+            raise ValueError("save: this model was made without a config.json; give from_arrays its fields")
         parts = placement.stored(self.architecture, self.params)
-
-        def ours(name: str) -> np.ndarray:
-            leaf = parts[name]()
-            dense = leaf.dense() if isinstance(leaf, Weight) else leaf
-            return np.asarray(jax.device_get(dense.astype(dtype)))
-
-        shards = plan_shards(tensors, max_shard_bytes, self.source.weight_map or None)
-        for file, names in shards.items():
-            metadata = meta.get("files", {}).get(file, {"format": "pt"})
-            write_file(
-                folder / file, {n: tensors[n] for n in names}, lambda n: table.assemble(n, ours, params), metadata
-            )
-        if len(shards) > 1:
-            self._write_index(folder, shards, tensors)
-
-    def _write_index(self, folder: Path, shards: Mapping[str, Sequence[str]], tensors: Mapping[str, Any]) -> None:
-        total = sum(int(np.prod(shape)) * d.itemsize for d, shape in tensors.values())
-        parameters = sum(int(np.prod(shape)) for _, shape in tensors.values())
-        where = {n: file for file, names in shards.items() for n in names}
-        given = self.source.metadata.get("index")
-        metadata = (
-            given
-            if given and given.get("total_size") == total
-            else {"total_parameters": parameters, "total_size": total}
-        )
-        text = (
-            json.dumps({"metadata": metadata, "weight_map": dict(sorted(where.items()))}, indent=2, sort_keys=True)
-            + "\n"
-        )
-        (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
-
-    def _write_rest(self, folder: Path, dtype: str) -> None:
-        source = self.source.folder
-        named = "dtype" if "dtype" in self.source.config or "torch_dtype" not in self.source.config else "torch_dtype"
-        if source is not None and self.source.config.get(named) == dtype:
-            shutil.copyfile(source / "config.json", folder / "config.json")
-        else:
-            raw = self.source.config | {named: dtype}
-            (folder / "config.json").write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        if source is None:
-            return
-        for path in sorted(source.iterdir()):
-            text = path.suffix in (".json", ".jinja", ".txt", ".model", ".md")
-            kept = path.name not in ("config.json", "jaxengine_plan.json") and not path.name.endswith(".index.json")
-            if path.is_file() and text and kept:
-                shutil.copyfile(path, folder / path.name)
+        with output_folder(folder, overwrite=overwrite) as temporary:
+            if format == "orbax":
+                export.write_orbax(temporary, self.architecture, self.plan, lambda n: parts[n](), self.origin)
+                return
+            stored = np.dtype(dtype or self.plan.dtype)
+            export.write_hf(
+                temporary, self.architecture, lambda n: parts[n](), lambda n: stored, self.origin,
+                max_shard_bytes=max_shard_bytes,
+            )  # fmt: skip
 
     # --- inputs ----------------------------------------------------------------------------------------------------
 
@@ -373,7 +313,7 @@ class _Run:
                 "generate: stop strings need a tokenizer, and the checkpoint folder has none; use stop_ids"
             )
         if stop_ids is None:
-            stop_ids = model.tokenizer.eos_ids if model.tokenizer is not None else _config_eos(model.source.config)
+            stop_ids = model.tokenizer.eos_ids if model.tokenizer is not None else _config_eos(model.origin.config)
         model._check_ids(ids, max_new_tokens)
         self.model, self.limit, self.top, self.wants_logprobs = (
             model,

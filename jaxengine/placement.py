@@ -22,9 +22,10 @@ from jaxengine import technique
 from jaxengine.architecture import Architecture, Segment, Spec
 from jaxengine.homes.base import Bank, home
 from jaxengine.plan import WEIGHTS, Plan, abstract_leaf
+from jaxengine.weights.base import Weight
 from sharding.rules import Rules, check, named_sharding
 
-Read = Callable[[str], np.ndarray]
+Read = Callable[[str], Any]
 Track = Callable[[str, int], None]  # (name, bytes read), after each parameter
 
 
@@ -44,7 +45,7 @@ def place(
 
     def one(name: str, spec: Spec, memory: str | None) -> Any:
         array = read(name)
-        size = array.nbytes
+        size = sum(a.nbytes for a in jax.tree.leaves(array))
         leaf = _encoded(array, plan.format_of(name, spec), spec, plan.dtype, rules, mesh, memory)
         track(name, size)
         return leaf
@@ -135,12 +136,12 @@ class _Axes(tuple):
     """Axes names as one leaf: a subclass of tuple is not taken apart by tree.map."""
 
 
-def _encoded(
-    array: np.ndarray, format_name: str, spec: Spec, dtype: str, rules: Rules, mesh: Mesh, memory: str | None
-) -> Any:
+def _encoded(array: Any, format_name: str, spec: Spec, dtype: str, rules: Rules, mesh: Mesh, memory: str | None) -> Any:
+    """One parameter in its format and place; `array` is numpy, or a Weight of numpy arrays that is in its format already."""
     axes = _leaf_axes(format_name, spec.axes, spec)
     places = jax.tree.map(lambda a: named_sharding(rules, mesh, a, memory_kind=memory), axes)
-    if (spec.out is None or format_name == "dense") and array.dtype == jnp.dtype(dtype):
+    plain = spec.out is None or format_name == "dense"
+    if isinstance(array, Weight) or (plain and array.dtype == jnp.dtype(dtype)):
         return jax.device_put(array, places)
     on_device = jax.tree.map(lambda a: named_sharding(rules, mesh, a), axes)
     raw = jax.device_put(array, named_sharding(rules, mesh, spec.axes))

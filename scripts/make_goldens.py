@@ -265,7 +265,7 @@ class RejectedDrawError(Exception):
     """This draw of weights and ids would make a poor witness; the next one may not."""
 
 
-def build(case: Case, **changes: Any) -> torch.nn.Module:
+def build(case: Case, **changes: Any) -> Any:
     options = copy.deepcopy({**case.options, **changes})  # transformers fills in the dicts it is given
     config = AutoConfig.for_model(case.model_type, **options)
     return AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
@@ -309,7 +309,7 @@ def draw_parameter(case: Case, name: str, shape: tuple[int, ...], rng: np.random
     return x
 
 
-def stored_parameters(case: Case, rng: np.random.Generator) -> torch.nn.Module:
+def stored_parameters(case: Case, rng: np.random.Generator) -> Any:
     """The model with every parameter drawn, in the dtype of the file."""
     model = build(case)
     with torch.no_grad():
@@ -331,7 +331,7 @@ def write_legacy_config(folder: Path) -> None:
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def load(folder: Path) -> torch.nn.Module:
+def load(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()
 
 
@@ -482,7 +482,7 @@ def write_case(name: str, out: Path) -> int:
 def record_versions(out: Path, name: str, draw: int) -> None:
     """Notes in VERSIONS.json what made this case; the other cases' entries stay."""
     path = out / "VERSIONS.json"
-    record = json.loads(path.read_text()) if path.exists() else {"cases": {}}
+    record: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"cases": {}}
     record["command"] = "python scripts/make_goldens.py --out tests/golden"
     record["cases"][name] = {
         "torch": torch.__version__,

@@ -285,47 +285,40 @@ def agree(ours: Tokenizer, theirs: Any) -> None:
 
 
 MARK = {"content": "<m>", "lstrip": False, "rstrip": False, "normalized": False, "single_word": False, "special": False}
-SETTINGS: dict[str, dict[str, object]] = {
-    "named": {},
-    # transformers 5 reads neither of the two where there is a tokenizer.json: its post-processor decides
-    "no bos": {"tokenizer_config": {"add_bos_token": False, "add_eos_token": True}},
-    "flags of the config win": {"tokenizer_config": {"added_tokens_decoder": {"SIZE": {**MARK, "rstrip": True}}}},
-    "a known token gets flags": {
-        "tokenizer_config": {
-            "added_tokens_decoder": {"EOS": {**MARK, "content": "EOS", "lstrip": True, "special": True}}
-        }
-    },
-    "extra list": {"tokenizer_config": {"extra_special_tokens": ["the", "a"]}},
-    "older extra list": {"tokenizer_config": {"additional_special_tokens": ["in"]}},
-    "extra object": {"tokenizer_config": {"extra_special_tokens": {"image_token": "in"}}},
-    "split": {"tokenizer_config": {"split_special_tokens": True}},
-    "special_tokens_map": {
-        "special_tokens_map": {"eos_token": {**MARK, "content": "in", "lstrip": True}, "cls_token": "th"}
-    },
-    "special_tokens_map unread": {
-        "tokenizer_config": {"added_tokens_decoder": {}},
-        "special_tokens_map": {"eos_token": "in"},
-    },
-    "added_tokens": {"added_tokens": {"<m>": "SIZE"}},
-}
+
+
+def settings(size: int, eos: str, eos_id: int) -> dict[str, dict[str, dict[str, Any]]]:
+    """case -> files, for a tokenizer of `size` ids."""
+    flagged = {**MARK, "content": eos, "lstrip": True, "special": True}
+    return {
+        "named": {},
+        # transformers 5 reads neither of the two where there is a tokenizer.json: its post-processor decides.
+        "no bos": {"tokenizer_config": {"add_bos_token": False, "add_eos_token": True}},
+        "a new token": {"tokenizer_config": {"added_tokens_decoder": {str(size): {**MARK, "rstrip": True}}}},
+        "a known token gets flags": {"tokenizer_config": {"added_tokens_decoder": {str(eos_id): flagged}}},
+        "extra list": {"tokenizer_config": {"extra_special_tokens": ["er", "a"]}},
+        "older extra list": {"tokenizer_config": {"additional_special_tokens": ["in"]}},
+        "extra object": {"tokenizer_config": {"extra_special_tokens": {"image_token": "in"}}},
+        "split": {"tokenizer_config": {"split_special_tokens": True}},
+        "special_tokens_map": {
+            "special_tokens_map": {"eos_token": {**MARK, "content": "in", "lstrip": True}, "cls_token": "er"}
+        },
+        "special_tokens_map unread": {
+            "tokenizer_config": {"added_tokens_decoder": {}},
+            "special_tokens_map": {"eos_token": "in"},
+        },
+        "added_tokens": {"added_tokens": {"<m>": size}},
+    }
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("case", SETTINGS)
+@pytest.mark.parametrize("case", settings(0, "", 0))
 def test_settings(tmp_path: Path, kind: str, case: str) -> None:
-    backend, names = KINDS[kind], NAMES[kind]
-    files = {name: dict(value) for name, value in SETTINGS[case].items()}  # type: ignore[call-overload]
-    files["tokenizer_config"] = {**names, **files.get("tokenizer_config", {})}
-    text = (
-        json.dumps(files)
-        .replace('"SIZE"', f'"{backend.get_vocab_size()}"')
-        .replace('"EOS"}', f'"{names["eos_token"]}"}}')
-    )
-    text = text.replace('"content": "EOS"', f'"content": "{names["eos_token"]}"')
-    text = text.replace('"EOS"', f'"{backend.token_to_id(str(names["eos_token"]))}"')
-    files = json.loads(text)
-    if "added_tokens" in files:
-        files["added_tokens"] = {token: int(index) for token, index in files["added_tokens"].items()}
+    backend, eos = KINDS[kind], str(NAMES[kind]["eos_token"])
+    eos_id = backend.token_to_id(eos)
+    assert eos_id is not None
+    files = settings(backend.get_vocab_size(), eos, eos_id)[case]
+    files["tokenizer_config"] = {**NAMES[kind], **files.get("tokenizer_config", {})}
     ours, theirs = both(write_folder(tmp_path, backend, **files))
     agree(ours, theirs)
     assert ours.eos_ids == (theirs.eos_token_id,)
@@ -352,7 +345,7 @@ def test_vocab_and_merges(tmp_path: Path, case: str) -> None:
         "__type": "AddedToken",
     }
     opt = {"bos_token": end, "eos_token": end, "unk_token": end, "pad_token": {**end, "content": "<pad>"}}
-    config, settings = {
+    config, entries = {
         "gpt2": ("gpt2", {}),
         "gpt2 with settings": ("gpt2", {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": True}),
         "opt": ("opt", {**opt, "add_bos_token": True, "tokenizer_class": "GPT2Tokenizer", "errors": "replace"}),
@@ -360,7 +353,7 @@ def test_vocab_and_merges(tmp_path: Path, case: str) -> None:
         "eos": ("opt", {**opt, "add_bos_token": True, "add_eos_token": True}),
     }[case]
     (tmp_path / "config.json").write_text(json.dumps({"model_type": config}))
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(entries))
     ours = Tokenizer.from_folder(tmp_path)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert type(theirs).__name__ == "GPT2Tokenizer"

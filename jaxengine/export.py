@@ -1,0 +1,184 @@
+"""Writing a model: a Hugging Face folder that transformers opens, or an orbax checkpoint. One parameter at a time.
+
+Both writers ask `get(name)` for one parameter of ours at a time and write into a folder that is not yet under its final
+name (checkpoints.output). An export of what was imported unchanged is byte for byte what was read.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from checkpoints import orbax
+from checkpoints.output import output_folder
+from checkpoints.safetensors import plan_shards, write_file
+from jaxengine.architecture import Architecture, architecture
+from jaxengine.plan import DTYPES, Plan
+from jaxengine.sources import ORBAX, PLAN, Origin, open_source, read_config, stored_names, stored_tensors
+from jaxengine.weights.base import Weight
+
+FORMATS = ("hf", "orbax")
+BESIDE = (
+    ".json",
+    ".jinja",
+    ".txt",
+    ".model",
+    ".md",
+)  # tokenizer, templates, generation settings, the model's own notes
+Get = Callable[[str], Any]
+Track = Callable[[str, int, int], None]
+
+
+def dense(leaf: Any, dtype: np.dtype) -> np.ndarray:
+    """A parameter as a numpy array in `dtype`; a Weight is decoded."""
+    array = leaf.dense() if isinstance(leaf, Weight) else leaf
+    return np.asarray(jax.device_get(array)).astype(dtype, copy=False)
+
+
+def write_hf(
+    folder: Path,
+    arch: Architecture,
+    get: Get,
+    dtype_of: Callable[[str], np.dtype],
+    origin: Origin,
+    *,
+    max_shard_bytes: int,
+    track: Track | None = None,
+) -> None:
+    """Safetensors under Hugging Face's names, with config.json and whatever text files stood beside it."""
+    params, table = arch.params(), arch.name_table()
+    theirs = table.theirs(params, arch.num_layers, origin.metadata.get("prefix"))
+    tensors = {name: (dtype_of(table.parts(name, params)[0]), shape) for name, shape in theirs.items()}
+    shards = plan_shards(tensors, max_shard_bytes, origin.weight_map or None)
+    total = sum(int(np.prod(shape)) * d.itemsize for d, shape in tensors.values())
+    done = 0
+
+    def tensor(name: str) -> np.ndarray:
+        nonlocal done
+        made = table.assemble(name, lambda ours: dense(get(ours), tensors[name][0]), params)
+        done += made.nbytes
+        if track is not None:
+            track(name, done, total)
+        return made
+
+    for file, names in shards.items():
+        metadata = origin.metadata.get("files", {}).get(file, {"format": "pt"})
+        write_file(folder / file, {n: tensors[n] for n in names}, tensor, metadata)
+    if len(shards) > 1:
+        _write_index(folder, shards, tensors, total, origin)
+    matrices = {d.name for d, shape in tensors.values() if len(shape) > 1}
+    write_beside(folder, origin, matrices.pop() if len(matrices) == 1 else None)
+
+
+def _write_index(
+    folder: Path, shards: Mapping[str, Sequence[str]], tensors: Mapping[str, Any], total: int, origin: Origin
+) -> None:
+    where = {n: file for file, names in shards.items() for n in names}
+    given = origin.metadata.get("index")
+    if not given or given.get("total_size") != total:
+        given = {"total_parameters": sum(int(np.prod(s)) for _, s in tensors.values()), "total_size": total}
+    text = json.dumps({"metadata": given, "weight_map": where}, indent=2, sort_keys=True) + "\n"
+    (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+
+
+def write_orbax(
+    folder: Path, arch: Architecture, plan: Plan, get: Get, origin: Origin, *, track: Track | None = None
+) -> None:
+    """orbax/ with the weights in the plan's formats, the plan, and config.json and the rest beside it."""
+    tensors, specs = stored_tensors(arch, plan), arch.specs()
+    owner = {n: name for name, s in specs.items() for n in jax.tree.leaves(stored_names(name, s, plan))}
+    total, done = sum(t.nbytes for t in tensors.values()), 0
+    held: tuple[str, Any] = ("", None)  # the arrays of one Weight are asked for one after another
+
+    def read(stored: str, layer: int | None) -> np.ndarray:
+        nonlocal held
+        name = owner[stored] if layer is None else f"layers.{layer}." + owner[stored].split(".", 2)[2]
+        if held[0] != name:
+            held = (name, get(name))
+        leaf = held[1] if isinstance(held[1], Weight) else dense(held[1], tensors[stored].dtype)
+        leaves = dict(zip(jax.tree.leaves(stored_names(name, specs[name], plan)), jax.tree.leaves(leaf), strict=True))
+        return np.asarray(jax.device_get(leaves[stored]))
+
+    def progress(size: int) -> None:
+        nonlocal done
+        done += size
+        if track is not None:
+            track("", done, total)
+
+    orbax.save(folder / ORBAX, tensors, read, progress=progress)
+    (folder / PLAN).write_text(plan.to_json() + "\n", encoding="utf-8")
+    write_beside(folder, origin, plan.dtype)
+
+
+def write_beside(folder: Path, origin: Origin, dtype: str | None) -> None:
+    """config.json, as it was unless the dtype has changed, and the other text files of the folder it came from."""
+    named = "torch_dtype" if "torch_dtype" in origin.config and "dtype" not in origin.config else "dtype"
+    if origin.folder is not None and dtype in (None, origin.config.get(named)):
+        shutil.copyfile(origin.folder / "config.json", folder / "config.json")
+    else:
+        raw = origin.config | ({named: dtype} if dtype else {})
+        (folder / "config.json").write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    for path in sorted(origin.folder.iterdir()) if origin.folder is not None else ():
+        own = path.name in ("config.json", PLAN) or path.name.endswith(".index.json")
+        if path.is_file() and path.suffix in BESIDE and not own:
+            shutil.copyfile(path, folder / path.name)
+
+
+def convert(
+    source: str | Path,
+    target: str | Path,
+    *,
+    to: str,
+    dtype: str | None = None,
+    overwrite: bool = False,
+    max_shard_bytes: int = 5_000_000_000,
+    track: Track | None = None,
+) -> None:
+    """Read one folder, write another, one parameter at a time; nothing is placed on a device.
+
+    to: 'hf' or 'orbax'. dtype: cast all parameters (each keeps its own if not given). Raises, before anything is
+    written: ValueError for a choice there is not, FileExistsError for a target that is not empty, ConfigError and
+    CheckpointError for a source that cannot be read.
+    """
+    if to not in FORMATS:
+        raise ValueError(f"convert: to is {to!r}; it can be {' or '.join(FORMATS)}")
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"convert: dtype is {dtype!r}; it can be {', '.join(DTYPES)}")
+    source = Path(source)
+    raw = read_config(source)
+    arch = architecture(raw)
+    with open_source(source, arch) as parameters, output_folder(target, overwrite=overwrite) as folder:
+        origin = parameters.origin(raw)
+        if to == "hf":
+
+            def dtype_of(name: str) -> np.dtype:
+                return np.dtype(dtype) if dtype else parameters.dtype(name)
+
+            write_hf(folder, arch, parameters.read, dtype_of, origin, max_shard_bytes=max_shard_bytes, track=track)
+            return
+        plan = parameters.plan or Plan(dtype=dtype or one_dtype(arch, parameters.dtype, raw))
+        if dtype is not None and dtype != plan.dtype:
+            raise ValueError(
+                f"convert: {source} holds weights of a plan in {plan.dtype}; go through to='hf' to cast them"
+            )
+        write_orbax(folder, arch, plan, parameters.read, origin, track=track)
+
+
+def one_dtype(arch: Architecture, dtype_of: Callable[[str], np.dtype], raw: Mapping[str, Any]) -> str:
+    """The dtype that a checkpoint is used in if nobody says: that of its matrices, or what config.json names."""
+    stored = {dtype_of(name).name for name, spec in arch.specs().items() if spec.out is not None}
+    if len(stored) == 1 and stored <= set(DTYPES):
+        return stored.pop()
+    named = raw.get("dtype") or raw.get("torch_dtype")
+    if isinstance(named, str) and named in DTYPES:
+        return named
+    raise ValueError(
+        f"The tensors are {', '.join(sorted(stored))} and config.json names no dtype of {', '.join(DTYPES)}: say which,"
+        f" e.g. dtype='bfloat16'"
+    )

@@ -1,0 +1,245 @@
+"""Folders as sources of parameters: a Hugging Face folder, or one that was written with orbax.
+
+A source is opened after config.json has become an Architecture, is checked whole against it before a byte of data is
+read, and then gives one parameter at a time, in our shape and its own dtype, as a numpy array (or, where an orbax
+checkpoint holds it quantised, as a Weight of numpy arrays).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+import jax
+import numpy as np
+
+from checkpoints.errors import CheckpointError, listing
+from checkpoints.orbax import OrbaxReader, Stored
+from checkpoints.safetensors import Reader
+from jaxengine.architecture import Architecture, Spec
+from jaxengine.plan import Plan, abstract_leaf
+
+ORBAX = "orbax"  # the sub-folder of a saved model that holds its arrays
+PLAN = "jaxengine_plan.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """Where a model came from, as far as an export needs it: its config.json, its folder, and how its files were split."""
+
+    config: dict[str, Any]
+    folder: Path | None = None
+    weight_map: dict[str, str] = dataclasses.field(default_factory=dict)
+    metadata: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+class Source(Protocol):
+    """Parameters by our names."""
+
+    nbytes: int
+    plan: Plan | None  # the plan whose formats the stored weights are in; None: all are plain arrays
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+    def read(self, name: str) -> Any:
+        """One parameter, in our shape and its own dtype."""
+        ...
+
+    def dtype(self, name: str) -> np.dtype:
+        """The dtype it is stored in; of a quantised one, the plan's."""
+        ...
+
+    def origin(self, config: dict[str, Any]) -> Origin:
+        """What an export needs to know."""
+        ...
+
+
+class HuggingFace:
+    """A Hugging Face folder: safetensors under the family's names."""
+
+    plan = None
+
+    def __init__(self, folder: Path, architecture: Architecture):
+        self.folder = folder
+        self._params, self._table = architecture.params(), architecture.name_table()
+        self._reader = Reader.open(folder)
+        try:
+            self._prefix = self._table.check(self._reader, self._params, architecture.num_layers)
+        except BaseException:
+            self._reader.close()
+            raise
+        self.nbytes = sum(self._reader.info(n).nbytes for n in self._reader.names)
+        self._theirs = {
+            ours: theirs
+            for theirs in self._table.theirs(self._params, architecture.num_layers, self._prefix)
+            for ours in self._table.parts(theirs, self._params)
+        }
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._reader.close()
+
+    def read(self, name: str) -> np.ndarray:
+        """One parameter, in our shape and the file's dtype."""
+        return self._table.read(self._reader, name, self._params)
+
+    def dtype(self, name: str) -> np.dtype:
+        """The file's dtype."""
+        return np.dtype(self._reader.info(self._theirs[name]).dtype)
+
+    def origin(self, config: dict[str, Any]) -> Origin:
+        """With the split into files, so that an export can be the same."""
+        meta = {"files": dict(self._reader.metadata), "index": self._reader.index_metadata, "prefix": self._prefix}
+        return Origin(config, self.folder, dict(self._reader.weight_map), meta)
+
+
+class Orbax:
+    """A folder that `Model.save(folder, format='orbax')` or `convert` wrote: config.json, the plan, and orbax/."""
+
+    def __init__(self, folder: Path, architecture: Architecture):
+        self.folder, self._specs = folder, architecture.specs()
+        self.plan = saved_plan(folder)
+        if self.plan is None:
+            raise CheckpointError(f"{folder} has {ORBAX}/ but no {PLAN}, which says in which formats its weights are")
+        self._reader = OrbaxReader.open(folder / ORBAX)
+        try:
+            self._check(architecture)
+        except BaseException:
+            self._reader.close()
+            raise
+        self.nbytes = sum(
+            int(np.prod(i.shape)) * np.dtype(i.dtype).itemsize for i in map(self._reader.info, self._reader.names)
+        )
+
+    def _check(self, architecture: Architecture) -> None:
+        assert self.plan is not None
+        wanted = stored_tensors(architecture, self.plan)
+        found = set(self._reader.names)
+        said = [f"missing: {n}" for n in wanted if n not in found] + [f"unexpected: {n}" for n in found - set(wanted)]
+        for name, stored in wanted.items():
+            if name in found and self._reader.info(name).shape != stored.full:
+                said.append(f"{name} is {list(self._reader.info(name).shape)}, the model needs {list(stored.full)}")
+        if said:
+            raise CheckpointError(f"{self.folder / ORBAX} does not fit the model of its config.json:{listing(said)}")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._reader.close()
+
+    def read(self, name: str) -> Any:
+        """One parameter: an array, or a Weight of numpy arrays."""
+        leaf, layer = self._leaf(name), layer_of(name)
+        return jax.tree.map(lambda n: self._reader.read(n, layer), leaf)
+
+    def dtype(self, name: str) -> np.dtype:
+        """The stored dtype; of a quantised weight, the plan's."""
+        leaf = self._leaf(name)
+        assert self.plan is not None
+        return np.dtype(self._reader.info(leaf).dtype if isinstance(leaf, str) else self.plan.dtype)
+
+    def _leaf(self, name: str) -> Any:
+        assert self.plan is not None
+        return stored_names(name, self._specs[name], self.plan)
+
+    def origin(self, config: dict[str, Any]) -> Origin:
+        """The folder; its files were never split."""
+        return Origin(config, self.folder)
+
+
+def open_source(folder: Path, architecture: Architecture) -> Source:
+    """orbax where that is what the folder holds, else safetensors. Raises CheckpointError for what does not fit."""
+    return Orbax(folder, architecture) if (folder / ORBAX).is_dir() else HuggingFace(folder, architecture)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json as it stands; CheckpointError if there is none or it is no JSON object."""
+    path = folder / "config.json"
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"{folder} is not a folder; give a Hugging Face checkpoint folder (config.json and *.safetensors)"
+        )
+    if not path.is_file():
+        raise CheckpointError(f"{folder} has no config.json; a Hugging Face checkpoint folder has one")
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as e:
+        raise CheckpointError(f"{path} is not JSON: {e}") from None
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{path} holds {type(raw).__name__}, not an object")
+    return raw
+
+
+def saved_plan(folder: Path) -> Plan | None:
+    """The plan stored beside a checkpoint, if there is one."""
+    path = folder / PLAN
+    if not path.is_file():
+        return None
+    try:
+        return Plan.from_json(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as e:
+        raise CheckpointError(f"{path} is not JSON: {e}") from None
+
+
+# --- how parameters are called in an orbax checkpoint: layers stacked, the arrays of a Weight by their field ------------
+
+
+def layer_of(name: str) -> int | None:
+    """3 of 'layers.3.q'; None for what stands outside the layers."""
+    first, _, rest = name.partition(".")
+    return int(rest.partition(".")[0]) if first == "layers" else None
+
+
+def stacked_name(name: str) -> str:
+    """'layers.q' of 'layers.3.q': the stack that a layer's parameter stands in."""
+    return name if layer_of(name) is None else "layers." + name.split(".", 2)[2]
+
+
+def stored_names(name: str, spec: Spec, plan: Plan) -> Any:
+    """The tree of a parameter's leaves with each one's name on disk: 'layers.q', or 'layers.q.codes' and '.scale'."""
+    leaf = abstract_leaf(plan.format_of(name, spec), spec.shape, spec.out, plan.dtype)
+    found, tree = jax.tree.flatten_with_path(leaf)
+    return jax.tree.unflatten(
+        tree, [stacked_name(name) + "".join(f".{getattr(k, 'name', k)}" for k in path) for path, _ in found]
+    )
+
+
+def stored_tensors(architecture: Architecture, plan: Plan) -> dict[str, Stored]:
+    """Every array of an orbax checkpoint of this model under this plan's formats.
+
+    Raises ValueError where layers cannot be stacked because the plan gives them different formats.
+    """
+    found: dict[str, Stored] = {}
+    for name, spec in architecture.specs().items():
+        leaf = abstract_leaf(plan.format_of(name, spec), spec.shape, spec.out, plan.dtype)
+        layers = None if layer_of(name) is None else architecture.num_layers
+        names = stored_names(name, spec, plan)
+        for n, x in zip(jax.tree.leaves(names), jax.tree.leaves(leaf), strict=True):
+            made = Stored(x.shape, np.dtype(x.dtype), layers)
+            if found.setdefault(n, made) != made:
+                raise ValueError(
+                    f"orbax: layers are stacked, and {stacked_name(name)} has another format in {name} than in layer 0;"
+                    f" give all layers of it one format in weight_rules"
+                )
+    counts = {n: 0 for n, s in found.items() if s.layers is not None}
+    for name, spec in architecture.specs().items():
+        if layer_of(name) is not None:
+            for n in jax.tree.leaves(stored_names(name, spec, plan)):
+                counts[n] += 1
+    if short := [n for n, k in counts.items() if k != architecture.num_layers]:
+        raise ValueError(f"orbax: layers are stacked, and not all layers have {', '.join(short)} in one format")
+    return found
