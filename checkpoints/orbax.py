@@ -207,7 +207,8 @@ def _pieces(
     else:
         rows = stored.chunk[0]
         for i in range(0, stored.shape[0], rows):
-            yield store[i : i + rows], array[i : i + rows]
+            piece = array[i : i + rows]
+            yield store[i : i + len(piece)], piece
 
 
 def _confirm(folder: Path, tensors: Mapping[str, Stored]) -> None:

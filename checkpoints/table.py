@@ -287,7 +287,8 @@ class Table:
             raise ValueError(f"{theirs_name} joins parts of different dtypes ({dtypes}); make them one dtype first.")
         if len(parts) == 1:
             return np.ascontiguousarray(parts[0])
-        return np.concatenate(parts, axis=use.row.axis)
+        joined = np.empty(use.row.whole(use.params), parts[0].dtype)  # concatenate alone would keep transposed memory
+        return np.concatenate(parts, axis=use.row.axis, out=joined)
 
     def _by_theirs(self, name: str, params: Mapping[str, Param]) -> _Use:
         for prefix in self.prefixes:

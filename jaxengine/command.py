@@ -11,8 +11,15 @@ from typing import Annotated, Any
 
 import typer
 
-# rich's markup stays off: help texts hold square brackets and are to be read as they stand
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+def _program() -> typer.Typer:
+    # rich's markup stays off: help texts hold square brackets and are to be read as they stand
+    return typer.Typer(
+        add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None
+    )
+
+
+app = _program()
 
 Folder = Annotated[
     str, typer.Argument(help="A Hugging Face checkpoint folder; 'demo' is the small model that comes along.")
@@ -93,9 +100,45 @@ def generate(
             print()
 
 
+@app.command()
+def convert(
+    source: Folder,
+    target: Annotated[Path, typer.Argument(help="The folder to write; it must not exist, or be empty.")],
+    to: Annotated[str, typer.Option(help="hf: a Hugging Face folder; orbax: one chunk per layer.")],
+    dtype: Annotated[
+        str | None, typer.Option(help="Cast to float32, bfloat16 or float16 (as it is, if not given).")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace a target that is there.")] = False,
+    max_shard_size: Annotated[str, typer.Option(help="hf: split into files of at most this size.")] = "5GB",
+) -> None:
+    """Convert a checkpoint folder, one tensor at a time; the target appears whole or not at all."""
+    start_jax()
+    from jaxengine import export
+    from jaxengine.plan import parse_bytes
+
+    with reported():
+        bar = Reading("converting")
+        export.convert(
+            resolve(source), target, to=to, dtype=dtype, overwrite=overwrite, max_shard_bytes=parse_bytes(max_shard_size),
+            track=bar,
+        )  # fmt: skip
+        print(f"wrote {target}")
+
+
+def convert_script() -> None:
+    """`scripts/convert.py`."""
+    _alone(convert)
+
+
 def generate_script() -> None:
     """`scripts/generate.py`."""
-    typer.run(generate)
+    _alone(generate)
+
+
+def _alone(command: Any) -> None:
+    program = _program()
+    program.command()(command)
+    program()
 
 
 def main() -> None:

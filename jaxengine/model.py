@@ -247,7 +247,14 @@ class Model:
 class _Row:
     """One completion in the making: its tokens, its text as far as it is final, and whether it has ended."""
 
-    def __init__(self, prompt: int, tokenizer: Tokenizer | None, stop: Sequence[str], stop_ids: frozenset[int]):
+    def __init__(
+        self,
+        prompt: int,
+        ids: Sequence[int],
+        tokenizer: Tokenizer | None,
+        stop: Sequence[str],
+        stop_ids: frozenset[int],
+    ):
         self.prompt, self.stop_ids = prompt, stop_ids
         self.tokens: list[int] = []
         self.logprobs: list[float] = []
@@ -255,7 +262,8 @@ class _Row:
         self.finish_reason: str | None = None
         self.text = ""
         self._taken = 0
-        self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer)
+        self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer, context=ids)
+        self._known = 0 if tokenizer is None else tokenizer.vocab_size
         self._stopper = StopStrings(stop) if stop else None
 
     def add(self, token: int, logprob: float, top: dict[int, float]) -> None:
@@ -264,7 +272,9 @@ class _Row:
         self.top.append(top)
         if token in self.stop_ids:
             return self.end("stop")
-        if self._detokenizer is not None and self._emit(self._detokenizer.push(token)):
+        # an embedding may have more rows than the tokenizer has tokens (padded for speed): such an id has no text
+        known = self._detokenizer is not None and token < self._known
+        if known and self._emit(self._detokenizer.push(token)):  # pyright: ignore[reportOptionalMemberAccess]
             self.finish_reason = "stop"
         return None
 
@@ -324,7 +334,7 @@ class _Run:
         if self.top > model.config.vocab_size:
             raise ValueError(f"generate: logprobs is {logprobs}; the vocabulary has {model.config.vocab_size} tokens")
         owners = [i for i in range(len(ids)) for _ in range(n)]
-        self.rows = [_Row(i, model.tokenizer, self.stop, frozenset(stop_ids)) for i in owners]
+        self.rows = [_Row(i, ids[i], model.tokenizer, self.stop, frozenset(stop_ids)) for i in owners]
         self.steps = sampling.Steps.of([how])
         self.values = sampling.values(self.steps, [how] * len(owners))
         self.stop_ids = model._put(np.asarray(sorted(stop_ids) or [-1], np.int32))

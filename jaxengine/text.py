@@ -211,8 +211,6 @@ def _special_tokens(backend: tokenizers.Tokenizer, folder: Path, settings: Mappi
         if token.content in listed:
             # The flags of the file that lists the token win over those beside its name.
             token = listed[token.content]
-            if token.special:
-                continue
             token.special = True
         # A token the vocabulary lacks has no row in the model's embedding: it gets no id here (see Tokenizer.bos_id).
         if backend.token_to_id(token.content) is not None:

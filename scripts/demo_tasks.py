@@ -220,12 +220,11 @@ def examples(task: str, split: Split, count: int, seed: int = 0) -> list[Example
 # Training documents: as many questions as fit, so that most of a document's length teaches
 
 
-def recall_document(rng: random.Random, budget: int, longest_filler: int) -> list[Piece]:
+def recall_document(rng: random.Random, budget: int) -> list[Piece]:
     """Assignments, filler, and questions about most of them in random order, in at most `budget` tokens."""
     count = rng.randint(1, max(1, min(24, (budget - 1) // (2 * _PAIR))))
     pairs = [_pair(rng, "train", (key,)) for key in rng.sample(KEYS, count)]
-    room = min(longest_filler, budget - 1 - 2 * _PAIR * count)
-    filler = int(room * rng.random())
+    filler = int((budget - 1 - 2 * _PAIR * count) * rng.random())
     pieces = [(_assignments(pairs), False)]
     if filler >= _SHORTEST_FILLER:
         pieces.append((_filler(rng, filler), False))

@@ -1,4 +1,4 @@
-"""Trains the demo checkpoint: a 2.9 M parameter Llama, on two CPU cores, in about an hour.
+"""Trains the demo checkpoint: a 1 M parameter Llama, on two CPU cores, in less than an hour.
 
 The checkpoint exists so that every weight format and cache policy can be judged by what it does to a model which has
 really learned something, on any machine and offline. `demo_tasks.py` says what it learns.
@@ -8,10 +8,12 @@ strings and numbers asked about are random, and predicting them teaches nothing.
 arXiv:2502.16982) takes the matrices, Adam the embedding and the norms. The learning rate is constant and then falls
 linearly to zero (Hägele et al., arXiv:2405.18392), so that an interrupted run can be resumed with fewer or more steps.
 The forward pass is plain jnp on a flat {Hugging Face name: array} tree, so that what is trained can be saved as it is;
-attention goes over blocks of queries, each against the keys before its end, which halves its cost on a CPU. float32,
-because bfloat16 products are slow on a CPU; the file is rounded to bfloat16 at the end.
+attention goes over blocks of queries, each against the keys before its end, which halves its cost on a CPU. The
+first steps have many short rows, in which looking back is learned sooner (an induction head; Olsson et al.,
+arXiv:2209.11895), the others rows as long as the context. float32, because bfloat16 products are slow on a CPU; the
+file is rounded to bfloat16 at the end.
 
-    python scripts/train_demo.py OUT [--work FOLDER] [--steps 2400]
+    python scripts/train_demo.py OUT [--work FOLDER] [--steps 3000]
 
 B batch, T queries, S slots, D model, F mlp, N query heads, K kv heads, G heads per kv head, H head dim, V vocab.
 """
@@ -50,26 +52,36 @@ State = tuple[Parameters, optax.OptState]
 
 @dataclass(frozen=True)
 class Shape:
-    """The demo model's sizes; powers of two, so that every group size of a weight format divides them."""
+    """The demo model's sizes: multiples of 128, so that every usual group size of a weight format divides them."""
 
     vocab_size: int = 2048
-    hidden_size: int = 256
-    intermediate_size: int = 512
+    hidden_size: int = 128
+    intermediate_size: int = 384
     num_layers: int = 4
     num_heads: int = 4
     num_kv_heads: int = 2
-    head_dim: int = 64
+    head_dim: int = 32
     rms_norm_eps: float = 1e-5
     rope_theta: float = 10000.0
 
 
+@dataclass(frozen=True)
+class Stage:
+    """A part of the training: so many rows of so many tokens a step, the first ones of them text."""
+
+    rows: int
+    text_rows: int
+    length: int
+
+
 SHAPE = Shape()
-BATCH = 8
-QUERY_BLOCK = 64  # measured: 384 (one block) 3900 tokens/s, 128 4390, 64 4620 on two Xeon cores
+SHORT, LONG = Stage(rows=24, text_rows=8, length=128), Stage(rows=8, text_rows=5, length=tasks.CONTEXT)
+SHORT_STEPS = 800
+TASK_SHARES = {"recall": 6, "copy": 4, "arithmetic": 6, "chat": 4}
+QUERY_BLOCK = 64  # measured at width 256: one block of 384 3900 tokens/s, 128 4390, 64 4620 (two Xeon cores)
 ANSWER_WEIGHT = 2.0
 MATRIX_RATE, VECTOR_RATE, WEIGHT_DECAY = 0.02, 3e-3, 0.05
 WARMUP, DECAY = 50, 0.35  # steps; the last part of them all
-EARLY = 800  # steps with more tasks than text, and with the filler of recall growing
 WORD_REPEATS = 4000  # of the tasks' words in the tokenizer's text, so that each becomes one token
 
 
@@ -231,46 +243,42 @@ class Batches:
         self.text = np.concatenate([np.array([self.bos, *e.ids, self.eos], np.int32) for e in encoded])
         self.text_bytes = sum(len(text.encode()) for text in texts)
 
-    def text_rows(self, step: int) -> int:
-        return 3 if step < EARLY else 5
-
-    def text_row(self, number: int) -> np.ndarray:
+    def text_row(self, number: int, length: int) -> np.ndarray:
         """Windows in random order, each of them once before any comes again, with other edges the next time."""
-        windows = len(self.text) // tasks.CONTEXT - 1
+        windows = len(self.text) // length - 1
         epoch, at = divmod(number, windows)
-        rng = np.random.default_rng((self.seed, epoch))
-        phase, order = rng.integers(tasks.CONTEXT), rng.permutation(windows)
-        start = phase + order[at] * tasks.CONTEXT
-        return np.concatenate([[self.bos], self.text[start : start + tasks.CONTEXT]])
+        rng = np.random.default_rng((self.seed, length, epoch))
+        phase, order = rng.integers(length), rng.permutation(windows)
+        start = phase + order[at] * length
+        return np.concatenate([[self.bos], self.text[start : start + length]])
 
-    def task_row(self, rng: random.Random, step: int) -> tuple[np.ndarray, np.ndarray]:
+    def task_row(self, rng: random.Random, length: int) -> tuple[np.ndarray, np.ndarray]:
         """Documents of one task until the row is full; the last one is cut."""
-        kind = rng.choices(("recall", "copy", "arithmetic", "chat"), (7, 3, 6, 4))[0]
-        longest_filler = int(32 + (tasks.CONTEXT - 32) * min(1.0, step / EARLY))
+        kind = rng.choices(list(TASK_SHARES), list(TASK_SHARES.values()))[0]
         documents: dict[str, Callable[[random.Random, int], list[tasks.Piece]]] = {
-            "recall": lambda rng, left: tasks.recall_document(rng, left, longest_filler),
+            "recall": tasks.recall_document,
             "copy": lambda rng, left: tasks.copy_document(rng),
             "arithmetic": lambda rng, left: tasks.arithmetic_document(rng),
             "chat": lambda rng, left: tasks.chat_document(rng),
         }
-        T = tasks.CONTEXT
         ids: list[int] = []
         weights: list[float] = []
-        while len(ids) <= T:
-            pieces = documents[kind](rng, T - len(ids))
+        while len(ids) <= length:
+            pieces = documents[kind](rng, length - len(ids))
             ids.append(self.bos)
             weights.append(0.0)
             encoded = self.tokenizer.encode_batch([text for text, _ in pieces], add_special_tokens=False)
             for piece, (_, answer) in zip(encoded, pieces, strict=True):
                 ids += piece.ids
                 weights += [ANSWER_WEIGHT * answer] * len(piece.ids)
-        return np.array(ids[: T + 1]), np.array(weights[1 : T + 1])
+        return np.array(ids[: length + 1]), np.array(weights[1 : length + 1])
 
     def __call__(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         rng = random.Random(f"{self.seed} {step}")
-        first = sum(self.text_rows(s) for s in range(step))
-        texts = [(self.text_row(first + i), np.ones(tasks.CONTEXT)) for i in range(self.text_rows(step))]
-        rows = texts + [self.task_row(rng, step) for _ in range(BATCH - len(texts))]
+        stage = SHORT if step < SHORT_STEPS else LONG
+        first = stage.text_rows * (step if stage is SHORT else step - SHORT_STEPS)
+        rows = [(self.text_row(first + i, stage.length), np.ones(stage.length)) for i in range(stage.text_rows)]
+        rows += [self.task_row(rng, stage.length) for _ in range(stage.rows - stage.text_rows)]
         tokens, weights = (np.stack(x) for x in zip(*rows, strict=True))
         return tokens.astype(np.int32), weights.astype(np.float32)
 
@@ -301,15 +309,17 @@ def quick_figures(parameters: Parameters, tokenizer: Tokenizer, count: int) -> d
     sizes = [1 if token in tasks.SPECIAL_TOKENS else len(token) for token in _vocabulary(tokenizer)]
 
     def score(rows: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
-        padded = np.zeros((-(-len(rows) // BATCH) * BATCH, T + 1), np.int32)
+        padded = np.zeros((-(-len(rows) // LONG.rows) * LONG.rows, T + 1), np.int32)
         for i, row in enumerate(rows):
             padded[i, : len(row)] = row
-        parts = [jax.device_get(_score(parameters, padded[i : i + BATCH])) for i in range(0, len(padded), BATCH)]
+        parts = [
+            jax.device_get(_score(parameters, padded[i : i + LONG.rows])) for i in range(0, len(padded), LONG.rows)
+        ]
         bits, right = (np.concatenate(x) for x in zip(*parts, strict=True))
         return bits, right
 
     windows = tasks.text_windows(lambda text: tokenizer.encode(text, add_special_tokens=False).ids)
-    chosen = random.Random(0).sample(windows, 6 * BATCH)
+    chosen = random.Random(0).sample(windows, 48)
     bits, _ = score([[bos, *ids] for ids in chosen])
     text_bits = sum(float(row[: len(ids)].sum()) for row, ids in zip(bits, chosen, strict=True))
     figures = {"bits per byte": text_bits / sum(sizes[i] for ids in chosen for i in ids)}
@@ -410,7 +420,7 @@ def main(
     work: Annotated[
         Path, typer.Option(help="tokenizer and training state; an interrupted run resumes from here")
     ] = Path(tempfile.gettempdir(), "jaxengine_demo"),
-    steps: Annotated[int, typer.Option(help="training steps of 3072 tokens", min=2 * WARMUP)] = 2400,
+    steps: Annotated[int, typer.Option(help="training steps of 3072 tokens", min=2 * WARMUP)] = 3000,
     save_every: Annotated[int, typer.Option(help="steps between saved states", min=1)] = 100,
     figures_every: Annotated[int, typer.Option(help="steps between quick held-out figures", min=1)] = 250,
     seed: Annotated[int, typer.Option(help="of the parameters and the data")] = 0,
@@ -450,7 +460,7 @@ def main(
             if (step + 1) % save_every == 0:
                 save_state(path, state, step + 1, seconds)
             if (step + 1) % figures_every == 0 or step + 1 == steps:
-                figures = quick_figures(state[0], tokenizer, 4 * BATCH)
+                figures = quick_figures(state[0], tokenizer, 32)
                 console.print("   ".join(f"{name} {value:.3f}" for name, value in figures.items()), soft_wrap=True)
     save_folder(out, state[0], tokenizer)
     console.print(f"{out} written after {time.monotonic() - started:.0f} s")

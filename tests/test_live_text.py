@@ -245,15 +245,16 @@ def test_several_templates(tmp_path: Path) -> None:
     ]
     config = {**NAMES["llama 2"], "chat_template": entries}
     folder = write_folder(tmp_path, KINDS["llama 2"], tokenizer_config=config)
+    cases: list[dict[str, Any]] = [
+        {},
+        {"tools": TOOLS},
+        {"tools": []},
+        {"chat_template": "tool_use"},
+        {"chat_template": "{{ 1 }}"},
+    ]
     for _ in range(2):
         ours, theirs = both(folder)
-        for variables in (
-            {},
-            {"tools": TOOLS},
-            {"tools": []},
-            {"chat_template": "tool_use"},
-            {"chat_template": "{{ 1 }}"},
-        ):
+        for variables in cases:
             assert ours.render_chat([USER], **variables) == theirs.apply_chat_template(
                 [USER], tokenize=False, **variables
             )

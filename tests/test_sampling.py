@@ -5,6 +5,7 @@ Tolerances are derived from float32's unit roundoff u = 2**-24, in the oracle's 
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -77,7 +78,7 @@ samplings = st.builds(
     presence_penalty=st.one_of(st.just(0.0), st.floats(-2, 2)),
     frequency_penalty=st.one_of(st.just(0.0), st.floats(-2, 2)),
 )
-texts = st.lists(st.integers(0, V - 1), max_size=T)
+texts = st.lists(st.integers(0, V // 3), max_size=T)  # few ids, so that tokens come twice
 quick = settings(
     max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow], database=None
 )
@@ -479,8 +480,8 @@ def test_sorts_and_random_bits_only_where_asked_for(s, sorts):
 
 
 def test_xla_adds_no_second_sort():
-    text = lowered(Sampling(0.7, top_k=5, top_p=0.5, min_p=0.1, repetition_penalty=1.1, presence_penalty=1)).compile()
-    assert text.as_text().count(" sort(") == 1
+    everything = Sampling(0.7, top_k=5, top_p=0.5, min_p=0.1, repetition_penalty=1.1, presence_penalty=1)
+    assert str(lowered(everything).compile().as_text()).count(" sort(") == 1
 
 
 def test_counts_hold_only_what_the_steps_read():
@@ -615,7 +616,8 @@ def test_a_bad_value_is_refused_with_a_choice_that_works(wrong, advice):
 
 def test_the_limits_themselves_are_accepted():
     Sampling(0, top_k=1, top_p=1, min_p=0, presence_penalty=-2, frequency_penalty=2)
-    Sampling(np.float32(0.5), top_k=np.int64(3), top_p=np.float64(0.5), min_p=1)
+    numpy: dict[str, Any] = {"temperature": np.float32(0.5), "top_k": np.int64(3), "top_p": np.float64(0.5)}
+    assert Steps.of([Sampling(**numpy)]) == Steps(sampled=True, top_k=True, top_p=True)
 
 
 def test_steps_are_the_union_of_the_rows():
@@ -642,9 +644,10 @@ def test_misuse_is_named():
     for n in (-1, V + 1):
         with pytest.raises(ValueError, match=f"logprobs={n}.*use"):
             top_logprobs(z, n)
-    for seed in (-1, 2**64, 1.5, True):
+    bad: Any  # the annotations refuse some of these already
+    for bad in (-1, 2**64, 1.5, True):
         with pytest.raises(ValueError, match=r"seed=.*use"):
-            row_keys(seed, [0])
-    for j in (-1, 2**32, 0.5):
+            row_keys(bad, [0])
+    for bad in (-1, 2**32, 0.5):
         with pytest.raises(ValueError, match="sample index"):
-            row_keys(0, [j])
+            row_keys(0, [bad])

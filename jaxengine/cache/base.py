@@ -95,8 +95,9 @@ class CachedAttend:
         elif layout.holds(T, S, attention.window):
             seen, at = stored(written), layout.positions(after, S)
         else:
-            old = stored(kv)
-            seen = {n: jnp.concatenate([old[n], new[n]], axis=2) for n in new}
+            # the new tokens as they will be read back, so that several at once are what one at a time would be
+            old, read_back = stored(kv), {n: codec.decode(codec.encode(new[n]), q.dtype) for n in new}
+            seen = {n: jnp.concatenate([old[n], read_back[n]], axis=2) for n in new}
             at = jnp.concatenate([layout.positions(self.lengths, S), self.positions], axis=1)
         out = attention_kernel(
             q, seen["k"], seen["v"], self.positions, at,

@@ -99,26 +99,27 @@ def split_spec(spec: str) -> tuple[str, str, str]:
     return batch, ins, outs
 
 
-def einsum(spec: str, x: Array, w: Array) -> Array:
-    """einsum of activations and one dense matrix of the same dtype; accumulates in float32."""
+def einsum(spec: str, x: Array, w: Array, dtype: Any = None) -> Array:
+    """einsum of x and a dense matrix of its dtype; accumulates in float32, the result in `dtype` (None: x's)."""
     batch, _, outs = split_spec(spec)
     rows = math.prod(x.shape[: len(batch)])
+    dtype = x.dtype if dtype is None else dtype
 
     def plain(x: Array, w: Array) -> Array:
-        return jnp.einsum(spec, x, w, preferred_element_type=jnp.float32).astype(x.dtype)
+        return jnp.einsum(spec, x, w, preferred_element_type=jnp.float32).astype(dtype)
 
     def columns(x: Array, w: Array) -> Array:
         wanted = x.shape[: len(batch)] + w.shape[: len(outs)]
         x_im = lax.optimization_barrier(x.reshape(rows, -1).T)
         y_om = w.reshape(-1, x_im.shape[0]) @ x_im
-        return lax.optimization_barrier(y_om).T.reshape(wanted)
+        return lax.optimization_barrier(y_om).T.reshape(wanted).astype(dtype)
 
     def reduced(x: Array, w: Array) -> Array:
         # one row in 16 bits: XLA:CPU's dot converts the whole matrix first (1.4 GB/s); a fused multiply-add reads it once
         wanted = x.shape[: len(batch)] + w.shape[: len(outs)]
         x_i = x.reshape(-1).astype(jnp.float32)
         w_oi = w.reshape(-1, x_i.shape[0]).astype(jnp.float32)
-        return (w_oi * x_i[None, :]).sum(-1).astype(x.dtype).reshape(wanted)
+        return (w_oi * x_i[None, :]).sum(-1).astype(dtype).reshape(wanted)
 
     if x.dtype == jnp.float32 and 1 < rows <= FEW_ROWS:
         return lax.platform_dependent(x, w, cpu=columns, default=plain)

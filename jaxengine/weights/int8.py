@@ -1,6 +1,6 @@
 """int8, one scale per output channel, symmetric (the W8 of W8A16).
 
-    s_o = max_i |w_oi| / 127        q_oi = round(w_oi / s_o)        w_oi ~ q_oi s_o
+    s_o = max(max_i |w_oi| / 127, 2^-120)        q_oi = round(w_oi / s_o)        w_oi ~ q_oi s_o
 
 The scale belongs to the output, so it is applied after the matmul: the codes go into the dot as they are and no
 dequantised matrix stands anywhere. A quarter of float32's bytes, half of bfloat16's; the error of an element is at most
@@ -17,6 +17,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int8
 
 from jaxengine.weights.base import Weight, einsum
+
+LEAST = 2.0**-120  # of a scale: half of it, and its products with codes, are normal float32 numbers
 
 
 @jax.tree_util.register_dataclass
@@ -42,9 +44,10 @@ class PerChannel(Weight):
         return self._wide_scale() * (0.5 + 2 * 127 * 2.0**-24)
 
     def contract(self, spec: str, x: Array) -> Array:
-        y = einsum(spec, x, self.codes.astype(x.dtype))
+        # float32 until the scale is in: sums of codes are up to 127 / max|w| times the result and overflow float16
+        y = einsum(spec, x, self.codes.astype(x.dtype), jnp.float32)
         scale = self.scale.reshape((1,) * (y.ndim - self.scale.ndim) + self.scale.shape)
-        return (y.astype(jnp.float32) * scale).astype(x.dtype)
+        return (y * scale).astype(x.dtype)
 
     def take(self, ids: Array, dtype: Any) -> Array:
         codes, scale = jnp.take(self.codes, ids, axis=0), jnp.take(self.scale, ids, axis=0)
@@ -56,7 +59,8 @@ def encode(w: Array, *, out: int) -> PerChannel:
     """Quantise w [out..., in...] to int8 with one scale for each of its leading `out` dims' channels."""
     wide = w.astype(jnp.float32)
     largest = jnp.abs(wide).max(axis=tuple(range(out, w.ndim)), keepdims=True)
-    scale = jnp.where(largest > 0, largest / 127, 1.0)  # an all-zero channel keeps its zeros
+    # never a subnormal, which XLA flushes to zero; an all-zero channel keeps its zeros
+    scale = jnp.maximum(largest / 127, LEAST)
     codes = jnp.round(wide / scale).astype(jnp.int8)
     return PerChannel(codes, scale.reshape(w.shape[:out]))
 

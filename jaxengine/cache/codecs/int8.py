@@ -1,6 +1,6 @@
 """int8 keys and values, one float32 scale for each token and kv head, symmetric.
 
-    s = max_h |x_h| / 127        q_h = round(x_h / s)
+    s = max(max_h |x_h| / 127, 2^-120)        q_h = round(x_h / s)
 
 H + 4 bytes for H elements: about half of bfloat16's. The error of an element is at most s / 2.
 """
@@ -12,12 +12,14 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array
 
+LEAST = 2.0**-120  # of a scale: half of it, and its products with codes, are normal float32 numbers
+
 
 def encode(x: Array) -> dict[str, Array]:
     """x [B, K, T, H] to codes int8 [B, K, T, H] and scale float32 [B, K, T]."""
     wide = x.astype(jnp.float32)
     largest = jnp.abs(wide).max(-1)
-    scale = jnp.where(largest > 0, largest / 127, 1.0)
+    scale = jnp.maximum(largest / 127, LEAST)  # never a subnormal, which XLA flushes to zero
     return {"codes": jnp.round(wide / scale[..., None]).astype(jnp.int8), "scale": scale}
 
 

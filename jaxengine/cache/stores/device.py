@@ -20,7 +20,7 @@ def write(slots: Any, new: Any, where: Int[Array, "B T"]) -> Any:
 
     def put(old: Array, x: Array) -> Array:
         by_token = x.swapaxes(1, 2)  # the indexed dims come first in an advanced-index update: [B, T, K, ...]
-        return old.at[rows, :, where].set(by_token, mode="drop")
+        return old.at[rows, :, where].set(by_token, mode="drop", wrap_negative_indices=False)
 
     return jax.tree.map(put, slots, new)
 

@@ -1,0 +1,111 @@
+"""A Plan names choices, survives JSON, counts bytes as they are, and refuses what cannot be."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import pytest
+
+import jaxengine
+from jaxengine import placement
+from jaxengine.architecture import architecture
+from jaxengine.engine import empty_cache
+from jaxengine.plan import Plan, cache_bytes, choose, device_bytes, parse_bytes, weight_bytes
+from jaxengine.sources import read_config
+from sharding.mesh import make_mesh
+
+GOLDEN = Path(__file__).parent / "golden"
+PLANS = [
+    Plan(),
+    Plan(dtype="bfloat16", weights="int8", home="host", kv_codec="int8", kv_layout="full"),
+    Plan(weight_rules=(("lm_head", "int8"), ("layers.*.down", "dense")), weights="int8"),
+    Plan(sharding="tensor", mesh="data=4,tensor=2", rules=(("vocab", None),), form="scan"),
+]
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_json_and_back(plan: Plan) -> None:
+    again = Plan.from_json(plan.to_json())
+    assert again == plan
+    assert hash(again) == hash(plan)
+    assert all(f.name in str(plan) for f in dataclasses.fields(plan))
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"dtype": "float8"}, "float32, bfloat16, float16"),
+        ({"weights": "int9"}, "Did you mean 'int8'"),
+        ({"home": "hots"}, "Did you mean 'host'"),
+        ({"home": "host", "form": "unrolled"}, "takes the form scan"),
+        ({"kv_codec": "int7"}, "int8"),
+        ({"kv_layout": "windows"}, "window"),
+        ({"sharding": "tensors"}, "tensor"),
+        ({"weight_rules": (("lm_head", "nf5"),)}, "nf5"),
+    ],
+)
+def test_choices_that_are_not_there(given: dict, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        Plan(**given)
+
+
+def test_unknown_field_is_refused() -> None:
+    with pytest.raises(ValueError, match="unknown field speed"):
+        Plan.from_json('{"speed": "fast"}')
+
+
+@pytest.mark.parametrize("case", ["llama", "gemma2", "gemma3_text", "gpt2", "qwen2"])
+@pytest.mark.parametrize(
+    "given", [{}, {"weights": "int8"}, {"home": "host", "dtype": "bfloat16"}, {"kv_codec": "int8"}]
+)
+def test_bytes_are_those_of_the_arrays(case: str, given: dict) -> None:
+    """The arithmetic on abstract parameters against the nbytes of what is then allocated, weights and cache."""
+    raw = read_config(GOLDEN / case)
+    model = jaxengine.load(GOLDEN / case, plan=Plan(**given))
+    arch = architecture(raw)
+    counted = weight_bytes(arch, model.plan)
+    assert counted["outer"] == sum(x.nbytes for x in jax.tree.leaves(model.params["outer"]))
+    assert counted["layers"] == sum(x.nbytes for x in jax.tree.leaves(model.params["banks"]))
+    cache = jax.jit(lambda p: empty_cache(model.engine, p, 3, 40))(model.params)
+    assert cache_bytes(arch, model.plan, batch=3, length=40) == sum(x.nbytes for x in jax.tree.leaves(cache))
+    promised = placement.abstract(arch, model.plan, model.mesh)
+    assert jax.tree.structure(promised) == jax.tree.structure(model.params)
+    for a, b in zip(jax.tree.leaves(promised), jax.tree.leaves(model.params), strict=True):
+        assert (a.shape, a.dtype) == (b.shape, b.dtype)
+        assert a.sharding.is_equivalent_to(b.sharding, b.ndim)
+        assert a.sharding.memory_kind == b.sharding.memory_kind
+
+
+def test_memory_chooses_the_home() -> None:
+    arch = architecture(read_config(GOLDEN / "llama"))
+    resident = device_bytes(arch, Plan(home="device"), batch=1, length=2048)
+    streamed = device_bytes(arch, Plan(home="host"), batch=1, length=2048)
+    assert streamed < resident
+    assert choose(arch, Plan(), resident).home == "device"
+    assert choose(arch, Plan(), resident - 1).home == "host"
+    assert choose(arch, Plan(), streamed).home == "host"
+    with pytest.raises(ValueError, match=r"1 B short") as e:
+        choose(arch, Plan(), streamed - 1)
+    assert "int8" in str(e.value)
+    assert jaxengine.load(GOLDEN / "llama", memory=streamed).plan.home == "host"
+    with pytest.raises(ValueError, match="give one"):
+        jaxengine.load(GOLDEN / "llama", memory="1GB", home="host")
+
+
+def test_sizes_as_people_write_them() -> None:
+    assert parse_bytes("16GB") == 16 * 10**9
+    assert parse_bytes("1.5GiB") == 3 * 2**29
+    assert parse_bytes(" 500 mb ") == 500 * 10**6
+    assert parse_bytes(12345) == 12345
+    for bad in ("16 goats", "", "-3GB", "0", 0, "1.2.3GB"):
+        with pytest.raises(ValueError, match="memory is"):
+            parse_bytes(bad)
+
+
+def test_rules_that_do_not_divide_are_refused_before_reading() -> None:
+    arch = architecture(read_config(GOLDEN / "llama"))
+    plan = Plan(sharding="tensor")
+    with pytest.raises(ValueError, match="tensor"):
+        placement.place(arch, plan, make_mesh("tensor=8"), lambda name: pytest.fail(f"{name} was read"))

@@ -1,0 +1,49 @@
+"""Eight simulated devices give what one gives, under every named table of rules, for resident and for streamed layers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import jaxengine
+
+GOLDEN = Path(__file__).parent / "golden"
+PROMPTS = [[5, 9, 33, 2], [7, 8, 9, 10, 11, 12, 13], [40, 41], [3]]
+# two tables split every matrix of the tiny Llama whatever its sizes; the mesh axis must divide its two kv heads
+TABLES = [("data", "data=8"), ("fsdp", "fsdp=8"), ("tensor", "data=4,tensor=2"), ("fsdp+tensor", "fsdp=4,tensor=2")]
+
+
+@pytest.fixture(scope="module")
+def single() -> tuple[np.ndarray, list[list[int]]]:
+    model = jaxengine.load(GOLDEN / "llama")
+    return np.asarray(model.logits(PROMPTS[1])), [c.tokens for c in model.generate(PROMPTS, max_new_tokens=8)]
+
+
+@pytest.mark.parametrize(
+    "given", [{}, {"home": "host"}, {"kv": "int8", "kv_layout": "full"}], ids=["device", "host", "int8kv"]
+)
+@pytest.mark.parametrize(("sharding", "mesh"), TABLES)
+def test_equal_to_one_device(sharding: str, mesh: str, given: dict, single: tuple) -> None:
+    model = jaxengine.load(GOLDEN / "llama", sharding=sharding, mesh=mesh, **given)
+    # the sums over a split dim are made in another order: the same bound as against transformers
+    np.testing.assert_allclose(np.asarray(model.logits(PROMPTS[1])), single[0], atol=2e-4, rtol=0)
+    if "kv" not in given:
+        assert [c.tokens for c in model.generate(PROMPTS, max_new_tokens=8)] == single[1]
+    q = jax.tree.leaves(model.params["banks"][0].weights[0]["q"])[0]
+    split = q.size // q.addressable_shards[0].data.size
+    assert split == {"data": 1, "fsdp": 8, "tensor": 2, "fsdp+tensor": 8}[sharding]
+    assert q.sharding.memory_kind == ("pinned_host" if given.get("home") == "host" else "device")
+
+
+def test_quantised_weights_are_split_too() -> None:
+    one = jaxengine.load(GOLDEN / "llama", weights="int8")
+    many = jaxengine.load(GOLDEN / "llama", weights="int8", sharding="fsdp+tensor", mesh="fsdp=4,tensor=2")
+    np.testing.assert_allclose(many.logits(PROMPTS[1]), one.logits(PROMPTS[1]), atol=2e-4, rtol=0)
+    q = many.params["banks"][0].weights[0]["q"]
+    assert q.codes.size == 8 * q.codes.addressable_shards[0].data.size
+    assert (
+        q.scale.size == 2 * q.scale.addressable_shards[0].data.size
+    )  # its dims are the outputs: heads alone are split
