@@ -5,10 +5,10 @@ spaces, and the tensors' bytes without gaps. A checkpoint is a folder with model
 and model.safetensors.index.json saying which tensor is in which.
 
 The format is small enough to own, and owning it buys three things. Reads are `preadv` into page-aligned memory that
-the caller may reuse: on a cold disk that is two to three times faster than a memory map (whose page faults come one at a
-time) and than building a new array for every tensor; jax's CPU backend can use 64-byte-aligned memory as it is. Every
-dtype the format knows becomes an ml_dtypes array of the same bits (numpy alone has no bfloat16 and no fp8). And a part
-of a tensor (rows of its first dim) costs that part only, which is what fused projections and shards need.
+the caller may reuse: on a cold disk that is two to three times faster than a memory map (whose page faults come one at
+a time) and than building a new array for every tensor; jax's CPU backend can use 64-byte-aligned memory as it is. The
+narrow floats become ml_dtypes arrays of the same bits (numpy alone has no bfloat16 and no fp8). And a part of a tensor
+(rows of its first dim) costs that part only, which is what fused projections and shards need.
 
 Headers are checked in full when a folder is opened, before a byte of data is read: each tensor's bytes must be inside
 the file, have the size its shape says, and tile the data with neither overlap nor hole.

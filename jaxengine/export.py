@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from checkpoints import orbax
 from checkpoints.output import output_folder
-from checkpoints.safetensors import plan_shards, write_file
+from checkpoints.safetensors import plan_shards, write_file, write_index
 from jaxengine.architecture import Architecture, architecture
 from jaxengine.plan import DTYPES, Plan
 from jaxengine.sources import ORBAX, PLAN, Origin, open_source, read_config, stored_names, stored_tensors
@@ -71,26 +70,17 @@ def write_hf(
         metadata = origin.metadata.get("files", {}).get(file, {"format": "pt"})
         write_file(folder / file, {n: tensors[n] for n in names}, tensor, metadata)
     if len(shards) > 1:
-        _write_index(folder, shards, tensors, total, origin)
+        write_index(folder, shards, tensors, origin.metadata.get("index"))
     matrices = {d.name for d, shape in tensors.values() if len(shape) > 1}
     write_beside(folder, origin, matrices.pop() if len(matrices) == 1 else None)
-
-
-def _write_index(
-    folder: Path, shards: Mapping[str, Sequence[str]], tensors: Mapping[str, Any], total: int, origin: Origin
-) -> None:
-    where = {n: file for file, names in shards.items() for n in names}
-    given = origin.metadata.get("index")
-    if not given or given.get("total_size") != total:
-        given = {"total_parameters": sum(int(np.prod(s)) for _, s in tensors.values()), "total_size": total}
-    text = json.dumps({"metadata": given, "weight_map": where}, indent=2, sort_keys=True) + "\n"
-    (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
 
 
 def write_orbax(
     folder: Path, arch: Architecture, plan: Plan, get: Get, origin: Origin, *, track: Track | None = None
 ) -> None:
     """orbax/ with the weights in the plan's formats, the plan, and config.json and the rest beside it."""
+    from checkpoints import orbax  # two seconds of import, for those who use it
+
     tensors, specs = stored_tensors(arch, plan), arch.specs()
     owner = {n: name for name, s in specs.items() for n in jax.tree.leaves(stored_names(name, s, plan))}
     total, done = sum(t.nbytes for t in tensors.values()), 0
@@ -143,8 +133,8 @@ def convert(
     """Read one folder, write another, one parameter at a time; nothing is placed on a device.
 
     to: 'hf' or 'orbax'. dtype: cast all parameters (each keeps its own if not given). Raises, before anything is
-    written: ValueError for a choice there is not, FileExistsError for a target that is not empty, ConfigError and
-    CheckpointError for a source that cannot be read.
+    written: ValueError for a choice there is not, CheckpointError for a target that is not empty or a source that cannot
+    be read, ConfigError for a model that is not done.
     """
     if to not in FORMATS:
         raise ValueError(f"convert: to is {to!r}; it can be {' or '.join(FORMATS)}")

@@ -185,7 +185,7 @@ class Model:
         format 'hf': safetensors under Hugging Face's names, in `dtype` (the plan's if not given), quantised weights
         decoded, split into files as the folder it came from. 'orbax': one chunk per layer, weights in the formats they
         are in, to be loaded by `load` or by plain orbax. Config, tokenizer and plan stand beside the weights. Raises
-        FileExistsError for a folder that is not empty, unless `overwrite`.
+        CheckpointError for a folder that is not empty, unless `overwrite`.
         """
         if format not in export.FORMATS:
             raise ValueError(f"save: format is {format!r}; it can be {' or '.join(export.FORMATS)}")
@@ -262,7 +262,11 @@ class _Row:
         self.finish_reason: str | None = None
         self.text = ""
         self._taken = 0
-        self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer, context=ids)
+        self._detokenizer = (
+            None
+            if tokenizer is None
+            else Detokenizer(tokenizer, context=[t for t in ids[-32:] if t < tokenizer.vocab_size])
+        )
         self._known = 0 if tokenizer is None else tokenizer.vocab_size
         self._stopper = StopStrings(stop) if stop else None
 

@@ -146,7 +146,7 @@ def values(steps: Steps, samplings: Sequence[Sampling]) -> dict[str, Array]:
     """The numbers of a batch, one array [B] each, and only those that `steps` reads: the dynamic half of `samplings`.
 
     Top-p travels as its tail 1 - p and min-p as its logarithm, both taken in float64 here: p = 0.999999 rounded to
-    float32 first would be off by 5% of its tail.
+    float32 first would be off by over 1% of its tail.
 
     Raises ValueError if a row asks for a processor that `steps` leaves out.
     """

@@ -11,16 +11,18 @@ import dataclasses
 import json
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import jax
 import numpy as np
 
 from checkpoints.errors import CheckpointError, listing
-from checkpoints.orbax import OrbaxReader, Stored
 from checkpoints.safetensors import Reader
 from jaxengine.architecture import Architecture, Spec
 from jaxengine.plan import Plan, abstract_leaf
+
+if TYPE_CHECKING:
+    from checkpoints.orbax import Stored
 
 ORBAX = "orbax"  # the sub-folder of a saved model that holds its arrays
 PLAN = "jaxengine_plan.json"
@@ -112,6 +114,8 @@ class Orbax:
         self.plan = saved_plan(folder)
         if self.plan is None:
             raise CheckpointError(f"{folder} has {ORBAX}/ but no {PLAN}, which says in which formats its weights are")
+        from checkpoints.orbax import OrbaxReader  # two seconds of import, for those who use it
+
         self._reader = OrbaxReader.open(folder / ORBAX)
         try:
             self._check(architecture)
@@ -223,6 +227,8 @@ def stored_tensors(architecture: Architecture, plan: Plan) -> dict[str, Stored]:
 
     Raises ValueError where layers cannot be stacked because the plan gives them different formats.
     """
+    from checkpoints.orbax import Stored
+
     found: dict[str, Stored] = {}
     for name, spec in architecture.specs().items():
         leaf = abstract_leaf(plan.format_of(name, spec), spec.shape, spec.out, plan.dtype)

@@ -50,8 +50,6 @@ def attention(
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     info = ml_dtypes.finfo(dtype)
     u, tiny = float(info.eps) / 2, float(info.tiny)
-    if np.dtype(dtype) == np.float32:
-        u = U
     B, T, N, H = q.shape
     group = N // k.shape[1]
     out, bound = np.full(q.shape, np.nan), np.full(q.shape, np.nan)

@@ -1,0 +1,224 @@
+"""The demo checkpoint and its tasks: small, disjoint, exactly what their names say, and as good as the README says.
+
+A figure of the README is held against a small sample through the binomial distribution itself: the count of right
+answers must not be one that the README's rate would give less than once in 10^5 samples.
+"""
+
+import importlib
+import json
+import math
+import random
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer
+from typer.testing import CliRunner
+
+import jaxengine
+from checkpoints.safetensors import Reader
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
+tasks = importlib.import_module("demo_tasks")
+evaluation = importlib.import_module("eval")
+
+FOLDER = Path(jaxengine.demo_folder())
+ONCE_IN = 1e-5
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.from_file(str(FOLDER / "tokenizer.json"))
+
+
+@pytest.fixture(scope="module")
+def model() -> jaxengine.Model:
+    return jaxengine.load(FOLDER, dtype="float32")
+
+
+def readme_figures() -> dict[str, tuple[float, float, int]]:
+    """The README's table: name -> value, standard error, samples."""
+    rows = re.findall(r"^\| (.+?) \| ([\d.]+) \| ([\d.]+) \| (\d+) \|$", (FOLDER / "README.md").read_text(), re.M)
+    return {name: (float(value), float(error), int(n)) for name, value, error, n in rows}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The folder
+
+
+def test_the_folder_is_small():
+    assert sum(path.stat().st_size for path in FOLDER.rglob("*") if path.is_file()) <= 8_000_000
+    with Reader.open(FOLDER) as reader:
+        assert sum(math.prod(reader.info(name).shape) for name in reader.names) <= 4_000_000
+
+
+def test_the_tokenizer_holds_the_tasks_words_as_one_token_each(tokenizer):
+    for word in (*tasks.KEYS, *(f" {word}" for word in (*tasks.VALUES, *tasks.FILLER)), *"0123456789"):
+        assert len(tokenizer.encode(word, add_special_tokens=False).ids) == 1, word
+    assert tokenizer.encode("1234", add_special_tokens=False).tokens == list("1234")
+
+
+def test_config_tokenizer_and_generation_agree(tokenizer):
+    config, generation = (json.loads((FOLDER / f"{n}.json").read_text()) for n in ("config", "generation_config"))
+    assert config["vocab_size"] == tokenizer.get_vocab_size()
+    assert config["max_position_embeddings"] == tasks.CONTEXT
+    for name, token in (("bos_token_id", tasks.BOS), ("eos_token_id", tasks.EOS)):
+        assert config[name] == generation[name] == tokenizer.token_to_id(token)
+    assert tokenizer.encode("x").tokens[0] == tasks.BOS
+
+
+def test_text_survives_the_tokenizer(tokenizer):
+    text = "def f(x):\n\treturn 'naïve 日本 🙂'  # 3.14\r\n"
+    assert tokenizer.decode(tokenizer.encode(text).ids) == text
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The tasks
+
+
+@pytest.mark.parametrize("task", tasks.TASKS)
+@pytest.mark.parametrize("split", ["train", "held_out"])
+def test_generators_are_deterministic(task, split):
+    drawn = tasks.examples(task, split, 20)
+    assert drawn == tasks.examples(task, split, 20)
+    assert drawn[:5] == tasks.examples(task, split, 5)
+    assert drawn != tasks.examples(task, split, 20, seed=1)
+
+
+def test_generators_are_pinned():
+    """The README's figures are of these very questions, on every Python."""
+    assert tasks.examples("addition", "held_out", 3)[0] == tasks.Example("16+49=", "65", "\n")
+    copied = tasks.examples("copy, 8 letters", "held_out", 3)[0]
+    assert copied == tasks.Example("copy: usjk dwij\npaste:", " usjk dwij", "\n")
+
+
+def asked(text: str) -> set[str]:
+    """Everything the disjointness rule speaks of, found in a text by its form alone."""
+    pairs = {f"{key} {value}" for key, value in re.findall(r"^(\w+) = (\w+)$", text, re.M)}
+    strings = set(re.findall(r"(?:copy:|Copy this:) ((?:[a-z]{4} ?)+)(?=\n|<)", text))
+    return pairs | strings | set(re.findall(r"\d+[+-]\d+", text))
+
+
+def test_training_documents_hold_nothing_that_is_held_out():
+    rng = random.Random(0)
+    documents = [
+        tasks.recall_document(rng, 383),
+        *(draw(rng) for draw in (tasks.copy_document, tasks.arithmetic_document, tasks.chat_document)),
+    ]
+    for _ in range(300):
+        documents += [tasks.recall_document(rng, rng.randint(9, 383)), tasks.copy_document(rng)]
+        documents += [tasks.arithmetic_document(rng), tasks.chat_document(rng)]
+    found = set().union(*(asked("".join(text for text, _ in pieces)) for pieces in documents))
+    assert len(found) > 3000
+    assert {tasks.split_of(question) for question in found} == {"train"}
+
+
+@pytest.mark.parametrize("task", tasks.TASKS)
+def test_held_out_questions_are_held_out(task):
+    for example in tasks.examples(task, "held_out", 50):
+        if "recall" in task:  # the pair asked about; the others are distractors and may be of training
+            key = example.prompt.splitlines()[-1].removesuffix(" =")
+            found = {f"{key}{example.answer}"} & asked(example.prompt)
+        elif "What is this?" in example.prompt:
+            key = example.prompt.splitlines()[-1].split(" = ?")[0]
+            found = {f"{key}{example.answer}"} & asked(example.prompt)
+        else:
+            found = asked(example.prompt)
+        assert len(found) == 1, example
+        assert {tasks.split_of(question) for question in found} == {"held_out"}
+
+
+def test_held_out_files_are_not_trained_on():
+    train, held_out = ({name for name, _ in tasks.text_files(split)} for split in ("train", "held_out"))
+    assert train
+    assert held_out
+    assert not train & held_out
+
+
+@pytest.mark.parametrize("distance", tasks.DISTANCES)
+def test_recall_distances_are_exact_in_tokens(tokenizer, distance):
+    for example in tasks.examples(f"recall, {distance} tokens", "held_out", 30):
+        question = example.prompt.splitlines()[-1]
+        line = question + example.answer + "\n"
+        assert example.prompt.count(line) == example.prompt.count(question + " ") == 1
+        before = len(tokenizer.encode(example.prompt[: example.prompt.index(line)] + question).ids)
+        assert len(tokenizer.encode(example.prompt).ids) - before == distance
+        assert len(tokenizer.encode(example.answer, add_special_tokens=False).ids) == 1
+
+
+def test_sums_are_right():
+    for task, sign in (("addition", 1), ("subtraction", -1)):
+        for example in tasks.examples(task, "held_out", 100):
+            a, b = map(int, re.findall(r"\d+", example.prompt))
+            assert int(example.answer) == a + sign * b >= 0
+
+
+def test_an_answer_must_be_whole():
+    example = tasks.Example("1+1=", "2", "\n")
+    assert example.is_right("2\n3+3=6")
+    assert not example.is_right("21\n")
+    assert not example.is_right("\n2")
+
+
+@pytest.mark.parametrize(("distance", "pairs"), [(3, 8), (5, 1), (32, 0), (32, 41)])
+def test_recall_that_cannot_be_written_is_refused(distance, pairs):
+    with pytest.raises(ValueError, match="cannot be written"):
+        tasks.recall(random.Random(0), "train", distance, pairs)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model
+
+
+def test_chats_are_written_as_they_were_trained(model, tokenizer):
+    for example in tasks.examples("chat", "held_out", 20):
+        said = example.prompt.removeprefix(f"{tasks.USER} ").removesuffix(tasks.ASSISTANT)
+        chat = [{"role": "user", "content": said}]
+        assert model.tokenizer.encode_chat(chat) == tokenizer.encode(example.prompt).ids
+
+
+def test_text_figure_reproduces(model, tokenizer):
+    value, error, _ = readme_figures()[evaluation.TEXT]
+    figure = evaluation.bits_per_byte(model, tokenizer, 32)
+    assert abs(figure.value - value) < 4.4 * math.hypot(figure.error, error)  # a normal's once in 10^5
+    assert figure.value < 2.0
+
+
+def tail(count: int, n: int, rate: float) -> float:
+    """The probability of a count at least as far out, on its own side."""
+    p = [math.comb(n, k) * rate**k * (1 - rate) ** (n - k) for k in range(n + 1)]
+    return min(sum(p[: count + 1]), sum(p[count:]))
+
+
+@pytest.mark.parametrize("task", ["recall, 32 tokens", "recall, 256 tokens", "copy, 16 letters", "addition", "chat"])
+def test_task_figures_reproduce(model, tokenizer, task):
+    value, _, n = readme_figures()[task]
+    rate = (value * n + 1) / (n + 2)  # Laplace's: n right of n is not a rate of 1
+    figure = evaluation.accuracy(model, tokenizer, task, 32, seed=1)
+    assert tail(round(figure.value * figure.samples), figure.samples, rate) > ONCE_IN
+
+
+def test_readme_has_every_figure():
+    assert list(readme_figures()) == [evaluation.TEXT, *tasks.TASKS]
+
+
+def test_bits_per_byte_of_a_uniform_model_is_its_vocabularys(tokenizer):
+    class Uniform:
+        def logits(self, ids: np.ndarray) -> np.ndarray:
+            return np.full((*ids.shape, tokenizer.get_vocab_size()), 3.0, np.float32)
+
+    windows = tasks.text_windows(lambda text: tokenizer.encode(text, add_special_tokens=False).ids)
+    text_bytes = sum(len(tokenizer.decode(ids).encode()) for ids in windows if "�" not in tokenizer.decode(ids))
+    counted = sum(len(ids) for ids in windows if "�" not in tokenizer.decode(ids))
+    figure = evaluation.bits_per_byte(Uniform(), tokenizer, len(windows))
+    assert figure.value == pytest.approx(counted * math.log2(tokenizer.get_vocab_size()) / text_bytes, rel=1e-3)
+
+
+def test_eval_refuses_a_folder_of_another_model(tmp_path):
+    app = importlib.import_module("typer").Typer()
+    app.command()(evaluation.main)
+    found = CliRunner().invoke(app, [str(tmp_path)])
+    assert found.exit_code == 2
+    assert "tokenizer" in found.output

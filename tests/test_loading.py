@@ -1,0 +1,243 @@
+"""Loading holds one tensor at a time, refuses what does not fit before it allocates, and saving gives back what was read."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import jaxengine
+from checkpoints.errors import CheckpointError
+from checkpoints.safetensors import Reader, write_file
+from jaxengine.architecture import architecture
+from jaxengine.config import ConfigError
+from jaxengine.export import convert
+from jaxengine.placement import stored
+from jaxengine.sources import layer_of, read_config, stacked_name
+
+GOLDEN = Path(__file__).parent / "golden"
+CASES = sorted(p.parent.name for p in GOLDEN.glob("*/golden.npz"))
+
+
+def copy(case: str, to: Path, **config: object) -> Path:
+    shutil.copytree(GOLDEN / case, to)
+    raw = json.loads((to / "config.json").read_text()) | config
+    (to / "config.json").write_text(json.dumps(raw))
+    return to
+
+
+def same_files(a: Path, b: Path) -> None:
+    names = sorted(p.name for p in a.iterdir() if p.name != "golden.npz")
+    assert names == sorted(p.name for p in b.iterdir())
+    for name in names:
+        assert (a / name).read_bytes() == (b / name).read_bytes(), name
+
+
+# --- out again -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_import_export_is_byte_identical(case: str, tmp_path: Path) -> None:
+    jaxengine.load(GOLDEN / case).save(tmp_path / "out")
+    same_files(GOLDEN / case, tmp_path / "out")
+
+
+@pytest.mark.parametrize("case", ["gemma3_text", "phi3", "gpt2"])
+def test_streamed_layers_export_the_same(case: str, tmp_path: Path) -> None:
+    jaxengine.load(GOLDEN / case, home="host").save(tmp_path / "out")
+    same_files(GOLDEN / case, tmp_path / "out")
+
+
+@pytest.mark.parametrize("case", ["llama", "qwen2", "gpt2", "gemma2"])
+def test_through_orbax_and_back(case: str, tmp_path: Path) -> None:
+    convert(GOLDEN / case, tmp_path / "orbax", to="orbax")
+    convert(tmp_path / "orbax", tmp_path / "hf", to="hf")
+    same_files(GOLDEN / case, tmp_path / "hf")
+    direct, again = jaxengine.load(GOLDEN / case), jaxengine.load(tmp_path / "orbax")
+    np.testing.assert_array_equal(again.logits([3, 1, 4, 1, 5]), direct.logits([3, 1, 4, 1, 5]))
+    sharded = jaxengine.load(tmp_path / "orbax", sharding="data", mesh="data=8", home="host")
+    banks = jax.tree.leaves(sharded.params["banks"])
+    assert {(x.sharding.memory_kind, x.sharding.num_devices) for x in banks} == {("pinned_host", 8)}
+    elsewhere = stored(sharded.architecture, sharded.params)
+    for name, fetch in stored(direct.architecture, direct.params).items():
+        np.testing.assert_array_equal(fetch(), elsewhere[name](), err_msg=name)
+
+
+def test_quantised_weights_stay_as_they_are_in_orbax(tmp_path: Path) -> None:
+    model = jaxengine.load(GOLDEN / "llama", weights="int8")
+    model.save(tmp_path / "q", format="orbax")
+    again = jaxengine.load(tmp_path / "q")
+    assert again.plan == model.plan
+    for a, b in zip(jax.tree.leaves(model.params), jax.tree.leaves(again.params), strict=True):
+        np.testing.assert_array_equal(a, b)
+    with pytest.raises(CheckpointError, match="stored as 'int8' and the plan asks for 'dense'"):
+        jaxengine.load(tmp_path / "q", weights="dense")
+    again.save(tmp_path / "hf")  # decoded: what the int8 model computes with, as plain float32
+    np.testing.assert_allclose(jaxengine.load(tmp_path / "hf").logits([1, 2, 3]), again.logits([1, 2, 3]), atol=2e-4)
+
+
+def test_dtype_casts(tmp_path: Path) -> None:
+    convert(GOLDEN / "llama", tmp_path / "bf16", to="hf", dtype="bfloat16")
+    assert read_config(tmp_path / "bf16")["dtype"] == "bfloat16"
+    with Reader.open(GOLDEN / "llama") as source, Reader.open(tmp_path / "bf16") as cast:
+        for name in source.names:
+            np.testing.assert_array_equal(cast.read(name), source.read(name).astype(jax.numpy.bfloat16))
+
+
+def test_nothing_is_overwritten_or_left_half_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "thesis.txt").write_text("precious")
+    with pytest.raises(CheckpointError, match="taken is not empty"):
+        convert(GOLDEN / "llama", tmp_path / "taken", to="hf")
+    assert (tmp_path / "taken" / "thesis.txt").read_text() == "precious"
+    model = jaxengine.load(GOLDEN / "llama")
+
+    def fails(*given: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("jaxengine.export.write_beside", fails)
+    with pytest.raises(KeyboardInterrupt):
+        model.save(tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["taken"]
+    for bad in ({"format": "gguf"}, {"dtype": "float8"}, {"format": "orbax", "dtype": "float16"}):
+        with pytest.raises(ValueError, match="save"):
+            model.save(tmp_path / "out", **bad)
+
+
+# --- what is refused ---------------------------------------------------------------------------------------------------
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, np.ndarray]], None]) -> None:
+    """Write the folder's one file anew with its tensors changed."""
+    with Reader.open(folder) as reader:
+        tensors = {n: reader.read(n) for n in reader.names}
+    change(tensors)
+    (folder / "model.safetensors").unlink()
+    described = {n: (t.dtype, t.shape) for n, t in tensors.items()}
+    write_file(folder / "model.safetensors", described, lambda n: tensors[n], {"format": "pt"})
+
+
+Q = "model.layers.1.self_attn.q_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda t: t.pop(Q), r"(?s)Missing \(1\).*layers.*q_proj"),
+        (lambda t: t.update({"extra.weight": np.zeros(3, np.float32)}), r"(?s)Unexpected \(1\).*extra\.weight"),
+        (lambda t: t.update({Q: t[Q][:-1]}), r"(?s)Of another shape.*q_proj.*the model needs"),
+    ],
+    ids=["missing", "unexpected", "misshapen"],
+)
+def test_tensors_that_do_not_fit(change: Callable, said: str, tmp_path: Path) -> None:
+    folder = copy("llama", tmp_path / "m")
+    rewrite(folder, change)
+    with pytest.raises(CheckpointError, match=said):
+        jaxengine.load(folder)
+
+
+def test_truncated_and_corrupt_files(tmp_path: Path) -> None:
+    folder = copy("llama", tmp_path / "m")
+    file = folder / "model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-100])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+        jaxengine.load(folder)
+    file.write_bytes(b"\xff" * 8 + whole[8:])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+        jaxengine.load(folder)
+    file.unlink()
+    with pytest.raises(CheckpointError, match=str(folder)):
+        jaxengine.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("model_type", "mamba", "model_type is 'mamba'; the families are"),
+        ("hidden_act", "swish7", "hidden_act is 'swish7'"),
+        ("flux_capacitor", 1.21, "flux_capacitor = 1.21 is not known"),
+        ("quantization_config", {"quant_method": "gptq"}, "quant_method 'gptq'"),
+        ("rope_parameters", {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}, "'dynamic'"),
+        ("pretraining_tp", 2, "pretraining_tp is 2"),
+    ],
+)
+def test_configs_that_ask_for_more(field: str, value: object, said: str, tmp_path: Path) -> None:
+    with pytest.raises((ConfigError, ValueError), match=said):
+        jaxengine.load(copy("llama", tmp_path / "m", **{field: value}))
+
+
+def test_folders_that_are_none(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="is not a folder"):
+        jaxengine.load(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match=r"no config\.json"):
+        jaxengine.load(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match="is not JSON"):
+        jaxengine.load(tmp_path)
+
+
+def test_names_in_stacks() -> None:
+    assert (layer_of("layers.12.q"), layer_of("embedding")) == (12, None)
+    assert (stacked_name("layers.12.q"), stacked_name("embedding")) == ("layers.q", "embedding")
+    raw = read_config(GOLDEN / "llama")
+    assert "layers.0.q" in architecture(raw).specs()
+
+
+# --- host memory ---------------------------------------------------------------------------------------------------------
+
+MEASURE = """
+import json, sys
+folder, given = sys.argv[1], json.loads(sys.argv[2])
+import jax, jaxengine
+
+def kilobytes(field):
+    return int(next(l for l in open("/proc/self/status") if l.startswith(field)).split()[1])
+
+jaxengine.load(sys.argv[3], **given)  # imports, backend, and the compiler's own memory are there before we measure
+open("/proc/self/clear_refs", "w").write("5")  # the peak starts anew
+before = kilobytes("VmRSS")
+model = jaxengine.load(folder, **given)
+placed = sum(x.nbytes for x in jax.tree.leaves(model.params))
+print(json.dumps({"peak": 1024 * (kilobytes("VmHWM") - before), "placed": placed}))
+"""
+
+
+@pytest.fixture(scope="module")
+def half_a_gigabyte(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
+    """A Llama of 512 MiB in float32, and the bytes of its largest tensor (64 MiB)."""
+    folder = tmp_path_factory.mktemp("large")
+    raw = {
+        "model_type": "llama", "vocab_size": 16384, "hidden_size": 1024, "intermediate_size": 4096, "dtype": "float32",
+        "num_hidden_layers": 6, "num_attention_heads": 8, "num_key_value_heads": 8, "max_position_embeddings": 128,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(raw))
+    arch = architecture(raw)
+    shapes = arch.name_table().theirs(arch.params(), arch.num_layers)
+    rng = np.random.default_rng(0)
+    noise = rng.standard_normal(2**20, np.float32)
+    write_file(
+        folder / "model.safetensors",
+        {n: (np.dtype(np.float32), s) for n, s in shapes.items()},
+        lambda n: np.resize(noise, shapes[n]),
+        {"format": "pt"},
+    )
+    return folder, max(int(np.prod(s)) for s in shapes.values()) * 4
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
+@pytest.mark.parametrize("given", [{}, {"home": "host"}, {"dtype": "bfloat16"}, {"weights": "int8"}], ids=str)
+def test_host_memory_while_loading(given: dict, half_a_gigabyte: tuple[Path, int]) -> None:
+    """At most the placed parameters and twice the largest tensor, in a process of its own."""
+    folder, largest = half_a_gigabyte
+    command = [sys.executable, "-c", MEASURE, str(folder), json.dumps(given), str(GOLDEN / "llama")]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["peak"] <= found["placed"] + 2 * largest, found
