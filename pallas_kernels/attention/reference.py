@@ -47,7 +47,9 @@ def attention(
     scores = jnp.where(seen[:, None, None], scores, NEVER)
     weights = jnp.exp(scores - scores.max(-1, keepdims=True))
     weights = weights / weights.sum(-1, keepdims=True)
+    # transposed apart from the einsum: asked for "btkgh" it puts v on the left, and that dot XLA:CPU refuses in bfloat16
+    # for some shapes ("Unsupported element type for DotThunk: BF16 x BF16 = F32", jaxlib 0.10.2 to 0.12)
     out = jnp.einsum(
-        "bkgts,bksh->btkgh", weights.astype(q.dtype), v.astype(q.dtype), preferred_element_type=jnp.float32
+        "bkgts,bksh->bkgth", weights.astype(q.dtype), v.astype(q.dtype), preferred_element_type=jnp.float32
     )
-    return out.reshape(B, T, N, H).astype(q.dtype)
+    return out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H).astype(q.dtype)
