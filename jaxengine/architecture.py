@@ -146,7 +146,7 @@ def _abstract(architecture: Architecture, kind: Hashable, *, outer: bool) -> tup
         meta = variable.get_metadata()
         name = ".".join(map(str, path))
         shape = tuple(variable.get_value().shape)
-        specs[name] = Spec(shape, meta["out_sharding"], meta["out"])
+        specs[name] = Spec(shape, meta["axes"], meta["out"])
         if len(shape) != len(specs[name].axes):
             raise TypeError(f"{architecture.family}: {name} has shape {shape} and axes {specs[name].axes}")
     return graphdef, specs

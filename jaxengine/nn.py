@@ -24,13 +24,13 @@ def matrix(
 ) -> nnx.Param[Any]:
     """A matrix [out..., in...]: `out` of its dims are outputs, `axes` names each dim. Drawn from N(0, scale^2)."""
     drawn = scale * jax.random.normal(rngs.params(), tuple(shape), jnp.float32)
-    return nnx.Param(drawn, out_sharding=tuple(axes), out=out, eager_sharding=False)
+    return nnx.Param(drawn, axes=tuple(axes), out=out)
 
 
 def vector(shape: Sequence[int], axes: Sequence[str], *, fill: float = 0.0) -> nnx.Param[Any]:
     """A norm's weight or a bias: never contracted, never quantised."""
     filled = jnp.full(tuple(shape), fill, jnp.float32)
-    return nnx.Param(filled, out_sharding=tuple(axes), out=None, eager_sharding=False)
+    return nnx.Param(filled, axes=tuple(axes), out=None)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,174 @@
+"""Compiling for a GPU that is not there.
+
+XLA's GPU compiler is in two wheels (jax-cuda13-pjrt, jax-cuda13-plugin; no driver, no other CUDA package), and compiles
+for any card that is described to it: a `GpuTargetConfigProto` in text form. What comes out is the real program, with its
+buffer sizes, copies and kernels; only what autotuning on the card would choose can differ.
+
+    with target(CARDS["H200"]) as t:
+        args = t.place(args)                       # ShapeDtypeStructs; those in pinned_host stay there
+        compiled = t.compile(jax.jit(f), *args)
+        device_bytes(compiled)
+
+A compile-only device lists no memories, so a sharding on its mesh loses a memory kind, while an AbstractMesh keeps it
+but selects no compiler: device arguments stand on the one, host arguments on the other, and at least one of the first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.util
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+
+AXES = ("data", "fsdp", "tensor")
+
+
+@dataclasses.dataclass(frozen=True)
+class Card:
+    """What the compiler asks about a card. Bytes, bytes/s and GHz; `kind` is a name that Pallas's lowering knows."""
+
+    name: str
+    kind: str
+    capability: tuple[int, int]
+    cores: int
+    fp32_per_core: int
+    shared_memory: int  # of a core
+    shared_memory_block: int  # the most that one block can have
+    threads_per_core: int
+    bandwidth: float
+    l2: int
+    clock: float
+    memory: int
+
+    def target_config(self) -> str:
+        """The text form of GpuTargetConfigProto."""
+        major, minor = self.capability
+        info = {
+            "threads_per_block_limit": 1024, "threads_per_warp": 32, "shared_memory_per_block": 49152,
+            "shared_memory_per_core": self.shared_memory, "threads_per_core_limit": self.threads_per_core,
+            "core_count": self.cores, "fpus_per_core": self.fp32_per_core, "block_dim_limit_x": 2**31 - 1,
+            "block_dim_limit_y": 65535, "block_dim_limit_z": 65535, "memory_bandwidth": int(self.bandwidth),
+            "l2_cache_size": self.l2, "clock_rate_ghz": self.clock, "device_memory_size": self.memory,
+            "shared_memory_per_block_optin": self.shared_memory_block, "registers_per_core_limit": 65536,
+            "registers_per_block_limit": 65536,
+        }  # fmt: skip
+        fields = " ".join(f"{k}: {v}" for k, v in info.items())
+        return (
+            f"gpu_device_info {{ {fields} cuda_compute_capability {{ major: {major} minor: {minor} }} }}"
+            f' platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 8 }} device_description_str: "{self.kind}"'
+        )
+
+
+# NVIDIA's data sheets and the CUDA programming guide's table of compute capabilities
+CARDS = {
+    c.name: c
+    for c in (
+        Card(
+            "A100", "NVIDIA A100-SXM4-80GB", (8, 0), 108, 64, 167936, 166912, 2048, 2039e9, 40 * 2**20, 1.41, 80 * 2**30
+        ),
+        Card(
+            "RTX 4090",
+            "NVIDIA GeForce RTX 4090",
+            (8, 9),
+            128,
+            128,
+            102400,
+            101376,
+            1536,
+            1008e9,
+            72 * 2**20,
+            2.52,
+            24 * 2**30,
+        ),
+        Card("H200", "NVIDIA H200", (9, 0), 132, 128, 233472, 232448, 2048, 4800e9, 50 * 2**20, 1.98, 141 * 10**9),
+    )
+}
+
+# On by default on H100, H200 and B200 alone; without it no copy overlaps any compute on other cards
+OPTIONS = {
+    "xla_gpu_enable_latency_hiding_scheduler": True,
+    "xla_gpu_experimental_parallel_async_compute_limit": 16,
+}
+
+
+def missing() -> str | None:
+    """Why nothing can be compiled for a GPU here; None if it can."""
+    for module in ("jax_cuda13_plugin", "jax_plugins.xla_cuda13"):
+        try:
+            found = importlib.util.find_spec(module)
+        except ModuleNotFoundError:
+            found = None
+        if found is None:
+            version = jax.__version__
+            return (
+                f"XLA's GPU compiler is not installed: pip install --no-deps jax-cuda13-pjrt=={version}"
+                f" jax-cuda13-plugin=={version}"
+            )
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A card that programs are compiled for: `mesh` is the abstract one, to make shardings on."""
+
+    card: Card
+    mesh: AbstractMesh
+    concrete: Mesh
+
+    def place(self, tree: Any) -> Any:
+        """ShapeDtypeStructs on `mesh`: those in device memory are moved to the compile-only devices."""
+
+        def one(x: Any) -> jax.ShapeDtypeStruct:
+            sharding = x.sharding or NamedSharding(self.mesh, jax.sharding.PartitionSpec())
+            if sharding.memory_kind not in (None, "device"):
+                return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(self.concrete, sharding.spec))
+
+        return jax.tree.map(one, tree)
+
+    def compile(self, jitted: Any, *args: Any, **options: Any) -> Any:
+        """Trace, lower for CUDA and compile, with the options that streaming needs."""
+        lowered = jitted.trace(*args).lower(lowering_platforms=("cuda",))
+        return lowered.compile(compiler_options=OPTIONS | options)
+
+
+@contextlib.contextmanager
+def target(card: Card, **axes: int) -> Iterator[Target]:
+    """A mesh of such cards (one, or e.g. tensor=2) to compile for. Raises RuntimeError where the compiler is missing."""
+    if said := missing():
+        raise RuntimeError(said)
+    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+    from jax.experimental import topologies
+
+    shape = tuple(axes.get(a, 1) for a in AXES)
+    count = int(np.prod(shape))
+    topology = topologies.get_topology_desc("", "cuda", target_config=card.target_config(), topology=f"1x1x{count}")
+    types = (AxisType.Auto,) * len(AXES)
+    device = jax.sharding.AbstractDevice(device_kind=card.kind, num_cores=card.cores, platform="gpu")
+    mesh = AbstractMesh(shape, AXES, axis_types=types, abstract_device=device)
+    concrete = Mesh(np.array(topology.devices).reshape(shape), AXES, axis_types=types)
+    with jax.sharding.use_abstract_mesh(mesh):
+        yield Target(card, mesh, concrete)
+
+
+def device_bytes(compiled: Any) -> int:
+    """Bytes that a compiled program needs on each device: arguments, outputs that are no arguments, temporaries."""
+    m = compiled.memory_analysis()
+    return m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes
+
+
+def host_bytes(compiled: Any) -> int:
+    """The same in pinned host memory."""
+    m = compiled.memory_analysis()
+    return (
+        m.host_argument_size_in_bytes
+        + m.host_output_size_in_bytes
+        - m.host_alias_size_in_bytes
+        + m.host_temp_size_in_bytes
+    )

@@ -1,0 +1,88 @@
+"""Decode and prefill compiled for real cards, without a card: where bytes stand, and that streamed layers are streamed.
+
+A Llama of 6 layers of 72 MiB in bfloat16; with layers on the host the device holds embedding, head, cache and about one
+layer. XLA's own buffer assignment is the oracle.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxengine import engine, placement, sampling
+from jaxengine.architecture import architecture
+from jaxengine.engine import Engine
+from jaxengine.plan import Plan, cache_bytes, weight_bytes
+from pallas_kernels import aot
+
+pytestmark = [pytest.mark.aot, pytest.mark.skipif(aot.missing() is not None, reason=str(aot.missing()))]
+
+RAW = {
+    "model_type": "llama", "vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 6,
+    "num_attention_heads": 16, "num_key_value_heads": 4, "max_position_embeddings": 4096,
+}  # fmt: skip
+BATCH, LENGTH = 4, 1024
+
+
+def compiled_decode(card: str, plan: Plan) -> tuple[object, object]:
+    """(the compiled decode loop, the architecture)."""
+    arch = architecture(RAW)
+    with aot.target(aot.CARDS[card]) as target:
+        how = Engine(arch, plan.caching, plan.dtype, plan.sharding_rules(), target.mesh)  # pyright: ignore[reportArgumentType]
+        params = placement.abstract(arch, plan, target.mesh)  # pyright: ignore[reportArgumentType]
+        rows = [sampling.Sampling()] * BATCH
+        steps = sampling.Steps.of(rows)
+        ints = jax.ShapeDtypeStruct((BATCH,), jnp.int32)
+        one = jnp.zeros((BATCH, 1), jnp.int32)
+
+        def fresh(params: object) -> engine.Decoding:
+            cache = engine.empty_cache(how, params, BATCH, LENGTH)
+            counts = sampling.init_counts(steps, one, one > 0, RAW["vocab_size"])
+            return engine.Decoding(cache, one[:, 0], one[:, 0], one[:, 0] > 0, counts, keys)
+
+        keys = sampling.row_keys(0, [0] * BATCH)
+        values = jax.eval_shape(lambda: sampling.values(steps, rows))
+        state = jax.eval_shape(fresh, params)
+        args = target.place((params, state, values, ints, jax.ShapeDtypeStruct((), jnp.int32)))
+        jitted = jax.jit(engine.decode.__wrapped__, static_argnums=(0, 1, 2), donate_argnums=4)
+        return target.compile(jitted, how, steps, 0, *args), arch
+
+
+@pytest.mark.parametrize("card", sorted(aot.CARDS))
+def test_streamed_decode_holds_about_one_layer(card: str) -> None:
+    plan = Plan(dtype="bfloat16", home="host")
+    compiled, arch = compiled_decode(card, plan)
+    size = weight_bytes(arch, plan)
+    cache = cache_bytes(arch, plan, batch=BATCH, length=LENGTH)
+    memory = compiled.memory_analysis()
+    norms = 6 * 2 * 2048 * 2
+    assert memory.host_argument_size_in_bytes == pytest.approx(size["layers"], rel=0.01)
+    assert memory.host_temp_size_in_bytes == 0
+    known = size["outer"] + cache + norms
+    assert memory.argument_size_in_bytes == pytest.approx(known, rel=0.01)
+    assert memory.alias_size_in_bytes >= cache  # the cache is written where it stands
+    # a layer brought in, one layer's cache out of its stack and back, and small things
+    assert memory.temp_size_in_bytes < 1.1 * size["largest_layer"] + 2 * cache / 6 + 64 * 2**20
+    assert aot.device_bytes(compiled) < known + 2 * size["largest_layer"]
+
+
+@pytest.mark.parametrize("card", ["RTX 4090", "H200"])
+def test_resident_decode_holds_the_weights_once(card: str) -> None:
+    plan = Plan(dtype="bfloat16")
+    compiled, arch = compiled_decode(card, plan)
+    size = weight_bytes(arch, plan)
+    cache = cache_bytes(arch, plan, batch=BATCH, length=LENGTH)
+    memory = compiled.memory_analysis()
+    assert memory.host_argument_size_in_bytes == 0
+    assert memory.argument_size_in_bytes == pytest.approx(size["outer"] + size["layers"] + cache, rel=0.01)
+    assert memory.temp_size_in_bytes < 0.5 * size["largest_layer"] + 2 * cache / 6 + 64 * 2**20
+
+
+def test_int8_streams_half_the_bytes() -> None:
+    plan = Plan(dtype="bfloat16", weights="int8", home="host")
+    compiled, arch = compiled_decode("H200", plan)
+    dense = weight_bytes(arch, Plan(dtype="bfloat16"))["layers"]
+    assert compiled.memory_analysis().host_argument_size_in_bytes == pytest.approx(dense / 2, rel=0.01)
+    assert np.isclose(weight_bytes(arch, plan)["layers"], dense / 2, rtol=0.01)
