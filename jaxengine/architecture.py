@@ -81,6 +81,12 @@ class Architecture:
         """What a layer of this kind attends with."""
         return _attention(self, kind)
 
+    @property
+    def reread_at(self) -> int | None:
+        """The number of tokens past which a row is read anew; None where that never happens."""
+        found = [a.reread_at for a in map(self.attention, set(self.kinds)) if a.reread_at is not None]
+        return min(found, default=None)
+
     def name_table(self) -> Any:
         """This family's names against Hugging Face's."""
         return self.module.name_table(self.config)

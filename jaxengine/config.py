@@ -77,8 +77,8 @@ def rope_fields(raw: Mapping[str, Any], *, theta: float = 10000.0, partial: bool
     """The rope parameters as one mapping, from either spelling.
 
     transformers >= 5 writes `rope_parameters`; before, `rope_theta`, `partial_rotary_factor` and `rope_scaling` stood
-    apart. `theta` is the family's default base; `partial` families rotate a part of each head where
-    `partial_rotary_factor` says so, and ConfigError refuses it in the others.
+    apart, with `type` for rope_type. `theta` is the family's default base; `partial` families rotate a part of each
+    head where `partial_rotary_factor` says so, and ConfigError refuses it in the others.
     """
     merged: dict[str, Any] = {"rope_theta": raw.get("rope_theta") or theta}
     if raw.get("partial_rotary_factor") is not None:
@@ -92,8 +92,14 @@ def rope_fields(raw: Mapping[str, Any], *, theta: float = 10000.0, partial: bool
             f"config.json: partial_rotary_factor is {merged['partial_rotary_factor']!r}; model_type"
             f" {raw.get('model_type')!r} rotates whole heads, 1.0"
         )
+    if nested := [k for k, v in merged.items() if isinstance(v, Mapping)]:
+        raise ConfigError(
+            f"config.json: rope_parameters has its own parameters for {', '.join(nested)}; model_type"
+            f" {raw.get('model_type')!r} has one rope for all layers"
+        )
+    merged["rope_type"] = merged.pop("rope_type", merged.pop("type", "default"))
     original = raw.get("original_max_position_embeddings")
-    if original and merged.get("rope_type", merged.get("type")) in ("llama3", "longrope", "su", "yarn"):
+    if original and merged["rope_type"] in ("llama3", "longrope", "su", "yarn"):
         merged["original_max_position_embeddings"] = original  # the outer one goes first, as in transformers
     return merged
 

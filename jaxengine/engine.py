@@ -140,6 +140,20 @@ def prefill(
     return Decoding(cache, chosen.token, lengths[rows], done, counts, keys), chosen
 
 
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def reread(engine: Engine, params: Any, now: Decoding, tokens: Int[Array, "B T"], rows: Bool[Array, " B"]) -> Decoding:
+    """Read the given rows anew, each from its first token to `now.token`, and put what they now give into the cache.
+
+    For models whose keys and values of all tokens change when a row grows past `architecture.reread_at`: as the last
+    token stands at that position, every token is turned as in a long row. `now.token` is written ahead of its step,
+    which writes it again.
+    """
+    positions = row_positions(tokens.shape[1], jnp.where(rows, now.lengths + 1, 0))
+    attend = CachedAttend(engine.caching, positions, jnp.zeros_like(now.lengths), fresh=True)
+    _, cache = forward(engine, params, tokens, positions, attend, now.cache)
+    return dataclasses.replace(now, cache=cache)
+
+
 def step(engine: Engine, params: Any, now: Decoding) -> tuple[Float[Array, "B V"], Any]:
     """One token further: put each row's last token into the cache; gives the next token's logits and the cache."""
     positions = jnp.where(now.done, -1, now.lengths)[:, None]

@@ -339,6 +339,7 @@ class _Run:
             raise ValueError(f"generate: logprobs is {logprobs}; the vocabulary has {model.config.vocab_size} tokens")
         owners = [i for i in range(len(ids)) for _ in range(n)]
         self.rows = [_Row(i, ids[i], model.tokenizer, self.stop, frozenset(stop_ids)) for i in owners]
+        self.ids = ids
         self.steps = sampling.Steps.of([how])
         self.values = sampling.values(self.steps, [how] * len(owners))
         self.stop_ids = model._put(np.asarray(sorted(stop_ids) or [-1], np.int32))
@@ -360,13 +361,28 @@ class _Run:
 
     def advance(self, steps: int) -> None:
         """Make up to `steps` more tokens in each row that has not ended."""
-        limit = min(steps, self.limit - self.made, engine.CHUNK)
+        limit = min(steps, self.limit - self.made, engine.CHUNK, self._steps_before_reread())
         m = self.model
         self.now, chosen, made = engine.decode(
             m.engine, self.steps, self.top, m.params, self.now, self.values, self.stop_ids, jnp.int32(limit)
         )
         self.made += limit
         self._keep(chosen, int(made))
+
+    def _steps_before_reread(self) -> int:
+        """How many steps until a row has to be read anew; rows for which that time has come are read anew now."""
+        at = self.model.architecture.reread_at
+        if at is None:
+            return engine.CHUNK
+        rows: list[list[int]] = [[] if r.finish_reason else self.ids[r.prompt] + r.tokens for r in self.rows]
+        turning = np.asarray([len(row) == at + 1 for row in rows])
+        if turning.any():
+            tokens = np.zeros((len(rows), engine.bucket(at + 1)), np.int32)
+            for i in np.flatnonzero(turning):
+                tokens[i, : at + 1] = rows[i]
+            m = self.model
+            self.now = engine.reread(m.engine, m.params, self.now, m._put(tokens), m._put(turning))
+        return min((at + 1 - len(row) for row in rows if 0 < len(row) <= at), default=engine.CHUNK)
 
     def _keep(self, chosen: engine.Chosen, made: int) -> None:
         tokens, logprobs, top_ids, top_logprobs = (

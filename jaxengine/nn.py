@@ -35,7 +35,11 @@ def vector(shape: Sequence[int], axes: Sequence[str], *, fill: float = 0.0) -> n
 
 @dataclasses.dataclass(frozen=True)
 class Attention:
-    """What a block's attention is, apart from its weights. `window` tokens are seen (None: all before)."""
+    """What a block's attention is, apart from its weights.
+
+    `window` tokens are seen (None: all before). A row that grows past `reread_at` tokens is read anew from its first
+    one (Phi-3's longrope, where other frequencies then hold for all positions); None: never.
+    """
 
     num_heads: int
     num_kv_heads: int
@@ -43,6 +47,7 @@ class Attention:
     scale: float
     window: int | None = None
     softcap: float | None = None
+    reread_at: int | None = None
 
 
 class Attend(Protocol):

@@ -1,7 +1,7 @@
 """The KV cache as a product: every layout x codec x store, found by file name, against a python dict.
 
 The dict holds what a row has been told, position -> (key, value), and nothing else. A run writes a ragged prompt, single
-tokens (some rows done: padding), several tokens at once, and more of them than the window. At every step two things are
+tokens (some rows done: padding), and several tokens at once, which may be more than the window. At every step two things are
 held against the dict, through the attend that the engine hands to a block:
 - which positions each query saw, how often: exactly those that the window allows, once each. Queries and keys of zero
   make all weights equal, and values that are one-hot in their position spell them out;
@@ -30,11 +30,10 @@ from jaxengine.nn import Attention
 U = 2.0**-24
 LENGTH = 16  # tokens that a row may come to; also H, so that a one-hot value can spell any position
 B, N, K, H = 3, 4, 2, LENGTH
-FULL = Attention(N, K, H, scale=0.3, softcap=3.0)
-WINDOWS = (1, 5, 100)
-# tokens of each row, step by step: prompts, then decoding with rows that are done, three at once, more than the window
-STEPS = ((8, 1, 3), (1, 1, 1), (1, 1, 0), (3, 2, 0), (1, 1, 1), (2, 7, 5))
-WIDTHS = (8, 1, 1, 3, 1, 7)
+WINDOWS = (2, 5, 100)
+# tokens of each row, step by step: prompts, then decoding with rows that are done, then several at once
+STEPS = ((8, 1, 3), (1, 1, 1), (1, 1, 0), (3, 2, 0), (1, 1, 1), (2, 3, 3))
+WIDTHS = (8, 1, 1, 3, 1, 3)
 
 products = [
     (Caching(layout, codec, store), window)
@@ -45,6 +44,14 @@ products = [
     if window is not None or layout == technique.names(LAYOUTS)[0]  # without a window the choice of layout has no say
 ]
 IDS = [f"{c.layout}-{c.codec}-{c.store}-{window}" for c, window in products]
+
+
+layouts = [
+    (layout, window)
+    for layout in technique.names(LAYOUTS)
+    for window in (None, 1, *WINDOWS)
+    if window is not None or layout == "full"
+]
 
 
 def attending(window: int | None) -> Attention:
@@ -68,10 +75,11 @@ def spelled(positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return np.zeros((B, T, N, H), np.float32), np.zeros((B, T, K, H), np.float32), np.repeat(v[:, :, None], K, axis=2)
 
 
-def round_trip(codec: str, x: np.ndarray) -> np.ndarray:
-    """A token [K, H] as it is read back."""
+@functools.partial(jax.jit, static_argnums=0)
+def round_trip(codec: str, x: Any) -> Any:
+    """Tokens [B, T, K, H] as they are read back."""
     module = technique.find(CODECS, codec)
-    return np.asarray(module.decode(module.encode(jnp.asarray(x)[None, :, None]), jnp.float32))[0, :, 0]
+    return module.decode(module.encode(x.swapaxes(1, 2)), x.dtype).swapaxes(1, 2)
 
 
 class Rows:
@@ -80,57 +88,39 @@ class Rows:
     def __init__(self) -> None:
         self.told: list[dict[int, tuple[np.ndarray, np.ndarray]]] = [{} for _ in range(B)]
 
-    def positions(self, counts: tuple[int, ...], T: int) -> np.ndarray:
-        """Of the next tokens of each row, -1 for padding on the right."""
+    def positions(self, counts: tuple[int, ...], T: int, *, left: bool = False) -> np.ndarray:
+        """Of the next tokens of each row, -1 for padding on the right, or on the left."""
+        n = np.array(counts)[:, None]
+        i = np.arange(T) - (T - n) * left
         start = np.array([len(row) for row in self.told])[:, None]
-        return np.where(np.arange(T) < np.array(counts)[:, None], start + np.arange(T), -1).astype(np.int32)
+        return np.where((i >= 0) & (i < n), start + i, -1).astype(np.int32)
 
     def tell(self, positions: np.ndarray, k: np.ndarray, v: np.ndarray) -> None:
         for b, t in zip(*np.nonzero(positions >= 0), strict=True):
             self.told[b][int(positions[b, t])] = (k[b, t], v[b, t])
 
-    def attended(self, attention: Attention, q: np.ndarray, positions: np.ndarray, codec: str | None) -> Any:
-        """float64 attention over all that each row was told; codec None: as it was told."""
-        outs = []
+    def check_attended(self, out: Any, attention: Attention, q: np.ndarray, positions: np.ndarray) -> None:
+        """float64 attention over all that each row was told; an implementation may sum over 2 LENGTH slots."""
+        assert np.isfinite(out).all()
+        how: dict[str, Any] = {"scale": attention.scale, "window": attention.window, "softcap": attention.softcap}
         for b, row in enumerate(self.told):
             at = sorted(row)
-            kept = [[x if codec is None else round_trip(codec, x) for x in row[p]] for p in at]
-            k, v = (np.stack([pair[i] for pair in kept], axis=1)[None] for i in (0, 1))
-            outs.append(
-                oracle.attention(
-                    q[b : b + 1],
-                    k,
-                    v,
-                    positions[b : b + 1],
-                    [at],
-                    scale=attention.scale,
-                    window=attention.window,
-                    softcap=attention.softcap,
-                )  # fmt: skip
-            )
-        return outs
+            k, v = (np.stack([row[p][i] for p in at], axis=1)[None] for i in (0, 1))
+            one = slice(b, b + 1)
+            wanted = oracle.attention(q[one], k, v, positions[one], [at], summed=2 * LENGTH, **how)
+            defined = ~np.isnan(wanted.out[0])
+            assert defined.any(axis=(1, 2)).tolist() == (positions[b] >= 0).tolist()
+            assert (abs(np.asarray(out)[b] - wanted.out[0])[defined] <= wanted.bound[0][defined]).all(), f"row {b}"
 
-
-def check_attended(out: Any, wanted: list[Any]) -> None:
-    assert np.isfinite(np.asarray(out)).all()
-    for b, one in enumerate(wanted):
-        defined = ~np.isnan(one.out[0])
-        # of the bound, what depends on the number of slots: masked ones are summed too, as zeros
-        assert (abs(np.asarray(out)[b] - one.out[0])[defined] <= one.bound[0][defined] + 64 * U * 3).all(), f"row {b}"
-
-
-def check_seen(out: Any, rows: Rows, positions: np.ndarray, window: int | None) -> None:
-    """Each query saw what the window allows of what its row was told, once each: every weight is 1 / (how many)."""
-    out = np.asarray(out)
-    for b, t in zip(*np.nonzero(positions >= 0), strict=True):
-        p = int(positions[b, t])
-        allowed = [r for r in rows.told[b] if oracle.sees(p, r, window)]
-        assert p in allowed
-        wanted = np.isin(np.arange(H), allowed) / len(allowed)
-        # the int8 codec gives back 127 (1 / 127); a position seen twice would be off by 1 / 17 at least
-        np.testing.assert_allclose(
-            out[b, t], np.broadcast_to(wanted, (N, H)), rtol=0, atol=64 * U, err_msg=f"{b} at {p}"
-        )
+    def check_seen(self, out: Any, positions: np.ndarray, window: int | None) -> None:
+        """Each query saw what the window allows of what its row was told, once each: all weights are 1 / (how many)."""
+        for b, t in zip(*np.nonzero(positions >= 0), strict=True):
+            p = int(positions[b, t])
+            allowed = [r for r in self.told[b] if oracle.sees(p, r, window)]
+            assert p in allowed
+            wanted = np.broadcast_to(np.isin(np.arange(H), allowed) / len(allowed), (N, H))
+            # a division, and a codec's two roundings of 1; a position seen twice would be off by 1 / 17 at least
+            np.testing.assert_allclose(out[b, t], wanted, rtol=0, atol=8 * U, err_msg=f"row {b}, query {p}")
 
 
 @pytest.mark.parametrize(("caching", "window"), products, ids=IDS)
@@ -140,27 +130,28 @@ def test_attends_to_what_was_told(caching: Caching, window: int | None) -> None:
     kv, spelled_kv = (empty(caching, attention, B, LENGTH, jnp.float32) for _ in range(2))
     lengths = jnp.zeros(B, jnp.int32)
     for i, (counts, T) in enumerate(zip(STEPS, WIDTHS, strict=True)):
-        positions = rows.positions(counts, T)
+        positions = rows.positions(counts, T, left=i % 2 == 1)
         go = functools.partial(run, caching, attention, i == 0, jnp.asarray(positions), lengths)
 
         q, k, v = tokens(i, T)
-        rows.tell(positions, k, v)
+        back = [np.asarray(round_trip(caching.codec, jnp.asarray(x))) for x in (k, v)]
+        rows.tell(positions, *((k, v) if i == 0 else back))
         out, kv = go((q, k, v), kv)
-        check_attended(out, rows.attended(attention, q, positions, None if i == 0 else caching.codec))
+        rows.check_attended(out, attention, q, positions)
+        rows.tell(positions, *back)
 
         q, k, v = spelled(positions)
         spelled_rows.tell(positions, k, v)
         out, spelled_kv = go((q, k, v), spelled_kv)
-        check_seen(out, spelled_rows, positions, window)
+        spelled_rows.check_seen(out, positions, window)
         lengths = lengths + jnp.asarray(counts, jnp.int32)
 
 
-@pytest.mark.parametrize(("caching", "window"), products, ids=IDS)
-def test_a_layout_answers_with_positions(caching: Caching, window: int | None) -> None:
+@pytest.mark.parametrize(("name", "window"), layouts)
+def test_a_layout_answers_with_positions(name: str, window: int | None) -> None:
     """Slots and positions alone, written one token or several at a time: a slot that claims position p holds token p,
     no position stands twice, and the window before the next token is there."""
-    attention = attending(window)
-    layout = caching.layout_for(attention)
+    layout = technique.find(LAYOUTS, name)
     S = layout.num_slots(LENGTH, window)
     assert 0 < S <= LENGTH
     for sizes in ((1,) * LENGTH, (9, 1, 1, 5), (LENGTH,), (3,) * 5):
@@ -188,10 +179,10 @@ def test_a_layout_answers_with_positions(caching: Caching, window: int | None) -
                 assert set(range(length)) <= set(claimed[0].tolist())
 
 
-@pytest.mark.parametrize(("caching", "window"), products, ids=IDS)
-def test_holds_is_true(caching: Caching, window: int | None) -> None:
+@pytest.mark.parametrize(("name", "window"), layouts)
+def test_holds_is_true(name: str, window: int | None) -> None:
     """Where a layout says that T tokens can be written before they are read, their windows are all there afterwards."""
-    layout = caching.layout_for(attending(window))
+    layout = technique.find(LAYOUTS, name)
     S = layout.num_slots(LENGTH, window)
     assert layout.holds(1, S, window)  # decoding reads what it has written: one pass over the cache, not a copy of it
     for T in range(1, 8):
@@ -218,19 +209,19 @@ def test_padding_writes_nothing(caching: Caching, window: int | None) -> None:
             np.testing.assert_array_equal(x, y)
 
 
-@pytest.mark.parametrize(("caching", "window"), products, ids=IDS)
+rewinding = [(c, window) for c, window in products if c.layout_for(attending(window)).CAN_REWIND]
+
+
+@pytest.mark.parametrize(("caching", "window"), rewinding, ids=[f"{c.layout}-{c.codec}-{w}" for c, w in rewinding])
 def test_what_can_rewind_forgets(caching: Caching, window: int | None) -> None:
     """Write on, set `lengths` back, write something else: the same bits as never having written."""
     attention = attending(window)
-    if not caching.layout_for(attention).CAN_REWIND:
-        assert window is not None  # a layout for all tokens keeps all tokens
-        return
     start = jnp.asarray(STEPS[0], jnp.int32)
     kv = empty(caching, attention, B, LENGTH, jnp.float32)
     _, kv = run(caching, attention, True, Rows().positions(STEPS[0], 8), jnp.zeros(B, jnp.int32), tokens(0, 8), kv)
 
     def on(kv: Any, T: int, seed: int) -> Any:
-        positions = start[:, None] + jnp.arange(T, dtype=jnp.int32)
+        positions = start[:, None] + jnp.arange(T, dtype=jnp.int32)[None]
         return run(caching, attention, False, positions, start, tokens(seed, T), kv)
 
     rejected = on(kv, 3, seed=1)[1]
@@ -238,25 +229,6 @@ def test_what_can_rewind_forgets(caching: Caching, window: int | None) -> None:
         found, wanted = on(rejected, T, seed=2)[0], on(kv, T, seed=2)[0]
         np.testing.assert_array_equal(found, wanted)
     assert any((x != y).any() for x, y in zip(jax.tree.leaves(rejected), jax.tree.leaves(kv), strict=True))
-
-
-@pytest.mark.parametrize("codec", technique.names(CODECS))
-def test_several_at_once_are_what_one_at_a_time_is(codec: str) -> None:
-    """Proposed tokens are verified at once and must be what single steps give, whatever the layout holds."""
-    attention = attending(5)
-    for layout in technique.names(LAYOUTS):
-        caching = Caching(layout, codec)
-        kv = empty(caching, attention, B, LENGTH, jnp.float32)
-        _, kv = run(caching, attention, True, Rows().positions(STEPS[0], 8), jnp.zeros(B, jnp.int32), tokens(0, 8), kv)
-        start, (q, k, v) = jnp.asarray(STEPS[0], jnp.int32), tokens(1, 3)
-        at_once, _ = run(
-            caching, attention, False, start[:, None] + jnp.arange(3, dtype=jnp.int32), start, (q, k, v), kv
-        )
-        for t in range(3):
-            one = tuple(x[:, t : t + 1] for x in (q, k, v))
-            out, kv = run(caching, attention, False, (start + t)[:, None], start + t, one, kv)
-            # the same keys and values in other slots: sums of at most 8 weights that add to one, in another order
-            np.testing.assert_allclose(out[:, 0], at_once[:, t], rtol=0, atol=256 * U)
 
 
 def test_attends_in_the_plans_dtype() -> None:
@@ -283,7 +255,7 @@ def test_plain_attend_is_attention_among_the_tokens(window: int | None) -> None:
     rows.tell(positions, k, v)
     out, kept = PlainAttend(jnp.asarray(positions))(attention, jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), ())
     assert kept == ()
-    check_attended(out, rows.attended(attention, q, positions, None))
+    rows.check_attended(out, attention, q, positions)
 
 
 # --- shapes, and what is refused ----------------------------------------------------------------------------------
@@ -324,7 +296,7 @@ def test_layers_that_see_all_tokens_keep_all() -> None:
 
 
 def test_a_window_layout_needs_a_window() -> None:
-    with pytest.raises(ValueError, match="sliding window.*'full'"):
+    with pytest.raises(ValueError, match=r"sliding window.*'full'"):
         technique.find(LAYOUTS, "window").num_slots(10, None)
 
 

@@ -4,7 +4,8 @@
     x <- x + W_down (act(W_gate h) * W_up h)                   h = rms_norm(x)
 
 Grouped queries and a sliding window: after l layers a token has heard of the l * window tokens before it, while a layer
-keeps `window` of them. The first 7B has a window in all layers, later models in none, Ministral (`layer_types`) in some.
+keeps `window` of them. The first 7B has a window in all layers, later models in none, Ministral 8B in some
+(`layer_types`).
 
 B batch, T queries, D model, F mlp, N query heads, K kv heads, H head dim, V vocab.
 """

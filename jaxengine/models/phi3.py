@@ -69,10 +69,11 @@ class Config:
 def _rope_fields(raw: Mapping[str, Any]) -> dict[str, Any]:
     """The rope parameters; 'su' and 'yarn' are what early Phi-3 files call longrope."""
     found = rope_fields({"original_max_position_embeddings": 4096, **raw}, partial=True)
-    kind = found.pop("rope_type", found.pop("type", "default"))
-    if kind not in ("default", "longrope", "su", "yarn"):
-        raise ConfigError(f"config.json: rope_scaling asks for type {kind!r}; phi3 has default and longrope")
-    return {**found, "rope_type": "default" if kind == "default" else "longrope"}
+    if found["rope_type"] not in ("default", "longrope", "su", "yarn"):
+        raise ConfigError(
+            f"config.json: rope_scaling asks for type {found['rope_type']!r}; phi3 has default and longrope"
+        )
+    return {**found, "rope_type": "default" if found["rope_type"] == "default" else "longrope"}
 
 
 class Block(nnx.Module):
@@ -81,8 +82,9 @@ class Block(nnx.Module):
     def __init__(self, config: Config, kind: None, rngs: nnx.Rngs):
         c = config
         D, F, N, K, H = c.hidden_size, c.intermediate_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim
-        self.attention = Attention(N, K, H, scale=H**-0.5, window=c.sliding_window)
         self.rope = rope_from_config(dict(c.rope), H, max_positions=c.max_position_embeddings)
+        reread_at = None if self.rope.long_frequencies is None else self.rope.original_length
+        self.attention = Attention(N, K, H, scale=H**-0.5, window=c.sliding_window, reread_at=reread_at)
         self.eps, self.act = c.rms_norm_eps, c.hidden_act
         self.input_norm = vector((D,), ("norm",), fill=1.0)
         self.q = matrix(rngs, (N, H, D), ("heads", "head_dim", "embed"), out=2)

@@ -45,12 +45,17 @@ def attention(
     window: int | None = None,
     softcap: float | None = None,
     dtype: Any = np.float32,
+    summed: int | None = None,
 ) -> Attended:
-    """q [B, T, N, H]; k, v [B, K, S, H]; positions [B, T] and [B, S]. dtype: what the implementation works in."""
+    """q [B, T, N, H]; k, v [B, K, S, H]; positions [B, T] and [B, S].
+
+    dtype: what the implementation works in; summed: how many slots its sums run over, empty ones with them (default S).
+    """
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     info = ml_dtypes.finfo(dtype)
     u, tiny = float(info.eps) / 2, float(info.tiny)
     B, T, N, H = q.shape
+    S = k.shape[2] if summed is None else summed
     group = N // k.shape[1]
     out, bound = np.full(q.shape, np.nan), np.full(q.shape, np.nan)
     for b in range(B):
@@ -73,11 +78,11 @@ def attention(
                 weights = mass / math.fsum(mass)
                 # relative: the exponents' errors in numerator and denominator, exp, the sum, the division
                 exponent = 2 * max(errors) + U * (top - min(scores))
-                relative = math.expm1(2 * exponent + 2 * FUNCTION + (len(k_positions[b]) + 2) * U)
+                relative = math.expm1(2 * exponent + 2 * FUNCTION + (S + 2) * U)
                 values = v[b, n // group, slots]
                 out[b, t, n] = weights @ values
                 magnitude = weights @ abs(values)
-                inside = magnitude * (relative + u + (len(k_positions[b]) + 1) * U) * (1 + relative)
+                inside = magnitude * (relative + u + (S + 1) * U) * (1 + relative)
                 inside = inside + tiny * abs(values).sum(0)  # weights below the smallest normal number may be flushed
                 bound[b, t, n] = inside + u * (abs(out[b, t, n]) + inside)
     return Attended(out, bound)
