@@ -12,7 +12,6 @@ L layers, B batch, D model.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,8 +26,7 @@ from jaxengine import technique
 from jaxengine.architecture import Segment, segments
 from jaxengine.homes.base import HOMES, Bank, home
 from jaxengine.walk import lay_out, walk
-from jaxengine.weights import int8
-from jaxengine.weights.base import contract
+from jaxengine.weights.base import Weight, contract
 from sharding.mesh import make_mesh
 
 U = 2.0**-24
@@ -84,7 +82,7 @@ def body(kind: str, weights: Any, x: jax.Array, state: jax.Array) -> tuple[jax.A
     return x, 2 * state + x
 
 
-@functools.partial(jax.jit, static_argnums=())
+@jax.jit
 def run(x: jax.Array, banks: Any, states: Any) -> Any:
     return walk(body, x, banks, states)
 
@@ -262,17 +260,18 @@ def test_a_scan_holds_its_states_once() -> None:
     assert memory.temp_size_in_bytes < L * size * 4
 
 
-def test_a_weight_of_a_format_walks_too() -> None:
+@pytest.mark.parametrize("name", technique.names("jaxengine.weights"))
+def test_a_weight_of_any_format_walks(name: str) -> None:
     """A Weight is a pytree: stacked, on the host, it is fetched and contracted like an array."""
     kinds = "aba"
-    encoded = [{"w": int8.encode(jnp.asarray(p["w"]), out=1), "b": p["b"]} for p in layers_of(kinds)]
-    dense = [{"w": np.asarray(p["w"].dense()), "b": p["b"]} for p in encoded]
-    wanted = Loop(kinds, dense, X).xs[-1]
+    encode = technique.find("jaxengine.weights", name).encode
+    encoded = [{"w": encode(jnp.asarray(p["w"]), out=1), "b": p["b"]} for p in layers_of(kinds)]
+    dense = [{"w": p["w"].dense() if isinstance(p["w"], Weight) else p["w"], "b": p["b"]} for p in encoded]
+    value, bound = Loop(kinds, dense, X).xs[-1]
     for place in PLACES:
         banks = banks_of(encoded, kinds, place)
         x, _ = run(jnp.asarray(X), banks, states_of(banks))
-        value, bound = wanted
-        close(x, (value, 2 * bound))  # a rounding for the scale in each product: D + 2 becomes D + 3
+        close(x, (value, 2 * bound))  # a rounding for a scale in each product: D + 2 becomes D + 3
 
 
 def test_no_state_is_a_state() -> None:
@@ -403,7 +402,7 @@ def test_segments_of_known_families() -> None:
     # Gemma 3 1B: 26 layers, five windowed to one full
     assert list(segments(local * 4 + ("w", "w"))) == [Segment(local, 4, 0), Segment(("w",), 2, 24)]
     # too few layers for the period to repeat: the run, the odd one, the rest
-    assert list(segments(local + ("w", "w"))) == [Segment(("w",), 5, 0), Segment(("f",), 1, 5), Segment(("w",), 2, 6)]
+    assert list(segments((*local, "w", "w"))) == [Segment(("w",), 5, 0), Segment(("f",), 1, 5), Segment(("w",), 2, 6)]
     assert list(segments([])) == []
 
 
@@ -443,5 +442,5 @@ def test_an_unknown_technique_is_refused_with_the_nearest(package: str, name: st
 
 @pytest.mark.parametrize("name", ["zzzzzz", "", "base", "__init__", "../weights/int8"])
 def test_what_is_no_technique_is_refused(name: str) -> None:
-    with pytest.raises(ValueError, match="there are: .*dense.*int8"):
+    with pytest.raises(ValueError, match=r"there are: .*dense.*int8"):
         technique.find("jaxengine.weights", name)

@@ -100,6 +100,12 @@ def _ropes(raw: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     if unknown := sorted(set(nested) - {FULL, SLIDING}):
         raise ConfigError(f"config.json: rope_parameters has {unknown[0]!r}; it must nest {FULL} and {SLIDING}")
     full, sliding = (nested.get(kind) or {} for kind in (FULL, SLIDING))
+    for kind, given in ((FULL, full), (SLIDING, sliding)):
+        if given.get("partial_rotary_factor", 1) != 1:
+            raise ConfigError(
+                f"config.json: rope_parameters.{kind} has partial_rotary_factor {given['partial_rotary_factor']!r};"
+                f" gemma3_text rotates whole heads, 1.0"
+            )
     return {
         FULL: {
             "rope_theta": raw.get("rope_theta") or 1_000_000.0,
