@@ -45,9 +45,9 @@ class Decoding:
     """
 
     cache: Any
-    token: Int[Array, B]
-    lengths: Int[Array, B]
-    done: Bool[Array, B]
+    token: Int[Array, "B"]
+    lengths: Int[Array, "B"]
+    done: Bool[Array, "B"]
     counts: Any
     keys: Array
 
@@ -57,10 +57,10 @@ class Decoding:
 class Chosen:
     """Tokens with their log-probabilities under the model, and the `top` most likely ones beside them."""
 
-    token: Int[Array, ...]
-    logprob: Float[Array, ...]
-    top_ids: Int[Array, ...]
-    top_logprobs: Float[Array, ...]
+    token: Int[Array, "..."]
+    logprob: Float[Array, "..."]
+    top_ids: Int[Array, "..."]
+    top_logprobs: Float[Array, "..."]
 
 
 def forward(
@@ -97,7 +97,7 @@ def empty_cache(engine: Engine, params: Any, batch: int, length: int) -> Any:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def score(engine: Engine, params: Any, tokens: Int[Array, "B T"], lengths: Int[Array, B]) -> Float[Array, "B T V"]:
+def score(engine: Engine, params: Any, tokens: Int[Array, "B T"], lengths: Int[Array, "B"]) -> Float[Array, "B T V"]:
     """Logits of every position, float32, keeping no cache; rows are padded on the right to T."""
     positions = row_positions(tokens.shape[1], lengths)
     nothing = lay_out(params["banks"], lambda kind: ())
@@ -114,10 +114,10 @@ def prefill(
     top: int,
     params: Any,
     tokens: Int[Array, "B T"],
-    lengths: Int[Array, B],
+    lengths: Int[Array, "B"],
     values: Any,
     keys: Array,
-    stop_ids: Int[Array, E],
+    stop_ids: Int[Array, "E"],
 ) -> tuple[Decoding, Chosen]:
     """Read the prompts, right-padded to T, into a new cache of `length` tokens, and choose each row's first token.
 
@@ -141,7 +141,7 @@ def prefill(
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def reread(engine: Engine, params: Any, now: Decoding, tokens: Int[Array, "B T"], rows: Bool[Array, " B"]) -> Decoding:
+def reread(engine: Engine, params: Any, now: Decoding, tokens: Int[Array, "B T"], rows: Bool[Array, "B"]) -> Decoding:
     """Read the given rows anew, each from its first token to `now.token`, and put what they now give into the cache.
 
     For models whose keys and values of all tokens change when a row grows past `architecture.reread_at`: as the last
@@ -170,7 +170,7 @@ def decode(
     params: Any,
     now: Decoding,
     values: Any,
-    stop_ids: Int[Array, E],
+    stop_ids: Int[Array, "E"],
     limit: Int[Array, ""],
 ) -> tuple[Decoding, Chosen, Int[Array, ""]]:
     """Up to `limit` (at most CHUNK) steps in one compiled loop; ends early when every row is done.
@@ -217,7 +217,7 @@ def choose(
     return Chosen(token, logprob, top_ids, top_logprobs), sampling.update_counts(steps, counts, token)
 
 
-def row_positions(T: int, lengths: Int[Array, B]) -> Int[Array, "B T"]:
+def row_positions(T: int, lengths: Int[Array, "B"]) -> Int[Array, "B T"]:
     """0, 1, ... for each row's own tokens, -1 for the padding on its right."""
     at = jnp.arange(T, dtype=jnp.int32)[None, :]
     return jnp.where(at < lengths[:, None], at, -1)

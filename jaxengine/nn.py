@@ -49,6 +49,17 @@ class Attention:
     softcap: float | None = None
     reread_at: int | None = None
 
+    def __post_init__(self) -> None:
+        if self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"config.json: {self.num_heads} query heads do not divide into {self.num_kv_heads} kv heads; each kv head"
+                f" serves the same number of query heads"
+            )
+        if self.window is not None and self.window < 1:
+            raise ValueError(
+                f"config.json: a sliding window of {self.window} tokens; it is at least 1, or null for none"
+            )
+
 
 class Attend(Protocol):
     """How a block reaches the keys and values of other tokens; the engine supplies it, the block does not know which.
@@ -161,6 +172,12 @@ def rope_from_config(
     p = dict(parameters)
     kind = p.get("rope_type", p.get("type", "default"))
     rotated = int(head_dim * p.get("partial_rotary_factor", 1.0))
+
+    if rotated < 2 or rotated % 2:
+        raise ValueError(
+            f"config.json: {rotated} of head_dim {head_dim} are to be rotated, and rope turns pairs: an even number, at"
+            f" least 2"
+        )
 
     def need(field: str) -> Any:
         if p.get(field) is None:

@@ -5,8 +5,8 @@ switches, and config.json is written as transformers 5 writes it or rewritten as
 same folder. Weights are drawn so that a mistake shows: no norm is one, no bias is zero, attention chooses.
 
 Bounds. float32: 2e-4 on logits of order one (see test_models.py). Greedy tokens: the same, unless the two best logits of
-transformers are within 1e-3, where either token may win and the row ends. bfloat16: no worse than 1.5 times what
-transformers' own roundings do to the same weights.
+transformers are within 1e-3, where either token may win and the row ends. bfloat16: no further from float32 than
+transformers' own roundings are, and a quarter.
 
 The trade-off: models of some 10,000 weights and few draws, the same in every run, so that the file takes minutes.
 """
@@ -32,12 +32,15 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 numpy_files = pytest.importorskip("safetensors.numpy")
 
+import jax.numpy as jnp  # noqa: E402
 from flax import nnx  # noqa: E402
 from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS  # noqa: E402
+from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm  # noqa: E402
+from transformers.models.llama.modeling_llama import LlamaRMSNorm  # noqa: E402
 
 import jaxengine  # noqa: E402
-from jaxengine import technique  # noqa: E402
+from jaxengine import nn, technique  # noqa: E402
 from jaxengine.architecture import architecture  # noqa: E402
 from jaxengine.config import FULL, SLIDING, ConfigError  # noqa: E402
 from jaxengine.export import convert  # noqa: E402
@@ -689,19 +692,20 @@ def test_transformers_opens_another_dtype(case: str, dtype: str, tmp_path: Path)
 # --- bfloat16 --------------------------------------------------------------------------------------------------------
 
 WIDE: dict[str, Any] = {
-    "vocab_size": 128, "hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 4, "num_attention_heads": 6,
-    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 64, "rms_norm_eps": 1e-6,
+    "vocab_size": 128, "hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 6,
+    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 512, "rms_norm_eps": 1e-6,
     "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}, **NO_SPECIAL,
 }  # fmt: skip
-LEARNED: dict[str, Any] = {"vocab_size": 128, "max_position_embeddings": 64, **NO_SPECIAL}
+GEMMA = {**WIDE, "query_pre_attn_scalar": 16, "sliding_window": 64, "final_logit_softcapping": 30.0}
+GEMMA_ROPE = {FULL: WIDE["rope_parameters"], SLIDING: {"rope_type": "default", "rope_theta": 100.0}}
 IN_BFLOAT16: dict[str, dict[str, Any]] = {
-    "gemma2": {**WIDE, "query_pre_attn_scalar": 16, "sliding_window": 8, "final_logit_softcapping": 30.0},
-    "gemma3_text": {**WIDE, "query_pre_attn_scalar": 16, "sliding_window": 8, "layer_types": [SLIDING, FULL] * 2}
-    | {"rope_parameters": {FULL: WIDE["rope_parameters"], SLIDING: {"rope_type": "default", "rope_theta": 100.0}}},
-    "gpt2": {"vocab_size": 128, "n_positions": 64, "n_embd": 96, "n_layer": 4, "n_head": 6, **NO_SPECIAL},
+    "gemma2": GEMMA,
+    "gemma3_text": {**GEMMA, "rope_parameters": GEMMA_ROPE, "layer_types": [SLIDING, FULL]},
+    "gpt2": {"vocab_size": 128, "n_positions": 512, "n_embd": 96, "n_layer": 2, "n_head": 6, **NO_SPECIAL},
     "llama": WIDE,
-    "mistral": {**WIDE, "sliding_window": 8},
-    "opt": {**LEARNED, "hidden_size": 96, "ffn_dim": 160, "num_hidden_layers": 4, "num_attention_heads": 6},
+    "mistral": {**WIDE, "sliding_window": 64},
+    "opt": {"vocab_size": 128, "max_position_embeddings": 512, "hidden_size": 96, "ffn_dim": 160}
+    | {"num_hidden_layers": 2, "num_attention_heads": 6, **NO_SPECIAL},
     "phi3": {n: x for n, x in WIDE.items() if n != "head_dim"},
     "qwen2": WIDE,
     "qwen3": WIDE,
@@ -710,18 +714,44 @@ IN_BFLOAT16: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bfloat16_errs_no_more_than_transformers(family: str, tmp_path: Path) -> None:
-    """The weights are bfloat16 for all three, so that what differs from float32 is the arithmetic alone."""
+    """The weights are bfloat16 for all three, so that what differs from float32 is the arithmetic alone.
+
+    Positions go to 400, past the 256 whole numbers that bfloat16 tells apart. Measured: 0.75 to 1.0 of their error; with
+    angles in bfloat16 it is 6 to 15 times theirs, with layer norms in bfloat16 1.4 times.
+    """
     folder = write(tmp_path, family, IN_BFLOAT16[family], 0, torch.bfloat16)
-    ids = np.random.default_rng(3).integers(0, 128, (8, 16))
-    exact, theirs = oracle(folder), oracle(folder, torch.bfloat16)
-    reference = np.stack([their_logits(exact, row) for row in ids])
+    ids = np.random.default_rng(3).integers(0, 128, 400)
+    reference = their_logits(oracle(folder), ids)
     of_order_one(reference)
-    rounded = np.stack([their_logits(theirs, row) for row in ids])
-    ours = np.asarray(jaxengine.load(folder, dtype="bfloat16").logits(ids))
-    their_error, our_error = np.abs(rounded - reference).mean(), np.abs(ours - reference).mean()
-    assert our_error <= 1.5 * their_error, f"{our_error:.2e} against {their_error:.2e}"
-    # at least the logits themselves are rounded to 8 bits: an error far below theirs would be no bfloat16 at all
-    assert our_error >= 0.2 * their_error, f"{our_error:.2e} against {their_error:.2e}"
+    rounded = their_logits(oracle(folder, torch.bfloat16), ids)
+    ours = np.asarray(jaxengine.load(folder, dtype="bfloat16").logits(ids))[0]
+    ratio = np.abs(ours - reference).mean() / np.abs(rounded - reference).mean()
+    assert ratio < 1.25
+    assert ratio > 0.2, "the logits alone are rounded to 8 bits: this is no bfloat16"
+
+
+def test_norms_round_where_theirs_do() -> None:
+    """The same bits in bfloat16, but for the few values where float32's last bit decides."""
+    rng = np.random.default_rng(0)
+    x, w, b = rng.standard_normal((64, 96)), 1 + 0.3 * rng.standard_normal(96), rng.standard_normal(96)
+    llama = LlamaRMSNorm(96, eps=1e-6)
+    gemma = Gemma2RMSNorm(96, eps=1e-6)
+    layer = torch.nn.LayerNorm(96)
+    ours = [jnp.asarray(a, jnp.bfloat16) for a in (3 * x, w, b)]
+    theirs = [torch.from_numpy(np.asarray(a, np.float32)).bfloat16() for a in ours]
+    with torch.no_grad():
+        for norm in (llama, gemma, layer):
+            norm.bfloat16().weight.copy_(theirs[1])
+        layer.bias.copy_(theirs[2])
+        pairs = {
+            "llama": (nn.rms_norm(*ours[:2], 1e-6), llama(theirs[0])),
+            "gemma": (nn.rms_norm(*ours[:2], 1e-6, offset=1.0), gemma(theirs[0])),
+            "layer": (nn.layer_norm(*ours, 1e-5), layer(theirs[0])),
+        }
+    for name, (mine, expected) in pairs.items():
+        same = np.asarray(mine.astype(jnp.float32)) == expected.float().numpy()
+        assert mine.dtype == jnp.bfloat16, name
+        assert same.mean() > 0.995, f"{name}: {same.mean():.1%} are the same"
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------

@@ -74,7 +74,7 @@ class CachedAttend:
 
     caching: Caching
     positions: Int[Array, "B T"]
-    lengths: Int[Array, B]
+    lengths: Int[Array, "B"]
     fresh: bool
 
     def __call__(self, attention: Attention, q: Array, k: Array, v: Array, kv: Any) -> tuple[Array, Any]:

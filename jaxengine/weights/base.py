@@ -67,7 +67,7 @@ def value(p: Any) -> Any:
     return p.get_value() if isinstance(p, nnx.Variable) else p
 
 
-def contract(spec: str, x: Float[Array, ...], w: Any) -> Float[Array, ...]:
+def contract(spec: str, x: Float[Array, "..."], w: Any) -> Float[Array, "..."]:
     """Contract activations with a weight: einsum(spec, x, w), the result in x's dtype.
 
     spec: "<batch><in>,<out><in>-><batch><out>", e.g. "btd,nhd->btnh"; w: an array, a Weight, or a Flax Param of either.

@@ -26,8 +26,8 @@ LEAST = 2.0**-120  # of a scale: half of it, and its products with codes, are no
 class PerChannel(Weight):
     """codes int8 [out..., in...], scale float32 [out...]."""
 
-    codes: Int8[Array, ...]
-    scale: Float[Array, ...]
+    codes: Int8[Array, "..."]
+    scale: Float[Array, "..."]
 
     @property
     def shape(self) -> tuple[int, ...]:

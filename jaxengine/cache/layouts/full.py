@@ -14,13 +14,13 @@ def num_slots(length: int, window: int | None) -> int:
     return length
 
 
-def slots(positions: Int[Array, "B T"], lengths: Int[Array, B], S: int) -> Int[Array, "B T"]:
+def slots(positions: Int[Array, "B T"], lengths: Int[Array, "B"], S: int) -> Int[Array, "B T"]:
     """The token at position p takes slot p; padding takes none (S)."""
     del lengths
     return jnp.where(positions >= 0, positions, S)
 
 
-def positions(lengths: Int[Array, B], S: int) -> Int[Array, "B S"]:
+def positions(lengths: Int[Array, "B"], S: int) -> Int[Array, "B S"]:
     """Slot s holds position s, in the first `lengths` slots."""
     at = jnp.arange(S, dtype=jnp.int32)[None, :]
     return jnp.where(at < lengths[:, None], at, -1)

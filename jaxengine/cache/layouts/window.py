@@ -21,13 +21,13 @@ def num_slots(length: int, window: int | None) -> int:
     return min(length, window)
 
 
-def slots(positions: Int[Array, "B T"], lengths: Int[Array, B], S: int) -> Int[Array, "B T"]:
+def slots(positions: Int[Array, "B T"], lengths: Int[Array, "B"], S: int) -> Int[Array, "B T"]:
     """Position mod S, for the last S tokens of the sequence (`lengths` counts the new tokens in); others take none."""
     kept = (positions >= 0) & (positions >= lengths[:, None] - S)
     return jnp.where(kept, positions % S, S)
 
 
-def positions(lengths: Int[Array, B], S: int) -> Int[Array, "B S"]:
+def positions(lengths: Int[Array, "B"], S: int) -> Int[Array, "B S"]:
     """Slot s holds the last position before `lengths` that is s mod S."""
     last = lengths[:, None] - 1
     at = last - (last - jnp.arange(S, dtype=jnp.int32)[None, :]) % S
