@@ -62,6 +62,7 @@ def generate(
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16 (default: the checkpoint's).")] = None,
     home: Annotated[str | None, typer.Option(help="Where layers live: device, host.")] = None,
     kv: Annotated[str | None, typer.Option(help="How the KV cache is stored: raw, int8.")] = None,
+    kv_layout: Annotated[str | None, typer.Option(help="Cache of sliding-window layers: window, full.")] = None,
     mesh: Annotated[str | None, typer.Option(help="Several devices, e.g. data=2,tensor=4.")] = None,
     sharding: Annotated[
         str | None, typer.Option(help="How parameters are split over them: single, data, fsdp, tensor.")
@@ -75,7 +76,8 @@ def generate(
 
     with reported():
         model = jaxengine.load(
-            resolve(folder), memory=memory, weights=weights, dtype=dtype, home=home, kv=kv, mesh=mesh, sharding=sharding,
+            resolve(folder), memory=memory, weights=weights, dtype=dtype, home=home, kv=kv,
+            kv_layout=kv_layout, mesh=mesh, sharding=sharding,
             progress=Reading(),
         )  # fmt: skip
         if show_plan:
@@ -94,8 +96,9 @@ def generate(
             for i, c in enumerate(model.generate(given, n=n, **options)):
                 print(f"--- {i + 1}\n{'' if chat else text}{c.text}")
         else:
+            pieces = model.stream(given, **options)  # refuses a bad request before anything is printed
             print("" if chat else text, end="", flush=True)
-            for piece in model.stream(given, **options):
+            for piece in pieces:
                 print(piece, end="", flush=True)
             print()
 

@@ -63,6 +63,11 @@ def load(
         if memory is not None:
             if home is not None:
                 raise ValueError(f"memory={memory!r} chooses the home, and home={home!r} was given too: give one")
+            if chosen.mesh:
+                raise ValueError(
+                    f"memory={memory!r} is counted for one device, and mesh is {chosen.mesh!r}: with several devices say"
+                    f" home='device' or home='host'"
+                )
             chosen = choose(arch, chosen, memory)
         over = mesh if isinstance(mesh, Mesh) else make_mesh(chosen.mesh or None)
         _check_formats(arch, source.plan, chosen)

@@ -92,6 +92,8 @@ def test_memory_chooses_the_home() -> None:
     assert jaxengine.load(GOLDEN / "llama", memory=streamed).plan.home == "host"
     with pytest.raises(ValueError, match="give one"):
         jaxengine.load(GOLDEN / "llama", memory="1GB", home="host")
+    with pytest.raises(ValueError, match="counted for one device"):
+        jaxengine.load(GOLDEN / "llama", memory="1GB", mesh="data=8")
 
 
 def test_sizes_as_people_write_them() -> None:
