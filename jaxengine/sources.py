@@ -66,7 +66,7 @@ class Source(Protocol):
 class HuggingFace:
     """A Hugging Face folder: safetensors under the family's names."""
 
-    plan = None
+    plan: Plan | None = None
 
     def __init__(self, folder: Path, architecture: Architecture):
         self.folder = folder
@@ -111,7 +111,7 @@ class Orbax:
 
     def __init__(self, folder: Path, architecture: Architecture):
         self.folder, self._specs = folder, architecture.specs()
-        self.plan = saved_plan(folder)
+        self.plan: Plan | None = saved_plan(folder)
         if self.plan is None:
             raise CheckpointError(f"{folder} has {ORBAX}/ but no {PLAN}, which says in which formats its weights are")
         from checkpoints.orbax import OrbaxReader  # two seconds of import, for those who use it

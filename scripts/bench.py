@@ -115,8 +115,8 @@ class Transformers:
     """The same weights in transformers, eager: one forward for the prompt, one for each token, with its own cache."""
 
     def __init__(self, folder: str, ids: np.ndarray, new: int):
-        import torch
-        from transformers import AutoModelForCausalLM
+        import torch  # pyright: ignore[reportMissingImports]
+        from transformers import AutoModelForCausalLM  # pyright: ignore[reportMissingImports]
 
         self.torch, self.new = torch, new
         torch.set_num_threads(os.cpu_count() or 1)

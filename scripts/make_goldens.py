@@ -35,9 +35,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-import transformers
-from transformers import AutoConfig, AutoModelForCausalLM
+import torch  # pyright: ignore[reportMissingImports]
+import transformers  # pyright: ignore[reportMissingImports]
+from transformers import AutoConfig, AutoModelForCausalLM  # pyright: ignore[reportMissingImports]
 
 NEW_TOKENS = 16
 MIN_MARGIN = 5e-3  # float32 rounding moves these logits by about 1e-6; the tests demand 1e-3 at least

@@ -116,6 +116,16 @@ def train_tokenizer(texts: list[str]) -> Tokenizer:
     return tokenizer
 
 
+def special_ids(tokenizer: Tokenizer) -> tuple[int, int]:
+    """The ids of the beginning and the end of a document."""
+    bos, eos = (tokenizer.token_to_id(token) for token in (tasks.BOS, tasks.EOS))
+    if bos is None or eos is None:
+        raise ValueError(
+            f"the tokenizer has no {tasks.BOS} or no {tasks.EOS}; give a --work folder of this script's own"
+        )
+    return bos, eos
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Model
 
@@ -235,14 +245,15 @@ def optimizer(parameters: Parameters, steps: int) -> optax.GradientTransformatio
         return optax.join_schedules(parts, [steps - decay])
 
     rows_and_columns = MuonDimensionNumbers(reduction_axis=1, output_axis=0)
+    numbers: Any = {
+        name: rows_and_columns if w.ndim == 2 and "embed" not in name else None for name, w in parameters.items()
+    }
     return muon(
         trapezoid(MATRIX_RATE),
         weight_decay=WEIGHT_DECAY,
         adam_learning_rate=trapezoid(VECTOR_RATE),
         adam_b2=0.98,
-        muon_weight_dimension_numbers={
-            name: rows_and_columns if w.ndim == 2 and "embed" not in name else None for name, w in parameters.items()
-        },
+        muon_weight_dimension_numbers=numbers,
     )
 
 
@@ -265,7 +276,7 @@ class Batches:
 
     def __init__(self, tokenizer: Tokenizer, seed: int):
         self.tokenizer, self.seed = tokenizer, seed
-        self.bos, self.eos = (tokenizer.token_to_id(token) for token in (tasks.BOS, tasks.EOS))
+        self.bos, self.eos = special_ids(tokenizer)
         texts = [text for _, text in tasks.text_files("train")]
         encoded = tokenizer.encode_batch(texts, add_special_tokens=False)
         self.text = np.concatenate([np.array([self.bos, *e.ids, self.eos], np.int32) for e in encoded])
@@ -278,7 +289,7 @@ class Batches:
         rng = np.random.default_rng((self.seed, length, epoch))
         phase, order = rng.integers(length), rng.permutation(windows)
         start = phase + order[at] * length
-        return np.concatenate([[self.bos], self.text[start : start + length]])
+        return np.append(np.int32(self.bos), self.text[start : start + length])
 
     def task_row(self, rng: random.Random, length: int) -> tuple[np.ndarray, np.ndarray]:
         """Documents of one task until the row is full; the last one is cut."""
@@ -333,7 +344,7 @@ def _score(parameters: Parameters, tokens: Array) -> tuple[Array, Array]:
 
 def quick_figures(parameters: Parameters, tokenizer: Tokenizer, count: int) -> dict[str, float]:
     """Held-out bits per byte, and each task's share of answers that are right token by token."""
-    bos, T = tokenizer.token_to_id(tasks.BOS), tasks.CONTEXT
+    bos, T = special_ids(tokenizer)[0], tasks.CONTEXT
     sizes = [1 if token in tasks.SPECIAL_TOKENS else len(token) for token in _vocabulary(tokenizer)]
 
     def score(rows: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
@@ -373,9 +384,9 @@ def _vocabulary(tokenizer: Tokenizer) -> list[str]:
 
 def save_state(path: Path, state: State, step: int, seconds: float) -> None:
     """Whole or not at all: the old file stands until the new one is complete."""
-    leaves = jax.tree.leaves(state)
+    arrays: dict[str, Any] = {f"leaf{i}": np.asarray(x) for i, x in enumerate(jax.tree.leaves(state))}
     partial_path = path.with_suffix(".partial.npz")
-    np.savez(partial_path, step=step, seconds=seconds, **{f"leaf{i}": np.asarray(x) for i, x in enumerate(leaves)})
+    np.savez(partial_path, step=step, seconds=seconds, **arrays)
     os.replace(partial_path, path)
 
 
@@ -391,7 +402,7 @@ def load_state(path: Path, like: State) -> tuple[State, int, float]:
 
 def save_folder(out: Path, parameters: Parameters, tokenizer: Tokenizer) -> None:
     """The checkpoint as transformers writes one; the folder appears whole or not at all."""
-    bos, eos = (tokenizer.token_to_id(token) for token in (tasks.BOS, tasks.EOS))
+    bos, eos = special_ids(tokenizer)
     config: dict[str, Any] = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
