@@ -47,7 +47,8 @@ def read_fields(
     only: fields supported at the listed values alone; also: values worked out by the family, in place of the file's;
     used: fields that the family has read itself. Raises ConfigError naming the field, its value and what works.
     """
-    only, also = only or {}, also or {}
+    # transformers sees both ways where it is false; absent, it is true
+    only, also = {"is_causal": (True, None), **(only or {})}, also or {}
     wanted = {f.name: f for f in dataclasses.fields(cls)}  # pyright: ignore[reportArgumentType]
     for name, allowed in only.items():
         if name in raw and raw[name] not in allowed:

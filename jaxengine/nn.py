@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from jaxengine.config import ConfigError
 from jaxengine.weights.base import contract, value
 
 
@@ -51,12 +52,12 @@ class Attention:
 
     def __post_init__(self) -> None:
         if self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads:
-            raise ValueError(
+            raise ConfigError(
                 f"config.json: {self.num_heads} query heads do not divide into {self.num_kv_heads} kv heads; each kv head"
                 f" serves the same number of query heads"
             )
         if self.window is not None and self.window < 1:
-            raise ValueError(
+            raise ConfigError(
                 f"config.json: a sliding window of {self.window} tokens; it is at least 1, or null for none"
             )
 
@@ -167,21 +168,21 @@ def rope_from_config(
     """A Rope from Hugging Face's rope parameters (`rope_theta`, `rope_type` and that type's own fields).
 
     Types: default; linear (position interpolation, arXiv:2306.15595); llama3 (Llama 3.1, arXiv:2407.21783); yarn
-    (arXiv:2309.00071); longrope (arXiv:2402.13753). Raises ValueError naming `where` for any other, or a missing field.
+    (arXiv:2309.00071); longrope (arXiv:2402.13753). Raises ConfigError naming `where` for any other, or a missing field.
     """
     p = dict(parameters)
     kind = p.get("rope_type", p.get("type", "default"))
     rotated = int(head_dim * p.get("partial_rotary_factor", 1.0))
 
     if rotated < 2 or rotated % 2:
-        raise ValueError(
+        raise ConfigError(
             f"config.json: {rotated} of head_dim {head_dim} are to be rotated, and rope turns pairs: an even number, at"
             f" least 2"
         )
 
     def need(field: str) -> Any:
         if p.get(field) is None:
-            raise ValueError(f"config.json: {where} of type {kind!r} needs {field!r}; it has {sorted(p)}")
+            raise ConfigError(f"config.json: {where} of type {kind!r} needs {field!r}; it has {sorted(p)}")
         return p[field]
 
     pairs = np.arange(0, rotated, 2, dtype=np.float64) / rotated
@@ -219,11 +220,11 @@ def rope_from_config(
         short, long = (np.asarray(need(f), np.float64) for f in ("short_factor", "long_factor"))
         for name, given in (("short_factor", short), ("long_factor", long)):
             if given.shape != plain.shape:
-                raise ValueError(
+                raise ConfigError(
                     f"config.json: {where}.{name} has {given.size} numbers; head_dim {head_dim} needs {plain.size}"
                 )
         return Rope(tuple(plain / short), float(attention_factor), tuple(plain / long), int(original))
-    raise ValueError(
+    raise ConfigError(
         f"config.json: {where} asks for type {kind!r}; there are default, linear, llama3, yarn and longrope"
     )
 
