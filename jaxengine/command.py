@@ -54,7 +54,7 @@ def generate(
     frequency_penalty: Annotated[float, typer.Option(help="Taken for each time that a token was generated.")] = 0.0,
     stop: Annotated[list[str] | None, typer.Option(help="Stop at this text; may be given several times.")] = None,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.")] = None,
-    n: Annotated[int, typer.Option("-n", help="So many completions of the prompt.")] = 1,
+    n: Annotated[int, typer.Option("-n", min=1, help="So many completions of the prompt.")] = 1,
     memory: Annotated[
         str | None, typer.Option(help="Device memory to use, e.g. 16GB: chooses where layers live.")
     ] = None,

@@ -18,7 +18,7 @@ from jaxengine.architecture import Architecture, architecture
 from jaxengine.export import one_dtype
 from jaxengine.model import Model
 from jaxengine.plan import Plan, choose
-from jaxengine.sources import Origin, open_source, read_config, saved_plan
+from jaxengine.sources import Origin, open_source, read_config
 from jaxengine.text import Tokenizer
 from sharding.mesh import make_mesh
 
@@ -58,11 +58,14 @@ def load(
             "weights": weights, "dtype": dtype, "mesh": named, "sharding": sharding, "home": home, "form": form,
             "kv_codec": kv, "kv_layout": kv_layout,
         }  # fmt: skip
-        start = plan or source.plan or saved_plan(folder) or Plan(dtype=dtype or one_dtype(arch, source.dtype, raw))
-        chosen = dataclasses.replace(start, **{k: v for k, v in given.items() if v is not None})
+        chosen = dataclasses.replace(plan or source.plan or Plan(), **{k: v for k, v in given.items() if v is not None})
+        if not chosen.dtype:
+            chosen = dataclasses.replace(chosen, dtype=one_dtype(arch, source.dtype, raw))
         if memory is not None:
-            if home is not None:
-                raise ValueError(f"memory={memory!r} chooses the home, and home={home!r} was given too: give one")
+            if home is not None or form is not None:
+                raise ValueError(
+                    f"memory={memory!r} chooses the home and its form, and home or form was given too: give one"
+                )
             if chosen.mesh:
                 raise ValueError(
                     f"memory={memory!r} is counted for one device, and mesh is {chosen.mesh!r}: with several devices say"
@@ -70,6 +73,15 @@ def load(
                 )
             chosen = choose(arch, chosen, memory)
         over = mesh if isinstance(mesh, Mesh) else make_mesh(chosen.mesh or None)
+        if over.size > 1 and chosen.sharding == "single" and not chosen.rules:
+            raise ValueError(
+                f"mesh is {chosen.mesh!r} and sharding 'single', which would put a whole copy on each of {over.size} devices:"
+                f" say sharding='data', 'fsdp', 'tensor' or 'fsdp+tensor'"
+            )
+        if over.size == 1 and chosen.sharding != "single":
+            raise ValueError(
+                f"sharding is {chosen.sharding!r} and there is one device in the mesh: say mesh='tensor=4' or the like"
+            )
         _check_formats(arch, source.plan, chosen)
         done = 0
 
@@ -111,6 +123,10 @@ def from_arrays(
 
     config: the raw config.json fields, needed for `save`.
     """
+    if not plan.dtype:
+        raise ValueError(
+            "from_arrays: the plan names no dtype, and there is no checkpoint to take it from: Plan(dtype='float32')"
+        )
     over = make_mesh(plan.mesh or None)
     params = placement.place(arch, plan, over, lambda name: np.asarray(jax.device_get(arrays[name])))
     return Model(arch, plan, over, params, Origin(dict(config or {})), None)

@@ -118,7 +118,7 @@ class Model:
         presence_penalty: float = 0.0,
         frequency_penalty: float = 0.0,
         stop: str | Sequence[str] = (),
-        stop_ids: Sequence[int] | None = None,
+        stop_ids: int | Sequence[int] | None = None,
         seed: int | None = None,
         n: int = 1,
         logprobs: int | None = None,
@@ -184,7 +184,7 @@ class Model:
 
         format 'hf': safetensors under Hugging Face's names, in `dtype` (the plan's if not given), quantised weights
         decoded, split into files as the folder it came from. 'orbax': one chunk per layer, weights in the formats they
-        are in, to be loaded by `load` or by plain orbax. Config, tokenizer and plan stand beside the weights. Raises
+        are in, to be loaded by `load` or by plain orbax, with the plan beside them. Config and tokenizer go along. Raises
         CheckpointError for a folder that is not empty, unless `overwrite`.
         """
         if format not in export.FORMATS:
@@ -313,19 +313,21 @@ class _Run:
         how: sampling.Sampling,
         max_new_tokens: int,
         stop: str | Sequence[str],
-        stop_ids: Sequence[int] | None,
+        stop_ids: int | Sequence[int] | None,
         seed: int | None,
         n: int,
         logprobs: int | None,
     ):
         self.stop = [stop] if isinstance(stop, str) else list(stop)
         for name, given, least in (("max_new_tokens", max_new_tokens, 1), ("n", n, 1), ("logprobs", logprobs or 0, 0)):
-            if not isinstance(given, int) or given < least:
+            if not isinstance(given, int | np.integer) or given < least:
                 raise ValueError(f"generate: {name} is {given!r}; it must be a whole number, at least {least}")
         if self.stop and model.tokenizer is None:
             raise ValueError(
                 "generate: stop strings need a tokenizer, and the checkpoint folder has none; use stop_ids"
             )
+        if isinstance(stop_ids, int):
+            stop_ids = (stop_ids,)
         if stop_ids is None:
             stop_ids = model.tokenizer.eos_ids if model.tokenizer is not None else _config_eos(model.origin.config)
         model._check_ids(ids, max_new_tokens)
@@ -342,7 +344,9 @@ class _Run:
         self.ids = ids
         self.steps = sampling.Steps.of([how])
         self.values = sampling.values(self.steps, [how] * len(owners))
-        self.stop_ids = model._put(np.asarray(sorted(stop_ids) or [-1], np.int32))
+        padded = np.full(engine.bucket(len(stop_ids), least=8), -1, np.int32)  # their number must not compile anew
+        padded[: len(stop_ids)] = sorted(stop_ids)
+        self.stop_ids = model._put(padded)
         longest = max(map(len, ids))
         tokens = np.zeros((len(ids), engine.bucket(longest)), np.int32)
         for row, given in zip(tokens, ids, strict=True):

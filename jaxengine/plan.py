@@ -33,14 +33,14 @@ KEPT_DENSE = ("embedding", "lm_head", "*positions")
 class Plan:
     """What is done, by name.
 
-    dtype: of activations and unquantised weights. weights: the format of matrices inside layers; weight_rules: (name
-    pattern, format) pairs that go before it, first match wins, e.g. (("lm_head", "int8"), ("layers.*.down", "dense")).
+    dtype: of activations and unquantised weights ('' is the checkpoint's own, which `load` fills in). weights: the
+    format of matrices inside layers; weight_rules: (name pattern, format) pairs that go before it, first match wins, e.g. (("lm_head", "int8"), ("layers.*.down", "dense")).
     home: where layers live; form: 'unrolled' or 'scan' ('' is the home's own). kv_layout, kv_codec, kv_store: the cache.
     sharding: a named table of rules; rules: (logical axis, mesh axis or None[, memory kind]) that go before it.
     mesh: e.g. 'data=2,tensor=4' ('' is one device).
     """
 
-    dtype: str = "float32"
+    dtype: str = ""
     weights: str = "dense"
     weight_rules: tuple[tuple[str, str], ...] = ()
     home: str = "device"
@@ -53,7 +53,7 @@ class Plan:
     mesh: str = ""
 
     def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
+        if self.dtype and self.dtype not in DTYPES:
             raise ValueError(f"Plan: dtype is {self.dtype!r}; it can be {', '.join(DTYPES)}")
         for _, name in (*self.weight_rules, ("*", self.weights)):
             technique.find(WEIGHTS, name)

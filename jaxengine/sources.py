@@ -77,12 +77,12 @@ class HuggingFace:
         except BaseException:
             self._reader.close()
             raise
-        self.nbytes = sum(self._reader.info(n).nbytes for n in self._reader.names)
         self._theirs = {
             ours: theirs
             for theirs in self._table.theirs(self._params, architecture.num_layers, self._prefix)
             for ours in self._table.parts(theirs, self._params)
         }
+        self.nbytes = sum(self._reader.info(n).nbytes for n in set(self._theirs.values()))
 
     def __enter__(self) -> Self:
         return self

@@ -87,6 +87,7 @@ def test_lengths_share_programs(model: Model) -> None:
     assert (engine.prefill._cache_size(), engine.decode._cache_size()) == before
     model.generate(list(range(1, 30)), max_new_tokens=5, temperature=0.5)
     assert engine.prefill._cache_size() == before[0] + 1  # the next bucket of prompt lengths
+    model.generate([1, 2, 3], max_new_tokens=5, temperature=0.5, stop_ids=[7, 8, 9])
     assert engine.decode._cache_size() == before[1]  # the cache is as long as before: the same loop
 
 

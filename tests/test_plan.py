@@ -80,20 +80,32 @@ def test_bytes_are_those_of_the_arrays(case: str, given: dict) -> None:
 
 def test_memory_chooses_the_home() -> None:
     arch = architecture(read_config(GOLDEN / "llama"))
-    resident = device_bytes(arch, Plan(home="device"), batch=1, length=2048)
-    streamed = device_bytes(arch, Plan(home="host"), batch=1, length=2048)
+    resident = device_bytes(arch, Plan(dtype="float32"), batch=1, length=2048)
+    streamed = device_bytes(arch, Plan(dtype="float32", home="host"), batch=1, length=2048)
     assert streamed < resident
-    assert choose(arch, Plan(), resident).home == "device"
-    assert choose(arch, Plan(), resident - 1).home == "host"
-    assert choose(arch, Plan(), streamed).home == "host"
+    assert choose(arch, Plan(dtype="float32"), resident).home == "device"
+    assert choose(arch, Plan(dtype="float32"), resident - 1).home == "host"
+    assert choose(arch, Plan(dtype="float32"), streamed).home == "host"
     with pytest.raises(ValueError, match=r"1 B short") as e:
-        choose(arch, Plan(), streamed - 1)
+        choose(arch, Plan(dtype="float32"), streamed - 1)
     assert "int8" in str(e.value)
     assert jaxengine.load(GOLDEN / "llama", memory=streamed).plan.home == "host"
     with pytest.raises(ValueError, match="give one"):
         jaxengine.load(GOLDEN / "llama", memory="1GB", home="host")
     with pytest.raises(ValueError, match="counted for one device"):
-        jaxengine.load(GOLDEN / "llama", memory="1GB", mesh="data=8")
+        jaxengine.load(GOLDEN / "llama", memory="1GB", mesh="data=8", sharding="data")
+
+
+def test_a_plan_without_dtype_is_the_checkpoints_own() -> None:
+    assert jaxengine.load(GOLDEN / "qwen2", plan=Plan(home="host")).plan.dtype == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("given", "said"), [({"mesh": "data=8"}, "whole copy on each"), ({"sharding": "tensor"}, "one device")]
+)
+def test_a_mesh_and_its_rules_go_together(given: dict, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        jaxengine.load(GOLDEN / "llama", **given)
 
 
 def test_sizes_as_people_write_them() -> None:

@@ -104,25 +104,26 @@ def einsum(spec: str, x: Array, w: Array, dtype: Any = None) -> Array:
     batch, _, outs = split_spec(spec)
     rows = math.prod(x.shape[: len(batch)])
     dtype = x.dtype if dtype is None else dtype
+    wanted = x.shape[: len(batch)] + w.shape[: len(outs)]
+    # as two-dimensional matrices: left with more dims, XLA:CPU transposes the whole weight at every call
+    x_bi = x.reshape(rows, -1)
+    w_oi = w.reshape(-1, x_bi.shape[1])
 
-    def plain(x: Array, w: Array) -> Array:
-        return jnp.einsum(spec, x, w, preferred_element_type=jnp.float32).astype(dtype)
+    def plain(x_bi: Array, w_oi: Array) -> Array:
+        return jnp.einsum("bi,oi->bo", x_bi, w_oi, preferred_element_type=jnp.float32).astype(dtype)
 
-    def columns(x: Array, w: Array) -> Array:
-        wanted = x.shape[: len(batch)] + w.shape[: len(outs)]
-        x_im = lax.optimization_barrier(x.reshape(rows, -1).T)
-        y_om = w.reshape(-1, x_im.shape[0]) @ x_im
-        return lax.optimization_barrier(y_om).T.reshape(wanted).astype(dtype)
+    def columns(x_bi: Array, w_oi: Array) -> Array:
+        x_ib = lax.optimization_barrier(x_bi.T)
+        return lax.optimization_barrier(w_oi @ x_ib).T.astype(dtype)
 
-    def reduced(x: Array, w: Array) -> Array:
+    def reduced(x_bi: Array, w_oi: Array) -> Array:
         # one row in 16 bits: XLA:CPU's dot converts the whole matrix first (1.4 GB/s); a fused multiply-add reads it once
-        wanted = x.shape[: len(batch)] + w.shape[: len(outs)]
-        x_i = x.reshape(-1).astype(jnp.float32)
-        w_oi = w.reshape(-1, x_i.shape[0]).astype(jnp.float32)
-        return (w_oi * x_i[None, :]).sum(-1).astype(dtype).reshape(wanted)
+        return (w_oi.astype(jnp.float32) * x_bi.astype(jnp.float32)).sum(-1)[None].astype(dtype)
 
     if x.dtype == jnp.float32 and 1 < rows <= FEW_ROWS:
-        return lax.platform_dependent(x, w, cpu=columns, default=plain)
-    if x.dtype.itemsize == 2 and rows == 1:
-        return lax.platform_dependent(x, w, cpu=reduced, default=plain)
-    return plain(x, w)
+        y_bo = lax.platform_dependent(x_bi, w_oi, cpu=columns, default=plain)
+    elif x.dtype.itemsize == 2 and rows == 1:
+        y_bo = lax.platform_dependent(x_bi, w_oi, cpu=reduced, default=plain)
+    else:
+        y_bo = plain(x_bi, w_oi)
+    return y_bo.reshape(wanted)
