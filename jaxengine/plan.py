@@ -34,7 +34,8 @@ class Plan:
     """What is done, by name.
 
     dtype: of activations and unquantised weights ('' is the checkpoint's own, which `load` fills in). weights: the
-    format of matrices inside layers; weight_rules: (name pattern, format) pairs that go before it, first match wins, e.g. (("lm_head", "int8"), ("layers.*.down", "dense")).
+    format of matrices inside layers; weight_rules: (name pattern, format) pairs that go before it, first match wins,
+    e.g. (("lm_head", "int8"), ("layers.*.down", "dense")).
     home: where layers live; form: 'unrolled' or 'scan' ('' is the home's own). kv_layout, kv_codec, kv_store: the cache.
     sharding: a named table of rules; rules: (logical axis, mesh axis or None[, memory kind]) that go before it.
     mesh: e.g. 'data=2,tensor=4' ('' is one device).

@@ -139,7 +139,7 @@ def main(
     device = f"{jax.devices()[0].device_kind} ({len(jax.devices())}), Python {platform.python_version()}"
     table = Table("figure", "value", "standard error", "samples", title=f"{path}\n{device}", title_justify="left")
     for name, figure in figures.items():
-        table.add_row(name, f"{figure.value:.3f}", f"{figure.error:.3f}", str(figure.samples))
+        table.add_row(name, f"{figure.value:.4f}", f"{figure.error:.4f}", str(figure.samples))
     console.print(table)
     console.print(str(model.plan), highlight=False, markup=False)
     if json_file is not None:
