@@ -245,27 +245,25 @@ class OrbaxReader:
     def open(cls, folder: str | os.PathLike[str]) -> Self:
         """Find the checkpoint in `folder`, and check that every array and every chunk of it is there."""
         root = _find(Path(folder).absolute())
+        keys = _keys(root)
+        listed, complete = _listed(root)
+        stores = {name: _open(root, name, keys, complete) for name in listed}
         try:
             with _quiet(), ocp.PyTreeCheckpointer() as checkpointer:
                 found = checkpointer.metadata(root).item_metadata
             if found is None:
                 raise ValueError(f"orbax finds no tree in it ({_TREE} is damaged, or the arrays' data is missing)")
-            complete = json.loads((root / _TREE).read_text()).get("store_array_data_equal_to_fill_value", False)
         except Exception as error:
             raise CheckpointError(
                 f"{root} is not an orbax checkpoint that can be read: {_first_line(error)}"
             ) from error
-        stores: dict[str, ts.TensorStore] = {}
-        keys = _keys(root)
-        for path, leaf in _leaves(found.tree):
-            if not isinstance(leaf, ocp.metadata.ArrayMetadata):
-                continue  # strings and empty nodes: orbax keeps them in files of their own
-            name = ".".join(path)
-            if name in stores:
+        names = [".".join(path) for path, leaf in _leaves(found.tree) if isinstance(leaf, ocp.metadata.ArrayMetadata)]
+        for name in names:  # strings and empty nodes are left: orbax keeps them in files of their own
+            if names.count(name) > 1:
                 raise CheckpointError(
                     f"{root} has two arrays whose path is spelt {name!r}; rename one where it is made."
                 )
-            stores[name] = _open(root, name, keys, complete)
+        stores = {n: stores[n] if n in stores else _open(root, n, keys, complete) for n in names}
         if not stores:
             raise CheckpointError(f"{root} is an orbax checkpoint without any array.")
         return cls(root, stores)
@@ -360,13 +358,38 @@ def _keys(root: Path) -> frozenset[str]:
         raise CheckpointError(f"{root} is damaged: its list of arrays cannot be read: {_first_line(error)}") from error
 
 
+def _listed(root: Path) -> tuple[list[str], bool]:
+    """The arrays that the tree names, and whether every chunk of them must be there.
+
+    They are opened here before orbax is asked: it opens all at once and leaves at the first that fails, and the others
+    then report to an event loop that is closed, which Python prints as an error that no one can catch.
+    """
+    try:
+        tree = json.loads((root / _TREE).read_text())
+        arrays = [
+            ".".join(str(key["key"]) for key in entry["key_metadata"])
+            for entry in tree["tree_metadata"].values()
+            if entry["value_metadata"]["value_type"] in ("jax.Array", "np.ndarray", "scalar")
+            and not entry["value_metadata"].get("skip_deserialize")
+        ]
+        return arrays, bool(tree.get("store_array_data_equal_to_fill_value", False))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{root} is not an orbax checkpoint that can be read: {_TREE} is damaged") from error
+
+
+def _driver(root: Path, name: str, keys: frozenset[str]) -> str:
+    """zarr or zarr3, by the file that says what the array is."""
+    for driver, file in (("zarr3", "zarr.json"), ("zarr", ".zarray")):
+        if f"{name}/{file}" in keys:
+            return driver
+    raise CheckpointError(f"{root} lists the array {name!r} but does not hold it: the checkpoint is not complete.")
+
+
 def _open(root: Path, name: str, keys: frozenset[str], complete: bool) -> ts.TensorStore:
-    drivers = [d for d, file in (("zarr3", "zarr.json"), ("zarr", ".zarray")) if f"{name}/{file}" in keys]
-    if not drivers:
-        raise CheckpointError(f"{root} lists the array {name!r} but does not hold it: the checkpoint is not complete.")
+    driver = _driver(root, name, keys)
     container = _container(root)
     container["path"] = f"{container['path']}{name}/" if container["driver"] == "file" else f"{name}/"
-    spec = {"driver": drivers[0], "kvstore": container}
+    spec = {"driver": driver, "kvstore": container}
     if complete:
         spec["fill_missing_data_reads"] = False
     try:
