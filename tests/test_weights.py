@@ -173,7 +173,7 @@ def test_every_array_has_a_name_for_each_dim(name: str, case: Case) -> None:
 # --- contract -----------------------------------------------------------------------------------------------------
 
 contract_jit = jax.jit(contract, static_argnums=0)
-ROWS = (1, 2, 8, 64, 65, 200)
+ROWS = (1, 2, 8, 64, base.FEW_ROWS, base.FEW_ROWS + 1)
 DTYPES = ("float32", "bfloat16", "float16")
 
 

@@ -15,7 +15,8 @@ A file in this folder is one format and has
 so that bytes, placement and checkpoints follow from eval_shape(encode) and need no second description.
 
 Layout on CPU. XLA:CPU reads an [out, in] float32 matrix at full memory bandwidth for one row, but at less than half of
-it for 2 to 64 rows (7 against 17 GB/s on two cores, jax 0.10.2 and 0.12.0.1), whichever way the einsum is written:
+it for 2 to 64 rows (7 against 17 GB/s on two cores, jax 0.10.2 and 0.12.0.1; at 128 rows 162 against 173 GFLOP/s),
+whichever way the einsum is written:
 it always canonicalises to rows @ W^T. Computed as W @ rows^T, with both transposes held apart from the dot by a
 barrier so that they are not folded back into it, it reads at full bandwidth again. `scripts/bench.py --contract`
 measures both.
@@ -32,9 +33,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float
 
-FEW_ROWS = (
-    64  # above this many rows the plain form is as fast on CPU (5.3 against 3.8 GB/s at 64, 1.4 against 1.4 at 256)
-)
+FEW_ROWS = 128  # above it the plain form is the faster one on CPU (207 against 147 GFLOP/s at 1,024 rows)
 
 
 class Weight(abc.ABC):

@@ -36,8 +36,12 @@ def attention(
     """
     B, T, N, H = q.shape
     K = k.shape[1]
-    q = q.reshape(B, T, K, N // K, H)
-    scores = jnp.einsum("btkgh,bksh->bkgts", q, k.astype(q.dtype), preferred_element_type=jnp.float32) * scale
+    G, S = N // K, k.shape[2]
+    # the queries of one kv head as rows of one matrix, in the order of the result: left to the einsum, XLA:CPU takes the
+    # keys as rows and transposes the scores afterwards
+    q_rows = q.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, H)
+    scores = jnp.einsum("bkqh,bksh->bkqs", q_rows, k.astype(q.dtype), preferred_element_type=jnp.float32)
+    scores = scores.reshape(B, K, G, T, S) * scale
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
     q_pos, k_pos = q_positions[:, :, None], k_positions[:, None, :]
