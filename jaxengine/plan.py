@@ -149,12 +149,14 @@ def cache_bytes(architecture: Architecture, plan: Plan, *, batch: int, length: i
 
 
 def device_bytes(architecture: Architecture, plan: Plan, *, batch: int, length: int) -> int:
-    """Bytes that stand on the device between steps, plus the one layer that a streamed home brings in at a time.
+    """Bytes that stand on the device between steps, plus what a streamed home brings in at a time: one layer, or two
+    where unlike layers alternate and the next one's copy runs beside this one.
 
     Activations and temporaries are not counted: they are the compiler's to say.
     """
     w = weight_bytes(architecture, plan)
-    layers = w["layers"] if home(plan.home).MEMORY is None else w["largest_layer"]
+    at_once = 1 if all(len(s.kinds) == 1 for s in architecture.segments) else 2
+    layers = w["layers"] if home(plan.home).MEMORY is None else min(w["layers"], at_once * w["largest_layer"])
     return w["outer"] + layers + cache_bytes(architecture, plan, batch=batch, length=length)
 
 

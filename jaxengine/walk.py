@@ -42,19 +42,42 @@ def _unrolled(body: Body, carry: Any, bank: Bank, states: Any) -> tuple[Any, Any
 
 
 def _scanned(body: Body, carry: Any, bank: Bank, states: Any) -> tuple[Any, Any]:
-    fetch = home(bank.home).fetch
+    fetch, last = home(bank.home).fetch, len(bank.kinds) - 1
 
     def period(loop: Any, slices: Any) -> tuple[Any, None]:
         i, carry, states = loop
-        new = []
-        for kind, weights, stack in zip(bank.kinds, slices, states, strict=True):
-            state = jax.tree.map(lambda s: lax.dynamic_index_in_dim(s, i, keepdims=False), stack)
-            carry, state = body(kind, fetch(weights), carry, state)
+        here, new = fetch(slices[0]), []
+        for j, (kind, stack) in enumerate(zip(bank.kinds, states, strict=True)):
+            ahead = None
+            if j < last:
+                # the next kind's copy may start once this layer's input is there, and no earlier: without an order XLA
+                # starts all copies of a period at once and holds the whole period. The order is on the stack: on its
+                # slice it would not bind (AOT: 3.0 layers of a period of 3, in place of 2.0)
+                stacked, carry = lax.optimization_barrier((lax.stop_gradient(bank.weights[j + 1]), carry))
+                ordered = fetch(_at(stacked, i))
+                ahead = jax.tree.map(_with_gradient_of, ordered, fetch(slices[j + 1]))
+            carry, state = body(kind, here, carry, _at(stack, i))
             new.append(jax.tree.map(lambda s, x: lax.dynamic_update_index_in_dim(s, x, i, 0), stack, state))
+            here = ahead
         return (i + 1, carry, tuple(new)), None
 
     (_, carry, states), _ = lax.scan(period, (jnp.int32(0), carry, states), bank.weights, length=bank.repeats)
     return carry, states
+
+
+def _at(stacks: Any, i: Any) -> Any:
+    return jax.tree.map(lambda s: lax.dynamic_index_in_dim(s, i, keepdims=False), stacks)
+
+
+@jax.custom_vjp
+def _with_gradient_of(value: jax.Array, slice_: jax.Array) -> jax.Array:
+    """value; its gradient goes to slice_, the same numbers as the scan gives them: they stack their gradients where the
+    weights are, while jax's rule for a slice of a stack makes a stack of zeros on the device at every turn."""
+    del slice_
+    return value
+
+
+_with_gradient_of.defvjp(lambda value, slice_: (value, None), lambda _, g: (None, g))
 
 
 def lay_out(banks: Sequence[Bank], make: Callable[[Hashable], Any]) -> tuple[Any, ...]:

@@ -26,9 +26,17 @@ RAW = {
 BATCH, LENGTH = 4, 1024
 
 
-def compiled_decode(card: str, plan: Plan) -> tuple[object, object]:
+# windows in five layers of six, as Gemma 3: two periods and two layers more
+PERIODIC = {
+    "model_type": "gemma3_text", "vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 5632,
+    "num_hidden_layers": 14, "num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 128,
+    "max_position_embeddings": 4096, "sliding_window": 512, "sliding_window_pattern": 6,
+}  # fmt: skip
+
+
+def compiled_decode(card: str, plan: Plan, raw: dict = RAW) -> tuple[object, object]:
     """(the compiled decode loop, the architecture)."""
-    arch = architecture(RAW)
+    arch = architecture(raw)
     with aot.target(aot.CARDS[card]) as target:
         how = Engine(arch, plan.caching, plan.dtype, plan.sharding_rules(), target.mesh)  # pyright: ignore[reportArgumentType]
         params = placement.abstract(arch, plan, target.mesh)  # pyright: ignore[reportArgumentType]
@@ -39,7 +47,7 @@ def compiled_decode(card: str, plan: Plan) -> tuple[object, object]:
 
         def fresh(params: object) -> engine.Decoding:
             cache = engine.empty_cache(how, params, BATCH, LENGTH)
-            counts = sampling.init_counts(steps, one, one > 0, RAW["vocab_size"])
+            counts = sampling.init_counts(steps, one, one > 0, raw["vocab_size"])
             return engine.Decoding(cache, one[:, 0], one[:, 0], one[:, 0] > 0, counts, keys)
 
         keys = sampling.row_keys(0, [0] * BATCH)
@@ -86,3 +94,16 @@ def test_int8_streams_half_the_bytes() -> None:
     dense = weight_bytes(arch, Plan(dtype="bfloat16"))["layers"]
     assert compiled.memory_analysis().host_argument_size_in_bytes == pytest.approx(dense / 2, rel=0.01)
     assert np.isclose(weight_bytes(arch, plan)["layers"], dense / 2, rtol=0.01)
+
+
+@pytest.mark.parametrize("card", ["RTX 4090", "H200"])
+def test_a_period_of_unlike_layers_is_streamed_two_at_a_time(card: str) -> None:
+    plan = Plan(dtype="bfloat16", home="host")
+    compiled, arch = compiled_decode(card, plan, PERIODIC)
+    assert [len(s.kinds) for s in arch.segments] == [6, 1]
+    memory, size = compiled.memory_analysis(), weight_bytes(arch, plan)
+    cache = cache_bytes(arch, plan, batch=BATCH, length=LENGTH)
+    assert memory.host_temp_size_in_bytes == 0
+    assert memory.host_argument_size_in_bytes == pytest.approx(size["layers"], rel=0.01)
+    # without an order among the copies of a period all its six layers stand there
+    assert memory.temp_size_in_bytes < 2.1 * size["largest_layer"] + 2 * cache / 14 + 64 * 2**20
