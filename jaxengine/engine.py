@@ -1,14 +1,17 @@
 """The compiled functions: a forward pass, prefill, and a number of decode steps. Pure functions of (params, cache, tokens).
 
 What is compiled is keyed on an Engine (family, config, cache, dtype, sharding), which is frozen and hashes, and on shapes.
+What goes from one call to the next is laid out over the mesh by name in each of them: left to the compiler, a cache comes
+out of prefill split in one way and out of decode in another, and the next call compiles again.
 
-B batch, T queries, D model, V vocab, C steps that fit the output of one call.
+B batch, T queries, D model, V vocab, N query heads, K kv heads, H head dim.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,7 +22,10 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxengine import sampling
 from jaxengine.architecture import Architecture, merge
 from jaxengine.cache.base import CachedAttend, Caching, PlainAttend, empty
+from jaxengine.homes.base import Bank
+from jaxengine.nn import Attention
 from jaxengine.walk import lay_out, walk
+from pallas_kernels.aot import OPTIONS
 from sharding.rules import Rules, constrain
 
 CHUNK = 64  # steps that one call of `decode` can make; more tokens are more calls of the same program
@@ -63,18 +69,75 @@ class Chosen:
     top_logprobs: Float[Array, "..."]
 
 
+class Program:
+    """A pure function of an Engine and arrays, compiled with the options of the platform that the Engine's mesh is of."""
+
+    def __init__(self, function: Callable[..., Any], *, static: tuple[int, ...], donate: tuple[int, ...] = ()):
+        self.function, self._static, self._donate = function, static, donate
+        functools.update_wrapper(self, function)
+
+    @functools.cache  # noqa: B019  (programs live as long as the module)
+    def on(self, platform: str) -> Any:
+        """The function under jit: on a GPU with the scheduler that overlaps copies with compute."""
+        options = dict(OPTIONS) if platform == "gpu" else None
+        return jax.jit(
+            self.function, static_argnums=self._static, donate_argnums=self._donate, compiler_options=options
+        )
+
+    def __call__(self, engine: Engine, *args: Any) -> Any:
+        return self.on(engine.mesh.devices.flat[0].platform)(engine, *args)
+
+
+def program(*static: int, donate: tuple[int, ...] = ()) -> Callable[[Callable[..., Any]], Program]:
+    """Make a Program of a function: the places of its static arguments, and of those it may write over."""
+    return lambda function: Program(function, static=static, donate=donate)
+
+
+def placed_cache(engine: Engine, banks: Any, cache: Any) -> Any:
+    """The cache, laid out over the mesh as the rules for its dims say."""
+
+    def one(bank: Bank, x: Array) -> Array:
+        lead = ("cache_layers",) if bank.form == "scan" else ()
+        axes = (*lead, "cache_batch", "cache_kv_heads", "cache_slots", "cache_head_dim")[: x.ndim]
+        return constrain(x, engine.rules, engine.mesh, (*axes, *((None,) * (x.ndim - len(axes)))))
+
+    return tuple(jax.tree.map(functools.partial(one, bank), states) for bank, states in zip(banks, cache, strict=True))
+
+
+def placed_state(engine: Engine, banks: Any, now: Decoding) -> Decoding:
+    """A batch's state between calls: the cache as the rules say, counts as logits are, the rest whole everywhere."""
+
+    def rows(x: Array) -> Array:
+        return constrain(x, engine.rules, engine.mesh, (None,) * x.ndim)
+
+    return Decoding(
+        placed_cache(engine, banks, now.cache), rows(now.token), rows(now.lengths), rows(now.done),
+        jax.tree.map(lambda c: constrain(c, engine.rules, engine.mesh, ("batch", "act_vocab")), now.counts),
+        rows(now.keys),
+    )  # fmt: skip
+
+
 def forward(
     engine: Engine, params: Any, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], attend: Any, layers: Any
 ) -> tuple[Float[Array, "B T D"], Any]:
     """Tokens through the embedding and every layer; gives the residual stream and the layers' new caches."""
     architecture = engine.architecture
 
+    def on_mesh(x: Array, *axes: str) -> Array:
+        return constrain(x, engine.rules, engine.mesh, ("batch", "sequence", *axes))
+
     def placed(x: Array) -> Array:
-        return constrain(x, engine.rules, engine.mesh, ("batch", "sequence", "act_embed"))
+        return on_mesh(x, "act_embed")
+
+    def placed_attend(attention: Attention, q: Array, k: Array, v: Array, kv: Any) -> tuple[Array, Any]:
+        q = on_mesh(q, "act_heads", "act_head_dim")
+        k, v = (on_mesh(a, "act_kv_heads", "act_head_dim") for a in (k, v))
+        out, kv = attend(attention, q, k, v, kv)
+        return on_mesh(out, "act_heads", "act_head_dim"), kv
 
     def body(kind: Any, weights: Any, x: Array, kv: Any) -> tuple[Array, Any]:
         block = merge(architecture.block(kind)[0], weights)
-        x, kv = block(x, positions, attend, kv)
+        x, kv = block(x, positions, placed_attend, kv)
         return placed(x), kv
 
     outer = merge(architecture.outer()[0], params["outer"])
@@ -84,7 +147,8 @@ def forward(
 
 def head(engine: Engine, params: Any, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
     """The residual stream to float32 logits."""
-    return merge(engine.architecture.outer()[0], params["outer"]).head(x).astype(jnp.float32)
+    logits = merge(engine.architecture.outer()[0], params["outer"]).head(x).astype(jnp.float32)
+    return constrain(logits, engine.rules, engine.mesh, ("batch", "sequence", "act_vocab"))
 
 
 def empty_cache(engine: Engine, params: Any, batch: int, length: int) -> Any:
@@ -93,10 +157,10 @@ def empty_cache(engine: Engine, params: Any, batch: int, length: int) -> Any:
     def make(kind: Any) -> Any:
         return empty(engine.caching, engine.architecture.attention(kind), batch, length, jnp.dtype(engine.dtype))
 
-    return lay_out(params["banks"], make)
+    return placed_cache(engine, params["banks"], lay_out(params["banks"], make))
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@program(0)
 def score(engine: Engine, params: Any, tokens: Int[Array, "B T"], lengths: Int[Array, "B"]) -> Float[Array, "B T V"]:
     """Logits of every position, float32, keeping no cache; rows are padded on the right to T."""
     positions = row_positions(tokens.shape[1], lengths)
@@ -105,7 +169,7 @@ def score(engine: Engine, params: Any, tokens: Int[Array, "B T"], lengths: Int[A
     return head(engine, params, x)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+@program(0, 1, 2, 3, 4)
 def prefill(
     engine: Engine,
     steps: sampling.Steps,
@@ -137,10 +201,11 @@ def prefill(
     ) if samples > 1 else cache  # fmt: skip
     chosen, counts = choose(steps, top, values, logits[rows], counts, keys, lengths[rows])
     done = (chosen.token[:, None] == stop_ids[None, :]).any(-1)
-    return Decoding(cache, chosen.token, lengths[rows], done, counts, keys), chosen
+    now = Decoding(cache, chosen.token, lengths[rows], done, counts, keys)
+    return placed_state(engine, params["banks"], now), chosen
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+@program(0, donate=(2,))
 def reread(engine: Engine, params: Any, now: Decoding, tokens: Int[Array, "B T"], rows: Bool[Array, "B"]) -> Decoding:
     """Read the given rows anew, each from its first token to `now.token`, and put what they now give into the cache.
 
@@ -151,7 +216,7 @@ def reread(engine: Engine, params: Any, now: Decoding, tokens: Int[Array, "B T"]
     positions = row_positions(tokens.shape[1], jnp.where(rows, now.lengths + 1, 0))
     attend = CachedAttend(engine.caching, positions, jnp.zeros_like(now.lengths), fresh=True)
     _, cache = forward(engine, params, tokens, positions, attend, now.cache)
-    return dataclasses.replace(now, cache=cache)
+    return placed_state(engine, params["banks"], dataclasses.replace(now, cache=cache))
 
 
 def step(engine: Engine, params: Any, now: Decoding) -> tuple[Float[Array, "B V"], Any]:
@@ -162,7 +227,7 @@ def step(engine: Engine, params: Any, now: Decoding) -> tuple[Float[Array, "B V"
     return head(engine, params, x)[:, 0], cache
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
+@program(0, 1, 2, donate=(4,))
 def decode(
     engine: Engine,
     steps: sampling.Steps,
@@ -199,10 +264,11 @@ def decode(
         chosen = dataclasses.replace(chosen, token=jnp.where(now.done, now.token, chosen.token))
         done = now.done | (chosen.token[:, None] == stop_ids[None, :]).any(-1)
         out = jax.tree.map(lambda all_, x: lax.dynamic_update_index_in_dim(all_, x, i, 0), out, chosen)
-        return i + 1, Decoding(cache, chosen.token, lengths, done, counts, now.keys), out
+        now = Decoding(cache, chosen.token, lengths, done, counts, now.keys)
+        return i + 1, placed_state(engine, params["banks"], now), out
 
     made, now, out = lax.while_loop(going, once, (jnp.int32(0), now, jax.tree.map(slot, blank)))
-    return now, jax.tree.map(lambda a: a.swapaxes(0, 1), out), made
+    return placed_state(engine, params["banks"], now), jax.tree.map(lambda a: a.swapaxes(0, 1), out), made
 
 
 def choose(

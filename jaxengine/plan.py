@@ -37,7 +37,7 @@ class Plan:
     format of matrices inside layers; weight_rules: (name pattern, format) pairs that go before it, first match wins,
     e.g. (("lm_head", "int8"), ("layers.*.down", "dense")).
     home: where layers live; form: 'unrolled' or 'scan' ('' is the home's own). kv_layout, kv_codec, kv_store: the cache.
-    sharding: a named table of rules; rules: (logical axis, mesh axis or None[, memory kind]) that go before it.
+    sharding: a named table of rules; rules: (logical axis, mesh axis or None) pairs that go before it.
     mesh: e.g. 'data=2,tensor=4' ('' is one device).
     """
 
@@ -63,6 +63,13 @@ class Plan:
             raise ValueError(f"Plan: home {self.home!r} takes the form {' or '.join(forms)}, not {self.form!r}")
         if self.sharding not in RULES:
             raise ValueError(f"Plan: sharding is {self.sharding!r}; the tables are {', '.join(RULES)}")
+        for row in self.rules:
+            memory = row[2] if len(row) > 2 else None
+            if memory is not None:
+                raise ValueError(
+                    f"Plan: the rule {tuple(row)!r} names a memory kind; where layers live is the home's to say"
+                    f" (home='host'), and a rule says how a dim is split: {tuple(row[:2])!r}"
+                )
         _ = self.caching
 
     @property

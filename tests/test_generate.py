@@ -81,14 +81,14 @@ def test_cached_decoding_is_the_whole_forward_again(model: Model) -> None:
 def test_lengths_share_programs(model: Model) -> None:
     """A second prompt of another length in the same bucket, another temperature, more tokens: nothing compiles again."""
     model.generate([1, 2, 3], max_new_tokens=5, temperature=0.5, seed=1)
-    before = engine.prefill._cache_size(), engine.decode._cache_size()
+    before = engine.prefill.on("cpu")._cache_size(), engine.decode.on("cpu")._cache_size()
     for length, new, temperature in ((1, 9, 0.7), (7, 5, 1.5), (16, 40, 0.1), (11, 3, 0.9)):
         model.generate(list(range(1, length + 1)), max_new_tokens=new, temperature=temperature, seed=2)
-    assert (engine.prefill._cache_size(), engine.decode._cache_size()) == before
+    assert (engine.prefill.on("cpu")._cache_size(), engine.decode.on("cpu")._cache_size()) == before
     model.generate(list(range(1, 30)), max_new_tokens=5, temperature=0.5)
-    assert engine.prefill._cache_size() == before[0] + 1  # the next bucket of prompt lengths
+    assert engine.prefill.on("cpu")._cache_size() == before[0] + 1  # the next bucket of prompt lengths
     model.generate([1, 2, 3], max_new_tokens=5, temperature=0.5, stop_ids=[7, 8, 9])
-    assert engine.decode._cache_size() == before[1]  # the cache is as long as before: the same loop
+    assert engine.decode.on("cpu")._cache_size() == before[1]  # the cache is as long as before: the same loop
 
 
 def test_more_tokens_than_one_call_makes(model: Model) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import jaxengine
+from jaxengine import engine
 from jaxengine.plan import Plan
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -56,3 +57,24 @@ def test_quantised_weights_are_split_too() -> None:
 def test_a_vocabulary_that_does_not_divide_is_told() -> None:
     with pytest.raises(ValueError, match=r"embedding: dim 0, 'vocab', has size 101, which tensor=2 does not divide"):
         jaxengine.load(GOLDEN / "llama", sharding="tensor", mesh="data=4,tensor=2")
+
+
+@pytest.mark.parametrize(("sharding", "mesh"), TABLES)
+@pytest.mark.parametrize("given", [{}, {"home": "host", "kv": "int8"}], ids=["device", "host"])
+def test_the_second_call_of_decode_compiles_nothing(sharding: str, mesh: str, given: dict) -> None:
+    """What decode gives is laid out as what prefill gave it, and the cache as the rules say."""
+    model = jaxengine.load(GOLDEN / "llama", plan=WHOLE_VOCAB, sharding=sharding, mesh=mesh, **given)
+    before = engine.decode.on("cpu")._cache_size()
+    model.generate(PROMPTS + PROMPTS, max_new_tokens=2 * engine.CHUNK + 5)
+    assert engine.decode.on("cpu")._cache_size() == before + 1
+    cache = engine.empty_cache(model.engine, model.params, 8, 64)
+    batch, heads = {"data": (8, 1), "fsdp": (8, 1), "tensor": (4, 2), "fsdp+tensor": (4, 2)}[sharding]
+    for x in jax.tree.leaves(cache):
+        lead = () if model.plan.resolved_form == "unrolled" else (x.shape[0],)
+        rows = x.shape[len(lead) :]
+        assert x.sharding.shard_shape(x.shape) == (*lead, rows[0] // batch, rows[1] // heads, *rows[2:])
+
+
+def test_a_rule_does_not_say_where_layers_live() -> None:
+    with pytest.raises(ValueError, match=r"names a memory kind.*home='host'.*\('layers', None\)"):
+        Plan(rules=(("layers", None, "pinned_host"),))

@@ -83,7 +83,6 @@ def layer(xp, x, w, split=lambda x, axes: x):
     y = xp.einsum("bkgts,bskh->btkgh", scores, v).reshape(q.shape)
     x = split(x + xp.einsum("btnh,dnh->btd", y, w["o"]), ("batch", "sequence", "act_embed"))
     f = xp.clip(xp.einsum("btd,fd->btf", x, w["up"]), 0, 50)
-    f = split(f, ("batch", "sequence", "act_mlp"))
     return split(x + xp.einsum("btf,df->btd", f, w["down"]), ("batch", "sequence", "act_embed"))
 
 
@@ -212,9 +211,9 @@ def test_constrain_splits_what_divides(size, part):
 
 def test_constrain_on_one_device_changes_nothing_but_reads_its_names():
     mesh, x = make_mesh(), jnp.ones((2, 3))
-    assert constrain(x, RULES["tensor"], mesh, ("batch", "act_mlp")) is x
-    with pytest.raises(ValueError, match="did you mean 'act_mlp'"):
-        constrain(x, RULES["tensor"], mesh, ("batch", "act_mpl"))
+    assert constrain(x, RULES["tensor"], mesh, ("batch", "act_heads")) is x
+    with pytest.raises(ValueError, match="did you mean 'act_heads'"):
+        constrain(x, RULES["tensor"], mesh, ("batch", "act_haeds"))
     with pytest.raises(ValueError, match=r"names 1 dims and the array has 2: \(2, 3\)"):
         constrain(x, RULES["tensor"], mesh, ("batch",))
 
@@ -573,7 +572,7 @@ assert make_mesh().devices.flat[0] in jax.local_devices()
 x = np.arange(32.0, dtype=np.float32).reshape(4, 8)
 w = np.arange(64.0, dtype=np.float32).reshape(8, 8)
 put = lambda a, axes: jax.make_array_from_callback(a.shape, named_sharding(RULES["tensor"], mesh, axes), lambda i: a[i])
-y = jax.jit(lambda x, w: (x @ w).sum())(put(x, ("batch", "act_mlp")), put(w, ("mlp", "embed")))
+y = jax.jit(lambda x, w: (x @ w).sum())(put(x, ("batch", "act_heads")), put(w, ("mlp", "embed")))
 assert float(y) == (x.astype(np.float64) @ w).sum(), y
 try:
     initialize_distributed("localhost:1", 2, 0)
