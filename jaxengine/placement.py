@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from jaxengine import technique
 from jaxengine.architecture import Architecture, Segment, Spec
-from jaxengine.homes.base import Bank, home
+from jaxengine.homes.base import Bank, check_platform, home
 from jaxengine.plan import WEIGHTS, Plan, abstract_leaf
 from jaxengine.weights.base import Weight
 from sharding.rules import Rules, check, named_sharding
@@ -39,6 +39,7 @@ def place(
     architecture: Architecture, plan: Plan, mesh: Mesh, read: Read, track: Track = lambda name, size: None
 ) -> Any:
     """All parameters in their places: {'outer': {name: weight}, 'banks': (Bank, ...)}."""
+    check_platform(plan.home, mesh.devices.flat[0].platform)
     check_sharding(architecture, plan, mesh)
     rules = plan.sharding_rules()
     memory, form = home(plan.home).MEMORY, plan.resolved_form
@@ -107,7 +108,7 @@ def _empty_stack(shape: tuple[int, ...], dtype: Any, sharding: NamedSharding) ->
 
 def _put(stack: jax.Array, layer: jax.Array, i: int) -> jax.Array:
     """stack[i] = layer, in place."""
-    return _put_at(stack.sharding)(stack, layer, jnp.int32(i))
+    return _put_at(stack.sharding)(stack, layer, jnp.uint32(i))
 
 
 @functools.cache
@@ -117,7 +118,7 @@ def _put_at(sharding: NamedSharding) -> Any:
     def put(stack: jax.Array, layer: jax.Array, i: jax.Array) -> jax.Array:
         if host:
             layer = jax.device_put(layer, jax.memory.Space.Host)
-            i = jax.device_put(i, jax.memory.Space.Host)
+            i = jax.device_put(i, jax.memory.Space.Host)  # unsigned: jax would compute with a signed one, on the host
         return lax.dynamic_update_index_in_dim(stack, layer, i, 0)
 
     return jax.jit(put, donate_argnums=0, out_shardings=sharding)

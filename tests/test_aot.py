@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jaxengine import engine, placement, sampling
 from jaxengine.architecture import architecture
@@ -106,3 +108,24 @@ def test_a_period_of_unlike_layers_is_streamed_two_at_a_time(card: str) -> None:
     assert memory.host_argument_size_in_bytes == pytest.approx(size["layers"], rel=0.01)
     # without an order among the copies of a period all its six layers stand there
     assert memory.temp_size_in_bytes < 2.1 * size["largest_layer"] + 2 * cache / 14 + 64 * 2**20
+
+
+@pytest.mark.parametrize("card", sorted(aot.CARDS))
+def test_a_layer_is_written_into_its_stack_in_place(card: str) -> None:
+    """How `place` fills a stack in pinned memory, and how a layer of one is fetched again: no second stack anywhere."""
+    with aot.target(aot.CARDS[card]) as target:
+        host = NamedSharding(target.mesh, P(), memory_kind="pinned_host")
+        stack = jax.ShapeDtypeStruct((8, 2048, 2048), jnp.bfloat16, sharding=host)
+        layer = jax.ShapeDtypeStruct((2048, 2048), jnp.bfloat16)
+        size = 2048 * 2048 * 2
+        put = target.compile(placement._put_at(host), *target.place((stack, layer, jax.ShapeDtypeStruct((), jnp.uint32))))
+        memory = put.memory_analysis()
+        assert memory.host_alias_size_in_bytes == memory.host_argument_size_in_bytes == 8 * size
+        assert memory.host_temp_size_in_bytes == 0
+        assert memory.temp_size_in_bytes <= size
+        with jax.sharding.use_abstract_mesh(target.mesh):
+            taken = target.compile(
+                jax.jit(lambda s, x: placement._take_at(host).__wrapped__(s, 3) + x), *target.place((stack, layer))
+            )
+        assert taken.memory_analysis().host_temp_size_in_bytes == 0
+        assert taken.memory_analysis().temp_size_in_bytes <= 1.1 * size

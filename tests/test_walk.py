@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 
 from jaxengine import technique
 from jaxengine.architecture import Segment, segments
-from jaxengine.homes.base import HOMES, Bank, home
+from jaxengine.homes.base import HOMES, Bank, check_platform, home
 from jaxengine.walk import lay_out, walk
 from jaxengine.weights.base import Weight, contract
 from sharding.mesh import make_mesh
@@ -444,3 +444,14 @@ def test_an_unknown_technique_is_refused_with_the_nearest(package: str, name: st
 def test_what_is_no_technique_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=r"there are: .*dense.*int8"):
         technique.find("jaxengine.weights", name)
+
+
+@pytest.mark.parametrize("name", technique.names(HOMES))
+def test_a_jax_that_reads_host_stacks_wrongly_is_refused(name: str) -> None:
+    check_platform(name, "gpu", (0, 11, 1))
+    check_platform(name, "cpu", (0, 10, 2))
+    if home(name).MEMORY is None:
+        check_platform(name, "gpu", (0, 10, 2))
+    else:
+        with pytest.raises(ValueError, match=r"needs jax 0\.11\.1 or newer, and this is 0\.11\.0"):
+            check_platform(name, "gpu", (0, 11, 0))

@@ -31,6 +31,21 @@ def home(name: str) -> ModuleType:
     return technique.find(HOMES, name)
 
 
+# openxla/xla#46231: below it, a slice of a host stack at any index but the loop's own (every backward pass) is read at the
+# wrong place, without an error
+LEAST_JAX = (0, 11, 1)
+
+
+def check_platform(name: str, platform: str, version: tuple[int, ...] = jax.__version_info__) -> None:
+    """Refuse a home that this version of jax would get wrong on this platform."""
+    if platform == "gpu" and home(name).MEMORY is not None and version < LEAST_JAX:
+        raise ValueError(
+            f"home={name!r} on a GPU needs jax {'.'.join(map(str, LEAST_JAX))} or newer, and this is"
+            f" {'.'.join(map(str, version))}: older ones read some layers of a stack in host memory from the wrong place,"
+            f" without an error (openxla/xla#46231). Update jax (Python 3.12 or newer), or use home='device'"
+        )
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Bank:

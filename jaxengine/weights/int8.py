@@ -2,8 +2,9 @@
 
     s_o = max(max_i |w_oi| / 127, 2^-120)        q_oi = round(w_oi / s_o)        w_oi ~ q_oi s_o
 
-The scale belongs to the output, so it is applied after the matmul: the codes go into the dot as they are and no
-dequantised matrix stands anywhere. A quarter of float32's bytes, half of bfloat16's; the error of an element is at most
+The scale belongs to the output, so it is applied after the matmul: the codes go into the dot as they are, and XLA:GPU
+reads them as int8 (tests/test_aot.py). XLA:CPU writes them out as a float matrix before each dot: there the format
+saves memory at rest, not time. A quarter of float32's bytes, half of bfloat16's; the error of an element is at most
 s_o / 2. The scale is kept in float32.
 """
 
