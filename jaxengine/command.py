@@ -1,167 +1,53 @@
-"""The `jaxengine` command: parse, call, print. `scripts/generate.py` and `scripts/convert.py` are these same functions."""
+"""The `jaxengine` command: parse, call, print. `scripts/generate.py` and `scripts/convert.py` are these same functions.
+
+A sub-command is one function under `@app.command()` and `@reported()`; one that loads a model takes `@loads` for the
+options of `jaxengine.load`, which are declared here once, and hands them on with `load`.
+
+An error is shown as one line only where the reader can mend what it says. A ValueError says that if a `raise` of ours
+made it. One that jax or numpy raise inside our code is a fault of ours, and keeps its trace.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import dis
 import json
 import logging
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-import typer
+import click
 
+if TYPE_CHECKING:
+    from jaxengine.model import Model
+    from jaxengine.plan import Plan
 
-def _program() -> typer.Typer:
-    # rich's markup stays off: help texts hold square brackets and are to be read as they stand
-    return typer.Typer(
-        add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None
-    )
+F = TypeVar("F", bound=Callable[..., Any])
 
+SETTINGS: dict[str, Any] = {"context_settings": {"show_default": True, "max_content_width": 100}}
+PACKAGES = ("jaxengine", "sharding", "checkpoints", "pallas_kernels")
+MENDED_OUTSIDE = (FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError)
 
-app = _program()
-
-Folder = Annotated[
-    str, typer.Argument(help="A Hugging Face checkpoint folder; 'demo' is the small model that comes along.")
-]
-
-
-@app.callback()
-def _command() -> None:
-    """Runs language models that do not fit the GPU, in JAX."""
-
-
-@app.command()
-def generate(
-    folder: Folder,
-    prompt: Annotated[str, typer.Argument(help="What to continue; '-' reads it from standard input.")],
-    chat: Annotated[
-        bool, typer.Option(help="Take the prompt as a user's message, through the checkpoint's chat template.")
-    ] = False,
-    max_new_tokens: Annotated[int, typer.Option(help="Stop after so many tokens.")] = 128,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token each time.")] = 0.0,
-    top_k: Annotated[int | None, typer.Option(help="Draw from the k likeliest tokens.")] = None,
-    top_p: Annotated[
-        float | None, typer.Option(help="Draw from the likeliest tokens that hold this much probability.")
-    ] = None,
-    min_p: Annotated[float | None, typer.Option(help="Drop tokens less likely than this times the likeliest.")] = None,
-    repetition_penalty: Annotated[
-        float, typer.Option(help="Above 1: tokens that have occurred become less likely.")
-    ] = 1.0,
-    presence_penalty: Annotated[
-        float, typer.Option(help="Taken once from the logit of a token that was generated.")
-    ] = 0.0,
-    frequency_penalty: Annotated[float, typer.Option(help="Taken for each time that a token was generated.")] = 0.0,
-    stop: Annotated[list[str] | None, typer.Option(help="Stop at this text; may be given several times.")] = None,
-    seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.")] = None,
-    n: Annotated[int, typer.Option("-n", min=1, help="So many completions of the prompt.")] = 1,
-    memory: Annotated[
-        str | None, typer.Option(help="Device memory to use, e.g. 16GB: chooses where layers live.")
-    ] = None,
-    weights: Annotated[str | None, typer.Option(help="Format of the weights: dense, int8.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16 (default: the checkpoint's).")] = None,
-    home: Annotated[str | None, typer.Option(help="Where layers live: device, host.")] = None,
-    kv: Annotated[str | None, typer.Option(help="How the KV cache is stored: raw, int8.")] = None,
-    kv_layout: Annotated[str | None, typer.Option(help="Cache of sliding-window layers: window, full.")] = None,
-    mesh: Annotated[str | None, typer.Option(help="Several devices, e.g. data=2,tensor=4.")] = None,
-    sharding: Annotated[
-        str | None, typer.Option(help="How parameters are split over them: single, data, fsdp, tensor.")
-    ] = None,
-    show_plan: Annotated[bool, typer.Option(help="Print the plan to standard error first.")] = False,
-    json_lines: Annotated[bool, typer.Option("--json", help="Print one JSON object for each completion.")] = False,
-) -> None:
-    """Continue a prompt, printing the text as it comes."""
-    start_jax()
-    import jaxengine
-
-    with reported():
-        model = jaxengine.load(
-            resolve(folder), memory=memory, weights=weights, dtype=dtype, home=home, kv=kv,
-            kv_layout=kv_layout, mesh=mesh, sharding=sharding,
-            progress=Reading(),
-        )  # fmt: skip
-        if show_plan:
-            print(model.plan, file=sys.stderr)
-        text = sys.stdin.read() if prompt == "-" else prompt
-        given: Any = [{"role": "user", "content": text}] if chat else text
-        options: dict[str, Any] = {
-            "max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
-            "repetition_penalty": repetition_penalty, "presence_penalty": presence_penalty,
-            "frequency_penalty": frequency_penalty, "stop": stop or (), "seed": seed,
-        }  # fmt: skip
-        if json_lines:
-            for c in model.generate(given, n=n, **options):
-                print(json.dumps({"text": c.text, "tokens": c.tokens, "finish_reason": c.finish_reason}))
-        elif n > 1:
-            for i, c in enumerate(model.generate(given, n=n, **options)):
-                print(f"--- {i + 1}\n{'' if chat else text}{c.text}")
-        else:
-            pieces = model.stream(given, **options)  # refuses a bad request before anything is printed
-            print("" if chat else text, end="", flush=True)
-            for piece in pieces:
-                print(piece, end="", flush=True)
-            print()
-
-
-@app.command()
-def convert(
-    source: Folder,
-    target: Annotated[Path, typer.Argument(help="The folder to write; it must not exist, or be empty.")],
-    to: Annotated[str, typer.Option(help="hf: a Hugging Face folder; orbax: one chunk per layer.")],
-    dtype: Annotated[
-        str | None, typer.Option(help="Cast to float32, bfloat16 or float16 (as it is, if not given).")
-    ] = None,
-    overwrite: Annotated[bool, typer.Option(help="Replace a target that is there.")] = False,
-    max_shard_size: Annotated[str, typer.Option(help="hf: split into files of at most this size.")] = "5GB",
-) -> None:
-    """Convert a checkpoint folder, one tensor at a time; the target appears whole or not at all."""
-    start_jax()
-    from jaxengine import export
-    from jaxengine.plan import parse_bytes
-
-    with reported():
-        bar = Reading("converting")
-        export.convert(
-            resolve(source), target, to=to, dtype=dtype, overwrite=overwrite, max_shard_bytes=parse_bytes(max_shard_size),
-            track=bar,
-        )  # fmt: skip
-        print(f"wrote {target}")
-
-
-def convert_script() -> None:
-    """`scripts/convert.py`."""
-    _alone(convert)
-
-
-def generate_script() -> None:
-    """`scripts/generate.py`."""
-    _alone(generate)
-
-
-def _alone(command: Any) -> None:
-    program = _program()
-    program.command()(command)
-    program()
-
-
-def main() -> None:
-    """The `jaxengine` command."""
-    app()
-
-
-def resolve(folder: str) -> str:
-    """'demo' is the embedded checkpoint, unless a folder of that name is there."""
-    if folder == "demo" and not Path("demo").is_dir():
-        import jaxengine
-
-        return jaxengine.demo_folder()
-    return folder
+# ---------------------------------------------------------------------------------------------------------------------
+# What commands share
 
 
 def start_jax() -> None:
     """Settings of a process that we start: programs compiled once are kept for the next time."""
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_folder() / "xla"))
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+    kept = {
+        "jax_compilation_cache_dir": str(cache_folder() / "xla"),
+        "jax_persistent_cache_min_compile_time_secs": "0.2",
+    }
+    for name, value in kept.items():
+        if name.upper() not in os.environ:
+            os.environ[name.upper()] = value
+            if "jax" in sys.modules:  # it reads its environment when it is imported
+                sys.modules["jax"].config.update(name, float(value) if name.endswith("secs") else value)
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
 
 
@@ -170,31 +56,81 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxengine"
 
 
-class reported:  # noqa: N801  (used as a statement)
-    """Errors that are the user's to mend become one line and exit status 2; others keep their trace."""
+class reported(contextlib.ContextDecorator):  # noqa: N801  (used as a statement)
+    """Errors that are the user's to mend become one line and exit status 2; others keep their trace.
+
+    Ctrl-C ends with status 130, as a shell says it.
+    """
 
     def __enter__(self) -> None:
         return None
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, ValueError | FileNotFoundError | FileExistsError | NotADirectoryError | PermissionError):
-            print(f"error: {error}", file=sys.stderr)
-            raise SystemExit(2) from None
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if isinstance(error, KeyboardInterrupt):
             raise SystemExit(130) from None
+        if error is not None and is_the_users(error):
+            print(f"error: {said(error)}", file=sys.stderr, flush=True)
+            raise SystemExit(2) from None
+
+
+def is_the_users(error: BaseException) -> bool:
+    """Whether what an error says is for the user to mend: a file, a checkpoint, a value that our code refused."""
+    if isinstance(error, MENDED_OUTSIDE):
+        return True
+    if not isinstance(error, ValueError):
+        return False
+    from checkpoints.errors import CheckpointError
+    from jaxengine.config import ConfigError
+
+    return isinstance(error, CheckpointError | ConfigError) or raised_here(error)
+
+
+def raised_here(error: BaseException) -> bool:
+    """Whether the innermost frame of an error's traceback is in one of our packages, at a `raise`.
+
+    The frame alone does not tell: jax takes its own frames out of tracebacks, so that one of ours is the last where jax
+    has raised, and code in C has no frames. Nor does the frame's last instruction, which jax does not keep.
+    """
+    trace = error.__traceback__
+    if trace is None:
+        return False
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    if trace.tb_frame.f_globals.get("__name__", "").partition(".")[0] not in PACKAGES:
+        return False
+    found = dis.get_instructions(trace.tb_frame.f_code)
+    return any(
+        i.opname == "RAISE_VARARGS" and i.positions is not None and i.positions.lineno == trace.tb_lineno for i in found
+    )
+
+
+def said(error: BaseException) -> str:
+    """An error's message; the system's own errors without their number."""
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
 
 
 class Reading:
-    """A progress bar of bytes read, on standard error, where that is a terminal."""
+    """A progress bar of bytes, on standard error, where that is a terminal.
+
+    with Reading() as bar: load(progress=bar). However the block ends, the terminal is left as it was.
+    """
 
     def __init__(self, what: str = "reading weights") -> None:
-        self._bar: Any = None
         self._what = what
+        self._bar: Any = None
+
+    def __enter__(self) -> Self:
+        return self
 
     def __call__(self, name: str, done: int, total: int) -> None:
-        if not sys.stderr.isatty():
-            return
+        """`done` bytes of `total` are there; drawn from the first call on."""
         if self._bar is None:
+            if not sys.stderr.isatty():
+                return
             from rich.console import Console
             from rich.progress import (
                 BarColumn,
@@ -212,8 +148,226 @@ class Reading:
             self._bar.start()
             self._task = self._bar.add_task(self._what, total=total)
         self._bar.update(self._task, completed=done)
-        if done >= total:
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
             self._bar.stop()
+            self._bar = None
+
+
+def resolve(folder: str) -> str:
+    """'demo' is the embedded checkpoint, unless a folder of that name is there."""
+    if folder == "demo" and not Path("demo").is_dir():
+        import jaxengine
+
+        return jaxengine.demo_folder()
+    return folder
+
+
+A_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+
+LOADING = (
+    click.option("--plan", type=A_FILE, metavar="FILE", help="A plan as JSON; other options go before its fields."),
+    click.option("--memory", metavar="SIZE", help="Device memory to use, e.g. 16GB; chooses where layers live."),
+    click.option("--weights", metavar="FORMAT", show_default="dense", help="Format of the weights: dense, int8."),
+    click.option(
+        "--dtype", metavar="DTYPE", show_default="the checkpoint's", help="Compute in float32, bfloat16 or float16."
+    ),
+    click.option("--home", metavar="HOME", show_default="device", help="Where layers live: device, host."),
+    click.option("--form", metavar="FORM", show_default="the home's own", help="How layers run: unrolled, scan."),
+    click.option("--kv", metavar="CODEC", show_default="raw", help="How the KV cache is stored: raw, int8."),
+    click.option(
+        "--kv-layout", metavar="LAYOUT", show_default="window", help="Cache of sliding-window layers: window, full."
+    ),
+    click.option("--mesh", metavar="AXES", show_default="one device", help="Several devices, e.g. data=2,tensor=4."),
+    click.option(
+        "--sharding", metavar="TABLE", show_default="single",
+        help="How parameters are split over them: single, data, fsdp, tensor, fsdp+tensor.",
+    ),
+)  # fmt: skip
+
+
+def loads(command: F) -> F:
+    """The options of `jaxengine.load`, which the command takes as **loading and gives to `load`."""
+    for option in reversed(LOADING):
+        command = option(command)
+    return command
+
+
+def load(folder: str, *, plan: Path | None = None, **chosen: Any) -> Model:
+    """The model of a folder under what LOADING's options say, with a progress bar."""
+    import jaxengine
+
+    given = None if plan is None else read_plan(plan)
+    with Reading() as bar:
+        return jaxengine.load(resolve(folder), plan=given, progress=bar, **chosen)
+
+
+def read_plan(path: Path) -> Plan:
+    """The plan in a file that `Plan.to_json` wrote, or a part of one."""
+    from jaxengine.plan import Plan
+
+    try:
+        text = path.read_text(encoding="utf-8")
+        raw = json.loads(text)
+    except ValueError as error:  # of the encoding or of the JSON
+        raise click.BadParameter(f"{path} is not JSON: {error}", param_hint="--plan") from None
+    if not isinstance(raw, dict):
+        raise click.BadParameter(
+            f'{path} holds {text.strip()[:40]}; a plan is an object, e.g. {{"weights": "int8"}}', param_hint="--plan"
+        )
+    return Plan.from_json(text)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The commands
+
+
+@click.group(**SETTINGS)
+def app() -> None:
+    """Runs language models that do not fit the GPU, in JAX."""
+
+
+@app.command(**SETTINGS)
+@click.argument("folder")
+@click.argument("prompt")
+@click.option("--chat", is_flag=True, help="Take the prompt as a user's message, through the chat template.")
+@click.option("--max-new-tokens", metavar="N", type=click.IntRange(1), default=128, help="Stop after so many tokens.")
+@click.option("--temperature", type=float, default=0.0, help="How freely to draw; 0 takes the likeliest token.")
+@click.option("--top-k", metavar="K", type=int, help="Draw from the K likeliest tokens.")
+@click.option("--top-p", metavar="P", type=float, help="Draw from the likeliest tokens that hold P of the probability.")
+@click.option("--min-p", metavar="P", type=float, help="Drop tokens less than P times as likely as the likeliest.")
+@click.option("--repetition-penalty", type=float, default=1.0, help="Above 1, tokens seen before become less likely.")
+@click.option("--presence-penalty", type=float, default=0.0, help="Taken once from the logit of each generated token.")
+@click.option("--frequency-penalty", type=float, default=0.0, help="Taken each time that a token was generated.")
+@click.option("--stop", metavar="TEXT", multiple=True, help="Stop at this text; may be given several times.")
+@click.option(
+    "--stop-id",
+    metavar="ID",
+    type=click.IntRange(0),
+    multiple=True,
+    show_default="the checkpoint's",
+    help="Stop at this token id; may be given several times.",
+)
+@click.option("--seed", type=int, show_default="drawn", help="The same seed gives the same text.")
+@click.option("-n", "n", metavar="N", type=click.IntRange(1), default=1, help="So many completions of the prompt.")
+@loads
+@click.option("--show-plan", is_flag=True, help="Print the plan to standard error first.")
+@click.option("--json", "json_lines", is_flag=True, help="Print one JSON object for each completion.")
+@click.option(
+    "--logprobs",
+    metavar="N",
+    type=click.IntRange(0),
+    help="Into the JSON, each token's log-probability and those of the N likeliest.",
+)
+@reported()
+def generate(
+    folder: str,
+    prompt: str,
+    chat: bool,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    min_p: float | None,
+    repetition_penalty: float,
+    presence_penalty: float,
+    frequency_penalty: float,
+    stop: tuple[str, ...],
+    stop_id: tuple[int, ...],
+    seed: int | None,
+    n: int,
+    show_plan: bool,
+    json_lines: bool,
+    logprobs: int | None,
+    **loading: Any,
+) -> None:
+    """Continue a prompt, printing the text as it comes.
+
+    FOLDER is a Hugging Face checkpoint folder; 'demo' is the small model that comes along. PROMPT is what to continue;
+    '-' reads it from standard input.
+    """
+    if logprobs is not None and not json_lines:
+        raise click.UsageError("--logprobs goes into the JSON: give --json too, or leave it out.")
+    from jaxengine.sampling import Sampling
+
+    sampling = Sampling(  # refuses a number out of its range before anything is loaded
+        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty, frequency_penalty=frequency_penalty,
+    )  # fmt: skip
+    options: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens, "stop": stop, "stop_ids": stop_id or None, "seed": seed,
+        **dataclasses.asdict(sampling),
+    }  # fmt: skip
+    text = from_stdin() if prompt == "-" else prompt
+    given: Any = [{"role": "user", "content": text}] if chat else text
+    model = load(folder, **loading)
+    if show_plan:
+        print(model.plan, file=sys.stderr)
+    # a flush at each print: if the reader has gone, it is told here, where click ends quietly, and not at exit
+    if json_lines:
+        for c in model.generate(given, n=n, logprobs=logprobs, **options):
+            row: dict[str, Any] = {"text": c.text, "tokens": c.tokens, "finish_reason": c.finish_reason}
+            if logprobs is not None:
+                row["logprobs"] = c.logprobs
+            if logprobs:
+                row["top_logprobs"] = c.top_logprobs
+            print(json.dumps(row), flush=True)
+    elif n > 1:
+        for i, c in enumerate(model.generate(given, n=n, **options)):
+            print(f"--- {i + 1}\n{'' if chat else text}{c.text}", flush=True)
+    else:
+        pieces = model.stream(given, **options)  # refuses a bad request before anything is printed
+        print("" if chat else text, end="", flush=True)
+        for piece in pieces:
+            print(piece, end="", flush=True)
+        print(flush=True)
+
+
+def from_stdin() -> str:
+    """All of standard input."""
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise click.UsageError(f"standard input is not {error.encoding} text: {error.reason}") from None
+
+
+@app.command(**SETTINGS)
+@click.argument("source")
+@click.argument("target", type=click.Path(path_type=Path))
+@click.option("--to", metavar="FORMAT", required=True, help="hf, a Hugging Face folder, or orbax, one chunk per layer.")
+@click.option("--dtype", metavar="DTYPE", show_default="as it is", help="Cast to float32, bfloat16 or float16.")
+@click.option("--overwrite", is_flag=True, help="Replace a target that is there.")
+@click.option(
+    "--max-shard-size",
+    metavar="SIZE",
+    show_default="split as the source, or by 5GB",
+    help="Split what hf writes into files of at most this size.",
+)
+@reported()
+def convert(source: str, target: Path, to: str, dtype: str | None, overwrite: bool, max_shard_size: str | None) -> None:
+    """Convert a checkpoint folder, one tensor at a time.
+
+    SOURCE is a Hugging Face checkpoint folder, or one that was converted; 'demo' is the small model that comes along.
+    TARGET is the folder to write, which must not exist, or be empty; it appears whole or not at all.
+    """
+    from jaxengine import export
+    from jaxengine.plan import parse_bytes
+
+    size = None if max_shard_size is None else parse_bytes(max_shard_size)
+    with Reading("converting") as bar:
+        export.convert(
+            resolve(source), target, to=to, dtype=dtype, overwrite=overwrite, max_shard_bytes=size, track=bar
+        )
+    print(f"wrote {target}", flush=True)
+
+
+def main() -> None:
+    """The `jaxengine` command."""
+    start_jax()
+    app()
 
 
 if __name__ == "__main__":

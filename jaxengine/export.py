@@ -1,11 +1,13 @@
 """Writing a model: a Hugging Face folder that transformers opens, or an orbax checkpoint. One parameter at a time.
 
 Both writers ask `get(name)` for one parameter of ours at a time and write into a folder that is not yet under its final
-name (checkpoints.output). An export of what was imported unchanged is byte for byte what was read.
+name (checkpoints.output). An export of what was imported unchanged is byte for byte what was read: each tensor in its own
+dtype, in the same file, a tied head that was written out written out again. Where anything is changed, config.json says so.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable, Mapping
@@ -19,10 +21,20 @@ from checkpoints.output import output_folder
 from checkpoints.safetensors import plan_shards, write_file, write_index
 from jaxengine.architecture import Architecture, architecture
 from jaxengine.plan import DTYPES, Plan
-from jaxengine.sources import ORBAX, PLAN, Origin, open_source, read_config, stored_names, stored_tensors
+from jaxengine.sources import (
+    ORBAX,
+    PLAN,
+    Origin,
+    dtypes_of,
+    open_source,
+    read_config,
+    stored_names,
+    stored_tensors,
+)
 from jaxengine.weights.base import Weight
 
 FORMATS = ("hf", "orbax")
+MAX_SHARD_BYTES = 5_000_000_000  # of a file, where the source was not split
 BESIDE = (
     ".json",
     ".jinja",
@@ -31,6 +43,7 @@ BESIDE = (
     ".md",
 )  # tokenizer, templates, generation settings, the model's own notes
 Get = Callable[[str], Any]
+DtypeOf = Callable[[str], np.dtype]
 Track = Callable[[str, int, int], None]
 
 
@@ -44,23 +57,33 @@ def write_hf(
     folder: Path,
     arch: Architecture,
     get: Get,
-    dtype_of: Callable[[str], np.dtype],
+    dtype_of: DtypeOf,
     origin: Origin,
     *,
-    max_shard_bytes: int,
+    max_shard_bytes: int | None = None,
     track: Track | None = None,
 ) -> None:
-    """Safetensors under Hugging Face's names, with config.json and whatever text files stood beside it."""
+    """Safetensors under Hugging Face's names, with config.json and whatever text files stood beside it.
+
+    max_shard_bytes: of a file; None splits as the source was split, and by MAX_SHARD_BYTES where it was not.
+    """
     params, table = arch.params(), arch.name_table()
     theirs = table.theirs(params, arch.num_layers, origin.metadata.get("prefix"))
     tensors = {name: (dtype_of(table.parts(name, params)[0]), shape) for name, shape in theirs.items()}
-    shards = plan_shards(tensors, max_shard_bytes, origin.weight_map or None)
+    tensors |= {copy: tensors[name] for copy, name in origin.copies.items()}
+    # without what was passed over in the source's files, such as the rope frequencies of old checkpoints
+    split = {name: origin.weight_map[name] for name in tensors if name in origin.weight_map}
+    if max_shard_bytes is None:
+        shards = plan_shards(tensors, MAX_SHARD_BYTES, split)
+    else:
+        shards = plan_shards(tensors, max_shard_bytes)
     total = sum(int(np.prod(shape)) * d.itemsize for d, shape in tensors.values())
     done = 0
 
     def tensor(name: str) -> np.ndarray:
         nonlocal done
-        made = table.assemble(name, lambda ours: dense(get(ours), tensors[name][0]), params)
+        whole = origin.copies.get(name, name)
+        made = table.assemble(whole, lambda ours: dense(get(ours), tensors[name][0]), params)
         done += made.nbytes
         if track is not None:
             track(name, done, total)
@@ -71,17 +94,23 @@ def write_hf(
         write_file(folder / file, {n: tensors[n] for n in names}, tensor, metadata)
     if len(shards) > 1:
         write_index(folder, shards, tensors, origin.metadata.get("index"))
-    matrices = {d.name for d, shape in tensors.values() if len(shape) > 1}
-    write_beside(folder, origin, matrices.pop() if len(matrices) == 1 else None)
+    write_beside(folder, origin, named_dtype(arch, dtype_of, origin))
 
 
 def write_orbax(
-    folder: Path, arch: Architecture, plan: Plan, get: Get, origin: Origin, *, track: Track | None = None
+    folder: Path,
+    arch: Architecture,
+    plan: Plan,
+    get: Get,
+    dtype_of: DtypeOf,
+    origin: Origin,
+    *,
+    track: Track | None = None,
 ) -> None:
     """orbax/ with the weights in the plan's formats, the plan, and config.json and the rest beside it."""
     from checkpoints import orbax  # two seconds of import, for those who use it
 
-    tensors, specs = stored_tensors(arch, plan), arch.specs()
+    tensors, specs = stored_tensors(arch, plan, dtype_of), arch.specs()
     owner = {n: name for name, s in specs.items() for n in jax.tree.leaves(stored_names(name, s, plan))}
     total, done = sum(t.nbytes for t in tensors.values()), 0
     held: tuple[str, Any] = ("", None)  # the arrays of one Weight are asked for one after another
@@ -103,16 +132,30 @@ def write_orbax(
 
     orbax.save(folder / ORBAX, tensors, read, progress=progress)
     (folder / PLAN).write_text(plan.to_json() + "\n", encoding="utf-8")
-    write_beside(folder, origin, plan.dtype)
+    write_beside(folder, origin, named_dtype(arch, dtype_of, origin))
+
+
+def loses(source: str, target: str) -> bool:
+    """Whether a cast from one dtype to the other rounds, or has no room for, some of its numbers."""
+    one, other = np.dtype(source), np.dtype(target)
+    return one.itemsize >= other.itemsize and not np.can_cast(one, other)  # of 8-bit floats numpy does not know it
+
+
+def named_dtype(arch: Architecture, dtype_of: DtypeOf, origin: Origin) -> str | None:
+    """What config.json has to name: the matrices' dtype; None where each parameter has the dtype it came with."""
+    if dtypes_of(arch, dtype_of) == origin.dtypes:
+        return None
+    matrices = {dtype_of(name).name for name, spec in arch.specs().items() if spec.out is not None}
+    return matrices.pop() if len(matrices) == 1 else None
 
 
 def write_beside(folder: Path, origin: Origin, dtype: str | None) -> None:
-    """config.json, as it was unless the dtype has changed, and the other text files of the folder it came from."""
+    """config.json, as it was unless something has changed, and the other text files of the folder it came from."""
     named = "torch_dtype" if "torch_dtype" in origin.config and "dtype" not in origin.config else "dtype"
-    if origin.folder is not None and dtype in (None, origin.config.get(named)):
+    raw = origin.config | ({named: dtype} if dtype else {})
+    if origin.folder is not None and raw == read_config(origin.folder):
         shutil.copyfile(origin.folder / "config.json", folder / "config.json")
     else:
-        raw = origin.config | ({named: dtype} if dtype else {})
         (folder / "config.json").write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     for path in sorted(origin.folder.iterdir()) if origin.folder is not None else ():
         own = path.name in ("config.json", PLAN) or path.name.endswith(".index.json")
@@ -127,40 +170,48 @@ def convert(
     to: str,
     dtype: str | None = None,
     overwrite: bool = False,
-    max_shard_bytes: int = 5_000_000_000,
+    max_shard_bytes: int | None = None,
     track: Track | None = None,
 ) -> None:
     """Read one folder, write another, one parameter at a time; nothing is placed on a device.
 
-    to: 'hf' or 'orbax'. dtype: cast all parameters (each keeps its own if not given). Raises, before anything is
-    written: ValueError for a choice there is not, CheckpointError for a target that is not empty or a source that cannot
-    be read, ConfigError for a model that is not done.
+    to: 'hf' or 'orbax'. dtype: cast all parameters (each keeps its own if not given). max_shard_bytes: split what is
+    written to 'hf' into files of at most this size (if not given, as the source is split, or 5 GB where it is not).
+    Raises, before anything is written: ValueError for a choice there is not and for layers that orbax cannot stack,
+    CheckpointError for a target that is not empty or a source that cannot be read, ConfigError for a model that is not
+    done.
     """
     if to not in FORMATS:
         raise ValueError(f"convert: to is {to!r}; it can be {' or '.join(FORMATS)}")
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"convert: dtype is {dtype!r}; it can be {', '.join(DTYPES)}")
+    if max_shard_bytes is not None and to != "hf":
+        raise ValueError(f"convert: max_shard_bytes goes with to='hf'; to={to!r} is not split into files of a size")
     source = Path(source)
     raw = read_config(source)
-    arch = architecture(raw)
-    with open_source(source, arch) as parameters, output_folder(target, overwrite=overwrite) as folder:
-        origin = parameters.origin(raw)
+    with open_source(source, architecture(raw)) as parameters, output_folder(target, overwrite=overwrite) as folder:
+        arch, origin, plan = parameters.architecture, parameters.origin(raw), parameters.plan
+
+        def dtype_of(name: str) -> np.dtype:
+            return np.dtype(dtype) if dtype else parameters.dtype(name)
+
         if to == "hf":
-
-            def dtype_of(name: str) -> np.dtype:
-                return np.dtype(dtype) if dtype else parameters.dtype(name)
-
-            write_hf(folder, arch, parameters.read, dtype_of, origin, max_shard_bytes=max_shard_bytes, track=track)
+            write_hf(
+                folder, arch, parameters.read, dtype_of, origin, max_shard_bytes=max_shard_bytes, track=track
+            )  # fmt: skip
             return
-        plan = parameters.plan or Plan(dtype=dtype or one_dtype(arch, parameters.dtype, raw))
+        if plan is None:
+            plan = Plan(dtype=dtype or one_dtype(arch, parameters.dtype, raw))
         if dtype is not None and dtype != plan.dtype:
-            raise ValueError(
-                f"convert: {source} holds weights of a plan in {plan.dtype}; go through to='hf' to cast them"
-            )
-        write_orbax(folder, arch, plan, parameters.read, origin, track=track)
+            if any(plan.format_of(name, spec) != "dense" for name, spec in arch.specs().items()):
+                raise ValueError(
+                    f"convert: {source} holds weights of a plan in {plan.dtype}; go through to='hf' to cast them"
+                )
+            plan = dataclasses.replace(plan, dtype=dtype)
+        write_orbax(folder, arch, plan, parameters.read, dtype_of, origin, track=track)
 
 
-def one_dtype(arch: Architecture, dtype_of: Callable[[str], np.dtype], raw: Mapping[str, Any]) -> str:
+def one_dtype(arch: Architecture, dtype_of: DtypeOf, raw: Mapping[str, Any]) -> str:
     """The dtype that a checkpoint is used in if nobody says: that of its matrices, or what config.json names."""
     stored = {dtype_of(name).name for name, spec in arch.specs().items() if spec.out is not None}
     if len(stored) == 1 and stored <= set(DTYPES):

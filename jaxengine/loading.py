@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import fnmatch
 import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -46,19 +49,26 @@ def load(
     rules. home: 'device' or 'host'; form: 'unrolled' or 'scan'. kv: the cache's codec ('raw', 'int8'); kv_layout: the
     layout of sliding-window layers ('window', 'full'). progress: called with (name, bytes read, bytes in all).
 
+    Of the plan that an orbax folder was saved with, only what its bytes are decides here too, where no plan is given:
+    weights, weight_rules and dtype. Home, form, cache, sharding and mesh were that machine's; here they are the defaults
+    or what is given. A head that config.json ties to the embedding, and that differs from it in the files, is loaded
+    untied, as transformers does.
+
     Raises ConfigError for a config that asks for what is not done, CheckpointError for missing, unexpected, misshapen,
-    truncated or corrupt tensors, ValueError for a plan that cannot be; all before anything is allocated.
+    truncated or corrupt tensors, ValueError for a plan that cannot be or whose weight_rules name what is not there; all
+    before anything is allocated.
     """
     folder = Path(folder)
     raw = read_config(folder)
-    arch = architecture(raw)
-    with open_source(folder, arch) as source:
+    with open_source(folder, architecture(raw)) as source:
+        arch = source.architecture
         named = mesh if mesh is None or isinstance(mesh, str) else ",".join(f"{k}={v}" for k, v in mesh.shape.items())
         given = {
             "weights": weights, "dtype": dtype, "mesh": named, "sharding": sharding, "home": home, "form": form,
             "kv_codec": kv, "kv_layout": kv_layout,
         }  # fmt: skip
-        chosen = dataclasses.replace(plan or source.plan or Plan(), **{k: v for k, v in given.items() if v is not None})
+        start = plan or _as_stored(source.plan)
+        chosen = dataclasses.replace(start, **{k: v for k, v in given.items() if v is not None})
         if not chosen.dtype:
             chosen = dataclasses.replace(chosen, dtype=one_dtype(arch, source.dtype, raw))
         if memory is not None:
@@ -82,6 +92,7 @@ def load(
             raise ValueError(
                 f"sharding is {chosen.sharding!r} and there is one device in the mesh: say mesh='tensor=4' or the like"
             )
+        _check_rules(arch, chosen)
         _check_formats(arch, source.plan, chosen)
         done = 0
 
@@ -96,6 +107,33 @@ def load(
     return Model(arch, chosen, over, params, origin, tokenizer(folder))
 
 
+def _as_stored(plan: Plan | None) -> Plan:
+    """What the stored bytes decide of the plan they were stored with."""
+    return Plan() if plan is None else Plan(dtype=plan.dtype, weights=plan.weights, weight_rules=plan.weight_rules)
+
+
+def _check_rules(arch: Architecture, plan: Plan) -> None:
+    """Refuse a weight rule that chooses no matrix's format: it is a slip of the pen."""
+    specs = arch.specs()
+    every = lambda names: sorted({re.sub(r"^layers\.\d+\.", "layers.*.", n) for n in names})  # noqa: E731
+    for pattern, _ in plan.weight_rules:
+        found = fnmatch.filter(specs, pattern)
+        if any(specs[name].out is not None for name in found):
+            continue
+        matrices = every(name for name, spec in specs.items() if spec.out is not None)
+        if found:
+            said = f"matches only {', '.join(every(found))}: vectors, which are never quantised"
+        elif fnmatch.fnmatchcase("lm_head", pattern):
+            said = "matches no parameter: the head is tied, and is 'embedding'"
+        else:
+            said = "matches no parameter"
+        near = difflib.get_close_matches(re.sub(r"^layers\.\d+\.", "layers.*.", pattern), matrices, n=3, cutoff=0.0)
+        raise ValueError(
+            f"weight_rules: {pattern!r} {said}. Nearest of this {arch.family} of {arch.num_layers} layers (0 to"
+            f" {arch.num_layers - 1}): {', '.join(near)}"
+        )
+
+
 def _check_formats(arch: Architecture, stored: Plan | None, chosen: Plan) -> None:
     """Weights that were stored quantised stay in their format; refuse another one by name."""
     if stored is None:
@@ -105,7 +143,8 @@ def _check_formats(arch: Architecture, stored: Plan | None, chosen: Plan) -> Non
         if was not in ("dense", wanted):
             raise CheckpointError(
                 f"{name} is stored as {was!r} and the plan asks for {wanted!r}: load it as it is stored (give no weights"
-                f" argument), or start from the checkpoint that it was made from"
+                f" argument, and a plan only with the same weights and weight_rules), or start from the checkpoint that it"
+                f" was made from"
             )
 
 
@@ -127,6 +166,7 @@ def from_arrays(
         raise ValueError(
             "from_arrays: the plan names no dtype, and there is no checkpoint to take it from: Plan(dtype='float32')"
         )
+    _check_rules(arch, plan)
     over = make_mesh(plan.mesh or None)
     params = placement.place(arch, plan, over, lambda name: np.asarray(jax.device_get(arrays[name])))
     return Model(arch, plan, over, params, Origin(dict(config or {})), None)

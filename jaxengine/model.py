@@ -178,31 +178,50 @@ class Model:
         format: str = "hf",
         dtype: str | None = None,
         overwrite: bool = False,
-        max_shard_bytes: int = 5_000_000_000,
+        max_shard_bytes: int | None = None,
     ) -> None:
         """Write the model to a folder, which appears whole or not at all.
 
         format 'hf': safetensors under Hugging Face's names, in `dtype` (the plan's if not given), quantised weights
-        decoded, split into files as the folder it came from. 'orbax': one chunk per layer, weights in the formats they
-        are in, to be loaded by `load` or by plain orbax, with the plan beside them. Config and tokenizer go along. Raises
-        CheckpointError for a folder that is not empty, unless `overwrite`.
+        decoded, in files of at most `max_shard_bytes` (if not given, split as the folder it came from, or by 5 GB).
+        'orbax': one chunk per layer, weights in the formats they are in, to be loaded by `load` or by plain orbax, with
+        the plan beside them. Config and tokenizer go along.
+
+        What is written is what is in memory. `load` has cast it to the plan's dtype: parameters that were stored wider
+        (float32 norms beside bfloat16 matrices) have lost those digits for good, and a warning says so.
+        `jaxengine.export.convert`, which reads the checkpoint itself, keeps each parameter's own dtype.
+
+        Raises CheckpointError for a folder that is not empty, unless `overwrite`, and ValueError for a choice there is
+        not.
         """
         if format not in export.FORMATS:
             raise ValueError(f"save: format is {format!r}; it can be {' or '.join(export.FORMATS)}")
         if dtype is not None and (format != "hf" or dtype not in DTYPES):
             raise ValueError(f"save: dtype is {dtype!r}; it goes with format='hf' and can be {', '.join(DTYPES)}")
+        if max_shard_bytes is not None and format != "hf":
+            raise ValueError(
+                f"save: max_shard_bytes goes with format='hf'; {format!r} is not split into files of a size"
+            )
         if not self.origin.config:
             raise ValueError("save: this model was made without a config.json; give from_arrays its fields")
-        parts = placement.stored(self.architecture, self.params)
+        lost = [name for name, was in self.origin.dtypes.items() if export.loses(was, self.plan.dtype)]
+        parts, stored = placement.stored(self.architecture, self.params), np.dtype(dtype or self.plan.dtype)
         with output_folder(folder, overwrite=overwrite) as temporary:
+            if lost:
+                log.warning(
+                    "save: %d of %d parameters were cast to %s when they were loaded, e.g. %s from %s, and are saved with"
+                    " what is left of them; `jaxengine convert` keeps each parameter's own dtype",
+                    len(lost), len(parts), self.plan.dtype, lost[0], self.origin.dtypes[lost[0]],
+                )  # fmt: skip
             if format == "orbax":
-                export.write_orbax(temporary, self.architecture, self.plan, lambda n: parts[n](), self.origin)
-                return
-            stored = np.dtype(dtype or self.plan.dtype)
-            export.write_hf(
-                temporary, self.architecture, lambda n: parts[n](), lambda n: stored, self.origin,
-                max_shard_bytes=max_shard_bytes,
-            )  # fmt: skip
+                export.write_orbax(
+                    temporary, self.architecture, self.plan, lambda n: parts[n](), lambda n: stored, self.origin
+                )
+            else:
+                export.write_hf(
+                    temporary, self.architecture, lambda n: parts[n](), lambda n: stored, self.origin,
+                    max_shard_bytes=max_shard_bytes,
+                )  # fmt: skip
 
     # --- inputs ----------------------------------------------------------------------------------------------------
 
@@ -212,7 +231,7 @@ class Model:
     def _encode_all(self, prompts: Any) -> list[list[int]]:
         one = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int | np.integer | Mapping))
         if not one and len(prompts) == 0:
-            raise ValueError("generate: there is no prompt")
+            raise ValueError("There is no prompt: give a string, a chat, a list of token ids, or a list of these")
         return [self._encode(p) for p in ([prompts] if one else prompts)]
 
     def _encode(self, prompt: Any) -> list[int]:
@@ -233,14 +252,11 @@ class Model:
                 raise ValueError(f"Prompt {i} has token id {bad[0]}; ids are 0 to {V - 1}")
             length = len(row) + max_new_tokens
             if length > most:
-                said = (
-                    f"Prompt {i} has {len(row)} tokens; with max_new_tokens={max_new_tokens} that is {length},"
-                    f" and max_position_embeddings is {most}"
-                )
+                grown = f"; with max_new_tokens={max_new_tokens} that is {length}," if max_new_tokens else ""
+                said = f"Prompt {i} has {len(row)} tokens{grown} and max_position_embeddings is {most}"
                 if any(n.endswith("positions") for n in self.architecture.outer()[1]):
-                    raise ValueError(
-                        f"{said}: this model has no position beyond it. At most max_new_tokens={max(0, most - len(row))}"
-                    )
+                    fits = f"max_new_tokens={max(0, most - len(row))}" if max_new_tokens else f"{most} tokens"
+                    raise ValueError(f"{said}: this model has no position beyond it. At most {fits}")
                 log.warning("%s: the model was not trained beyond it", said)
 
 
@@ -321,13 +337,16 @@ class _Run:
         self.stop = [stop] if isinstance(stop, str) else list(stop)
         for name, given, least in (("max_new_tokens", max_new_tokens, 1), ("n", n, 1), ("logprobs", logprobs or 0, 0)):
             if not isinstance(given, int | np.integer) or given < least:
-                raise ValueError(f"generate: {name} is {given!r}; it must be a whole number, at least {least}")
+                raise ValueError(f"{name} is {given!r}; it must be a whole number, at least {least}")
         if self.stop and model.tokenizer is None:
-            raise ValueError(
-                "generate: stop strings need a tokenizer, and the checkpoint folder has none; use stop_ids"
-            )
+            raise ValueError("stop: strings need a tokenizer, and the checkpoint folder has none; use stop_ids")
         if isinstance(stop_ids, int):
             stop_ids = (stop_ids,)
+        elif stop_ids is not None:
+            stop_ids = tuple(stop_ids)
+        V = model.config.vocab_size
+        if bad := [i for i in stop_ids or () if not 0 <= i < V]:
+            raise ValueError(f"stop_ids: {bad[0]} is no token; ids are 0 to {V - 1}")
         if stop_ids is None:
             stop_ids = model.tokenizer.eos_ids if model.tokenizer is not None else _config_eos(model.origin.config)
         model._check_ids(ids, max_new_tokens)
@@ -337,8 +356,8 @@ class _Run:
             logprobs or 0,
             logprobs is not None,
         )
-        if self.top > model.config.vocab_size:
-            raise ValueError(f"generate: logprobs is {logprobs}; the vocabulary has {model.config.vocab_size} tokens")
+        if self.top > V:
+            raise ValueError(f"logprobs is {logprobs}; the vocabulary has {V} tokens")
         owners = [i for i in range(len(ids)) for _ in range(n)]
         self.rows = [_Row(i, ids[i], model.tokenizer, self.stop, frozenset(stop_ids)) for i in owners]
         self.ids = ids

@@ -105,12 +105,18 @@ class Plan:
     def from_json(cls, text: str) -> Plan:
         """From `to_json`'s text; a field that is not known is refused by name."""
         raw = json.loads(text)
+        if not isinstance(raw, dict):
+            raise ValueError(f"Plan: the JSON text holds {type(raw).__name__}, not an object of a plan's fields")
         known = {f.name for f in dataclasses.fields(cls)}
         if unknown := sorted(set(raw) - known):
             raise ValueError(f"Plan: unknown field {', '.join(unknown)}; a plan has {', '.join(sorted(known))}")
-        for name in ("weight_rules", "rules"):
-            if name in raw:
-                raw[name] = tuple(tuple(r) for r in raw[name])
+        for name, given in raw.items():
+            rows = name in ("weight_rules", "rules")
+            if rows and not (isinstance(given, list) and all(isinstance(r, list) for r in given)):
+                raise ValueError(f"Plan: {name} is {given!r}; it is a list of lists, e.g. [['lm_head', 'int8']]")
+            if not rows and not isinstance(given, str):
+                raise ValueError(f"Plan: {name} is {given!r}; it is a string")
+            raw[name] = tuple(tuple(r) for r in given) if rows else given
         return cls(**raw)
 
     def __str__(self) -> str:

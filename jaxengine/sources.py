@@ -3,12 +3,18 @@
 A source is opened after config.json has become an Architecture, is checked whole against it before a byte of data is
 read, and then gives one parameter at a time, in our shape and its own dtype, as a numpy array (or, where an orbax
 checkpoint holds it quantised, as a Weight of numpy arrays).
+
+Whether the head is tied to the embedding is said twice, by config.json and by the tensors, and the two may disagree: a
+config that ties (for several families the default) stands beside an lm_head of its own that was trained. Then the tensors
+are right, as they are for transformers 5, and the source's architecture is the untied one.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import logging
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self
@@ -17,23 +23,31 @@ import jax
 import numpy as np
 
 from checkpoints.errors import CheckpointError, listing
-from checkpoints.safetensors import Reader
+from checkpoints.safetensors import Reader, aligned_empty
 from jaxengine.architecture import Architecture, Spec
 from jaxengine.plan import Plan, abstract_leaf
 
 if TYPE_CHECKING:
     from checkpoints.orbax import Stored
 
+log = logging.getLogger("jaxengine")
+
 ORBAX = "orbax"  # the sub-folder of a saved model that holds its arrays
 PLAN = "jaxengine_plan.json"
+PIECE = 4 * 2**20  # bytes of each of two tensors that are compared
 
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """Where a model came from, as far as an export needs it: its config.json, its folder, and how its files were split."""
+    """Where a model came from, as far as an export needs it: its config.json, its folder, and how its files were split.
+
+    dtypes: of each parameter of ours, as it was stored. copies: {their name: their name}, tensors that repeat another one.
+    """
 
     config: dict[str, Any]
     folder: Path | None = None
+    dtypes: dict[str, str] = dataclasses.field(default_factory=dict)
+    copies: dict[str, str] = dataclasses.field(default_factory=dict)
     weight_map: dict[str, str] = dataclasses.field(default_factory=dict)
     metadata: dict[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -42,6 +56,7 @@ class Source(Protocol):
     """Parameters by our names."""
 
     nbytes: int
+    architecture: Architecture  # what the tensors make of the one it was opened with: the head may turn out untied
     plan: Plan | None  # the plan whose formats the stored weights are in; None: all are plain arrays
 
     def __enter__(self) -> Self: ...
@@ -70,19 +85,45 @@ class HuggingFace:
 
     def __init__(self, folder: Path, architecture: Architecture):
         self.folder = folder
-        self._params, self._table = architecture.params(), architecture.name_table()
+        self._copies: dict[str, str] = {}
+        self._mended: dict[str, Any] = {}  # fields of config.json of which the tensors say something else
         self._reader = Reader.open(folder)
         try:
-            self._prefix = self._table.check(self._reader, self._params, architecture.num_layers)
+            self._fit(architecture)
+            if architecture.config.tie_word_embeddings:
+                self._tie_or_untie()
         except BaseException:
             self._reader.close()
             raise
-        self._theirs = {
-            ours: theirs
-            for theirs in self._table.theirs(self._params, architecture.num_layers, self._prefix)
-            for ours in self._table.parts(theirs, self._params)
-        }
         self.nbytes = sum(self._reader.info(n).nbytes for n in set(self._theirs.values()))
+
+    def _fit(self, architecture: Architecture) -> None:
+        """Take this architecture as the source's, if the tensors fit it."""
+        self.architecture, params, table = architecture, architecture.params(), architecture.name_table()
+        self._params, self._table = params, table
+        self._prefix = table.check(self._reader, params, architecture.num_layers)
+        theirs = table.theirs(params, architecture.num_layers, self._prefix)
+        self._theirs = {ours: name for name in theirs for ours in table.parts(name, params)}
+
+    def _tie_or_untie(self) -> None:
+        """The config ties: take the head, if the files hold one too, as the embedding's copy or as one of its own."""
+        tied = self.architecture
+        untied = dataclasses.replace(tied, config=dataclasses.replace(tied.config, tie_word_embeddings=False))
+        params, table = untied.params(), untied.name_table()
+        theirs = table.theirs(params, untied.num_layers, self._prefix)
+        head = next(name for name in theirs if table.parts(name, params) == ("lm_head",))
+        embedding = self._theirs["embedding"]
+        if head not in self._reader:
+            return
+        if same_bytes(self._reader, head, embedding):
+            self._copies = {head: embedding}
+            return
+        self._fit(untied)
+        self._mended = {"tie_word_embeddings": False}
+        log.warning(
+            "%s: config.json ties the head to the embedding, but %s is there and differs from %s: loaded untied",
+            self.folder, head, embedding,
+        )  # fmt: skip
 
     def __enter__(self) -> Self:
         return self
@@ -103,14 +144,43 @@ class HuggingFace:
     def origin(self, config: dict[str, Any]) -> Origin:
         """With the split into files, so that an export can be the same."""
         meta = {"files": dict(self._reader.metadata), "index": self._reader.index_metadata, "prefix": self._prefix}
-        return Origin(config, self.folder, dict(self._reader.weight_map), meta)
+        return Origin(
+            config | self._mended, self.folder, dtypes_of(self.architecture, self.dtype), self._copies,
+            dict(self._reader.weight_map), meta,
+        )  # fmt: skip
+
+
+def same_bytes(reader: Reader, a: str, b: str) -> bool:
+    """Whether two tensors are the same dtype, shape and bytes; a few rows of each are held at a time."""
+    one, other = reader.info(a), reader.info(b)
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    if not one.shape or not one.nbytes:
+        return reader.read(a).tobytes() == reader.read(b).tobytes()
+    step = max(1, PIECE * one.shape[0] // one.nbytes)
+    held = [aligned_empty((min(step, one.shape[0]), *one.shape[1:]), one.dtype) for _ in range(2)]
+    for start in range(0, one.shape[0], step):
+        rows = slice(start, min(start + step, one.shape[0]))
+        # as bytes: as numbers NaN is not itself, and -0.0 is 0.0
+        x, y = (
+            reader.read(name, rows, out=buffer[: rows.stop - start]).reshape(-1).view(np.uint8)
+            for name, buffer in zip((a, b), held, strict=True)
+        )
+        if not np.array_equal(x, y):
+            return False
+    return True
+
+
+def dtypes_of(architecture: Architecture, dtype_of: Callable[[str], np.dtype]) -> dict[str, str]:
+    """The name of each parameter's dtype, as `Origin.dtypes` has them."""
+    return {name: np.dtype(dtype_of(name)).name for name in architecture.params()}
 
 
 class Orbax:
     """A folder that `Model.save(folder, format='orbax')` or `convert` wrote: config.json, the plan, and orbax/."""
 
     def __init__(self, folder: Path, architecture: Architecture):
-        self.folder, self._specs = folder, architecture.specs()
+        self.folder, self.architecture, self._specs = folder, architecture, architecture.specs()
         self.plan: Plan | None = saved_plan(folder)
         if self.plan is None:
             raise CheckpointError(f"{folder} has {ORBAX}/ but no {PLAN}, which says in which formats its weights are")
@@ -162,7 +232,7 @@ class Orbax:
 
     def origin(self, config: dict[str, Any]) -> Origin:
         """The folder; its files were never split."""
-        return Origin(config, self.folder)
+        return Origin(config, self.folder, dtypes_of(self.architecture, self.dtype))
 
 
 def open_source(folder: Path, architecture: Architecture) -> Source:
@@ -222,16 +292,22 @@ def stored_names(name: str, spec: Spec, plan: Plan) -> Any:
     )
 
 
-def stored_tensors(architecture: Architecture, plan: Plan) -> dict[str, Stored]:
-    """Every array of an orbax checkpoint of this model under this plan's formats.
+def stored_tensors(
+    architecture: Architecture, plan: Plan, dtype_of: Callable[[str], np.dtype] | None = None
+) -> dict[str, Stored]:
+    """Every array of an orbax checkpoint of this model under this plan's formats; dtype_of: the plan's if not given.
 
-    Raises ValueError where layers cannot be stacked because the plan gives them different formats.
+    Raises ValueError where layers cannot be stacked because they have different dtypes, or formats under the plan.
     """
     from checkpoints.orbax import Stored
 
     found: dict[str, Stored] = {}
+    dtypes = dict.fromkeys(architecture.specs(), plan.dtype)
+    if dtype_of is not None:
+        dtypes = dtypes_of(architecture, dtype_of)
+        _check_stacks(dtypes)
     for name, spec in architecture.specs().items():
-        leaf = abstract_leaf(plan.format_of(name, spec), spec.shape, spec.out, plan.dtype)
+        leaf = abstract_leaf(plan.format_of(name, spec), spec.shape, spec.out, dtypes[name])
         layers = None if layer_of(name) is None else architecture.num_layers
         names = stored_names(name, spec, plan)
         for n, x in zip(jax.tree.leaves(names), jax.tree.leaves(leaf), strict=True):
@@ -249,3 +325,21 @@ def stored_tensors(architecture: Architecture, plan: Plan) -> dict[str, Stored]:
     if short := [n for n, k in counts.items() if k != architecture.num_layers]:
         raise ValueError(f"orbax: layers are stacked, and not all layers have {', '.join(short)} in one format")
     return found
+
+
+def _check_stacks(dtypes: dict[str, str]) -> None:
+    """Refuse layers that cannot be stacked because one parameter has another dtype in some of them."""
+    stacks: dict[str, dict[str, list[str]]] = {}
+    for name, dtype in dtypes.items():
+        if (layer := layer_of(name)) is not None:
+            stacks.setdefault(stacked_name(name), {}).setdefault(dtype, []).append(str(layer))
+    mixed = [
+        f"{name} is " + " and ".join(f"{d} in layer{'s' * (len(at) > 1)} {', '.join(at)}" for d, at in found.items())
+        for name, found in stacks.items()
+        if len(found) > 1
+    ]
+    if mixed:
+        raise ValueError(
+            f"orbax: layers are stacked, and a stack has one dtype; dtype='float32' or another casts all parameters to"
+            f" one:{listing(mixed)}"
+        )

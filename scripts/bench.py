@@ -12,6 +12,7 @@ limit is the matmul rate that is measured in the same run.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import platform
@@ -20,17 +21,18 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
+import click
 import jax
 import jax.numpy as jnp
 import numpy as np
-import typer
 from rich.console import Console
 from rich.table import Table
 
 from jaxengine import engine, sampling
 from jaxengine.architecture import architecture, initialise
+from jaxengine.command import A_FILE, SETTINGS, reported, start_jax
 from jaxengine.loading import from_arrays
 from jaxengine.model import Model
 from jaxengine.plan import Plan, weight_bytes
@@ -52,11 +54,12 @@ def seconds(run: Callable[[], Any]) -> float:
 
 
 def memory_bandwidth() -> float:
-    """Bytes/s of reading 512 MiB, all cores, the best of several."""
-    x = jnp.ones((2**27,), jnp.float32).reshape(64, -1)
-    read = jax.jit(lambda x: x.max(-1))
-    read(x).block_until_ready()
-    return x.nbytes / min(seconds(lambda: read(x)) for _ in range(7))
+    """Bytes/s of reading 512 MiB with all cores: the best of a row maximum, a sum, and a matrix times a vector."""
+    x, v = jnp.ones((2**15, 2**12), jnp.float32), jnp.ones((2**12,), jnp.float32)
+    reads = [jax.jit(lambda x: x.max(-1)), jax.jit(lambda x: x.sum()), jax.jit(lambda x: x @ v)]
+    for read in reads:
+        read(x).block_until_ready()
+    return x.nbytes / min(seconds(functools.partial(read, x)) for _ in range(7) for read in reads)
 
 
 def matmul_rate() -> float:
@@ -223,29 +226,51 @@ def _timed(run: Callable[..., Any], *given: Any) -> float:
     return seconds(lambda: run(*given))
 
 
+@click.command(**SETTINGS)
+@click.option("--peer", type=click.Choice(["transformers"]), help="Run the same weights there too, interleaved.")
+@click.option("--batch", metavar="B", type=click.IntRange(1), multiple=True, default=(1, 8), help="Batch sizes.")
+@click.option("--prompt", metavar="N", type=click.IntRange(1), default=128, help="Tokens of prompt.")
+@click.option(
+    "--new", metavar="N", type=click.IntRange(2), default=64, help="Tokens generated, prefill's first among them."
+)
+@click.option("--rounds", metavar="N", type=click.IntRange(1), default=7, help="Rounds, whose medians are printed.")
+@click.option(
+    "--config",
+    type=A_FILE,
+    metavar="FILE",
+    show_default="a Llama of 125 M parameters",
+    help="A config.json to take the shapes from.",
+)
+@click.option("--contract", is_flag=True, help="Measure only the forms of one matmul.")
+@click.option("--dtype", metavar="DTYPE", default="float32", help="Compute in float32, bfloat16 or float16.")
+@click.option("--weights", metavar="FORMAT", default="dense", help="Format of the weights: dense, int8.")
+@click.option("--home", metavar="HOME", default="device", help="Where layers live: device, host.")
+@click.option(
+    "--form", metavar="FORM", default="", show_default="the home's own", help="How layers run: unrolled, scan."
+)
+@reported()
 def main(
-    peer: Annotated[str | None, typer.Option(help="transformers: run the same weights there, interleaved.")] = None,
-    batch: Annotated[list[int] | None, typer.Option(help="Batch sizes (1 and 8).")] = None,
-    prompt: Annotated[int, typer.Option(help="Tokens of prompt.")] = 128,
-    new: Annotated[int, typer.Option(help="Tokens decoded.")] = 64,
-    rounds: Annotated[int, typer.Option(help="Rounds; medians are printed.")] = 7,
-    config: Annotated[Path | None, typer.Option(help="A config.json to take the shapes from (a 125 M Llama).")] = None,
-    contract: Annotated[bool, typer.Option(help="Only the forms of one matmul.")] = False,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    weights: Annotated[str, typer.Option(help="Format of the weights.")] = "dense",
-    home: Annotated[str, typer.Option(help="Where layers live.")] = "device",
-    form: Annotated[str, typer.Option(help="unrolled or scan (the home's own).")] = "",
+    peer: str | None,
+    batch: tuple[int, ...],
+    prompt: int,
+    new: int,
+    rounds: int,
+    config: Path | None,
+    contract: bool,
+    dtype: str,
+    weights: str,
+    home: str,
+    form: str,
 ) -> None:
     """Speed of prefill and decode on this machine, with its limits, and beside transformers."""
-    if peer not in (None, "transformers"):
-        raise typer.BadParameter(f"the peer is {peer!r}; there is transformers")
     if contract:
         bench_contract(rounds)
         return
     shape = json.loads(config.read_text()) if config else SHAPE_125M
     plan = Plan(dtype=dtype, weights=weights, home=home, form=form)
-    bench_model(shape, batch or [1, 8], prompt, new, rounds, peer is not None, plan)
+    bench_model(shape, list(batch), prompt, new, rounds, peer is not None, plan)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    start_jax()
+    main()

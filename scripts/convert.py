@@ -1,6 +1,7 @@
 """Convert a checkpoint: python scripts/convert.py SOURCE TARGET --to orbax. The same as `jaxengine convert`."""
 
-from jaxengine.command import convert_script
+from jaxengine.command import convert, start_jax
 
 if __name__ == "__main__":
-    convert_script()
+    start_jax()
+    convert()

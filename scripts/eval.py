@@ -18,19 +18,19 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
+import click
 import demo_tasks as tasks
 import jax
 import numpy as np
-import typer
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from tokenizers import Tokenizer
 
 import jaxengine
-from jaxengine.plan import Plan
+from jaxengine.command import SETTINGS, load, loads, reported, resolve, start_jax
 
 BATCH = 32
 TEXT = "bits per byte"
@@ -98,39 +98,45 @@ def accuracy(model: jaxengine.Model, tokenizer: Tokenizer, task: str, samples: i
     return Figure(value, math.sqrt(value * (1 - value) / samples), samples)
 
 
-def main(
-    folder: Annotated[Path | None, typer.Argument(help="a checkpoint folder; the demo model if not given")] = None,
-    weights: Annotated[str | None, typer.Option(help="weight format: dense, int8")] = None,
-    kv: Annotated[str | None, typer.Option(help="how the KV cache is stored: raw, int8")] = None,
-    kv_layout: Annotated[str | None, typer.Option(help="which tokens sliding-window layers keep: window, full")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16 (default: the file's)")] = None,
-    home: Annotated[str | None, typer.Option(help="where layers live: device, host")] = None,
-    form: Annotated[str | None, typer.Option(help="the form of the walk: unrolled, scan")] = None,
-    memory: Annotated[str | None, typer.Option(help="a budget such as 16GB, which chooses the home")] = None,
-    mesh: Annotated[str | None, typer.Option(help="several devices, such as data=2,tensor=4")] = None,
-    sharding: Annotated[str | None, typer.Option(help="the table of sharding rules")] = None,
-    plan: Annotated[Path | None, typer.Option(help="a plan as JSON; the options above go before its fields")] = None,
-    samples: Annotated[int, typer.Option(help="questions a task, and at most so many windows of text", min=2)] = 200,
-    seed: Annotated[int, typer.Option(help="of the sample")] = 0,
-    json_file: Annotated[Path | None, typer.Option("--json", help="also write the figures to this file")] = None,
-) -> None:
-    """Print the table of figures of a checkpoint under a plan."""
-    path = folder or Path(jaxengine.demo_folder())
+@click.command(**SETTINGS)
+@click.argument("folder", default="demo")
+@loads
+@click.option(
+    "--samples",
+    metavar="N",
+    type=click.IntRange(2),
+    default=200,
+    help="Questions of each task, and at most so many windows of text.",
+)
+@click.option("--seed", type=int, default=0, help="Chooses the questions and the windows.")
+@click.option(
+    "--json",
+    "json_file",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Also write the figures to this file.",
+)
+@reported()
+def main(folder: str, samples: int, seed: int, json_file: Path | None, **loading: Any) -> None:
+    """Print the table of figures of a checkpoint under a plan.
+
+    FOLDER is the demo model if not given, else a checkpoint folder that was trained on the same tasks.
+    """
+    path = Path(resolve(folder))
     vocabulary = path / "tokenizer.json"
     if not vocabulary.is_file():
-        raise typer.BadParameter(f"{vocabulary} is not there; the tasks need the tokenizer of the demo checkpoint")
+        raise click.BadParameter(
+            f"{vocabulary} is not there; the tasks need the tokenizer of the demo checkpoint", param_hint="FOLDER"
+        )
     tokenizer = Tokenizer.from_file(str(vocabulary))
     missing = [token for token in tasks.SPECIAL_TOKENS if tokenizer.token_to_id(token) is None]
     if missing:
-        raise typer.BadParameter(
+        raise click.BadParameter(
             f"{vocabulary} has no {', '.join(missing)}: its model was not trained on these tasks; "
-            "give a folder made by scripts/train_demo.py or converted from one"
+            "give a folder made by scripts/train_demo.py or converted from one",
+            param_hint="FOLDER",
         )
-    given = None if plan is None else Plan.from_json(plan.read_text(encoding="utf-8"))
-    model = jaxengine.load(
-        path, plan=given, memory=memory, weights=weights, dtype=dtype, mesh=mesh, sharding=sharding, home=home,
-        form=form, kv=kv, kv_layout=kv_layout,
-    )  # fmt: skip
+    model = load(folder, **loading)
     console = Console()
     with Progress(console=console, transient=True) as progress:
         bar = progress.add_task("evaluating", total=1 + len(tasks.TASKS))
@@ -155,4 +161,5 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    start_jax()
+    main()

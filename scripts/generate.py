@@ -1,6 +1,7 @@
 """Continue a prompt: python scripts/generate.py FOLDER PROMPT. The same as `jaxengine generate`."""
 
-from jaxengine.command import generate_script
+from jaxengine.command import generate, start_jax
 
 if __name__ == "__main__":
-    generate_script()
+    start_jax()
+    generate()

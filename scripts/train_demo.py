@@ -29,15 +29,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
+import click
 import demo_tasks as tasks
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import optax
-import typer
 from jaxtyping import Array, Float, Int
 from optax.contrib import MuonDimensionNumbers, muon
 from rich.console import Console
@@ -46,6 +46,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 
 from checkpoints.output import output_folder
 from checkpoints.safetensors import write_file
+from jaxengine.command import SETTINGS, reported, start_jax
 
 Parameters = dict[str, Array]
 State = tuple[Parameters, optax.OptState]
@@ -452,19 +453,24 @@ def save_folder(out: Path, parameters: Parameters, tokenizer: Tokenizer) -> None
         )
 
 
-def main(
-    out: Annotated[Path, typer.Argument(help="the checkpoint folder to make; it must not exist")],
-    work: Annotated[
-        Path, typer.Option(help="tokenizer and training state; an interrupted run resumes from here")
-    ] = Path(tempfile.gettempdir(), "jaxengine_demo"),
-    steps: Annotated[int, typer.Option(help="training steps of 3072 tokens", min=2 * WARMUP)] = 2600,
-    save_every: Annotated[int, typer.Option(help="steps between saved states", min=1)] = 100,
-    figures_every: Annotated[int, typer.Option(help="steps between quick held-out figures", min=1)] = 250,
-    seed: Annotated[int, typer.Option(help="of the parameters and the data")] = 0,
-) -> None:
-    """Train the demo checkpoint and write it to OUT in Hugging Face's layout."""
+@click.command(**SETTINGS)
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "--work",
+    type=click.Path(file_okay=False, path_type=Path),
+    metavar="FOLDER",
+    default=Path(tempfile.gettempdir(), "jaxengine_demo"),
+    help="Tokenizer and training state; an interrupted run resumes from here.",
+)
+@click.option("--steps", metavar="N", type=click.IntRange(2 * WARMUP), default=2600, help="Steps of 3072 tokens.")
+@click.option("--save-every", metavar="N", type=click.IntRange(1), default=100, help="Steps between saved states.")
+@click.option("--figures-every", metavar="N", type=click.IntRange(1), default=250, help="Steps between quick figures.")
+@click.option("--seed", type=int, default=0, help="Draws the first parameters and the order of the data.")
+@reported()
+def main(out: Path, work: Path, steps: int, save_every: int, figures_every: int, seed: int) -> None:
+    """Train the demo checkpoint and write it to OUT, a folder that does not exist, in Hugging Face's layout."""
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise typer.BadParameter(f"{out} exists; give a folder that does not, or move it away", param_hint="OUT")
+        raise click.BadParameter(f"{out} exists; give a folder that does not, or move it away", param_hint="OUT")
     console = Console()
     work.mkdir(parents=True, exist_ok=True)
     if (path := work / "tokenizer.json").exists():
@@ -504,4 +510,5 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    start_jax()
+    main()

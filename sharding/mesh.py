@@ -13,6 +13,7 @@ sharding code.
 
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -145,7 +146,7 @@ def _parse(text: str) -> dict[str, int]:
     sizes: dict[str, int] = {}
     for item in text.split(","):
         name, equals, value = (part.strip() for part in item.partition("="))
-        if not equals or not value.lstrip("-").isdigit():
+        if not equals or not re.fullmatch(r"-?[0-9]+", value):
             raise ValueError(f"mesh {text!r}: {item.strip()!r} is not axis=size; write it like 'data=2,tensor=4'")
         if name in sizes:
             raise ValueError(f"mesh {text!r}: axis {name!r} stands twice; name each once")

@@ -118,7 +118,9 @@ def test_a_layer_is_written_into_its_stack_in_place(card: str) -> None:
         stack = jax.ShapeDtypeStruct((8, 2048, 2048), jnp.bfloat16, sharding=host)
         layer = jax.ShapeDtypeStruct((2048, 2048), jnp.bfloat16)
         size = 2048 * 2048 * 2
-        put = target.compile(placement._put_at(host), *target.place((stack, layer, jax.ShapeDtypeStruct((), jnp.uint32))))
+        put = target.compile(
+            placement._put_at(host), *target.place((stack, layer, jax.ShapeDtypeStruct((), jnp.uint32)))
+        )
         memory = put.memory_analysis()
         assert memory.host_alias_size_in_bytes == memory.host_argument_size_in_bytes == 8 * size
         assert memory.host_temp_size_in_bytes == 0

@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from tokenizers import Tokenizer
-from typer.testing import CliRunner
 
 import jaxengine
 from checkpoints.safetensors import Reader
@@ -221,9 +221,7 @@ def test_bits_per_byte_of_a_uniform_model_is_its_vocabularys(tokenizer, monkeypa
 
 
 def test_eval_refuses_a_folder_of_another_model(tmp_path):
-    app = importlib.import_module("typer").Typer()
-    app.command()(evaluation.main)
-    found = CliRunner().invoke(app, [str(tmp_path)])
+    found = CliRunner().invoke(evaluation.main, [str(tmp_path)])
     assert found.exit_code == 2
     assert "tokenizer" in found.output
 

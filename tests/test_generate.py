@@ -187,3 +187,17 @@ def test_logits_of_padded_rows(model: Model) -> None:
     for bad in ([[1, 2], [3]], [[]], [1.5]):
         with pytest.raises(ValueError, match="logits"):
             model.logits(bad)
+
+
+@pytest.mark.parametrize("ids", [101, (2, -1)])
+def test_a_stop_id_that_is_no_token_is_refused(ids: object) -> None:
+    model = jaxengine.load(GOLDEN / "llama")
+    with pytest.raises(ValueError, match=r"stop_ids: (101|-1) is no token; ids are 0 to 100"):
+        model.generate([5, 6], max_new_tokens=2, stop_ids=ids)
+
+
+def test_a_text_that_is_too_long_to_score_is_told_in_its_own_words() -> None:
+    model = jaxengine.load(GOLDEN / "opt")
+    most = model.config.max_position_embeddings
+    with pytest.raises(ValueError, match=rf"has {most + 1} tokens and max_position_embeddings.*At most {most} tokens"):
+        model.logits([5] * (most + 1))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -19,8 +21,11 @@ from checkpoints.safetensors import Reader, write_file
 from jaxengine.architecture import architecture
 from jaxengine.config import ConfigError
 from jaxengine.export import convert
+from jaxengine.loading import from_arrays
 from jaxengine.placement import stored
+from jaxengine.plan import Plan
 from jaxengine.sources import layer_of, read_config, stacked_name
+from jaxengine.weights.base import Weight
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = sorted(p.parent.name for p in GOLDEN.glob("*/golden.npz"))
@@ -83,6 +88,29 @@ def test_quantised_weights_stay_as_they_are_in_orbax(tmp_path: Path) -> None:
     np.testing.assert_allclose(jaxengine.load(tmp_path / "hf").logits([1, 2, 3]), again.logits([1, 2, 3]), atol=2e-4)
 
 
+def test_of_a_stored_plan_only_what_the_bytes_decide_is_taken(tmp_path: Path) -> None:
+    rules = (("layers.*.down", "dense"),)
+    plan = Plan(
+        dtype="bfloat16", weights="int8", weight_rules=rules, home="host", form="scan", kv_codec="int8",
+        kv_layout="full", sharding="fsdp", mesh="data=8", rules=(("norm", None),),
+    )  # fmt: skip
+    jaxengine.load(GOLDEN / "gemma2", plan=plan).save(tmp_path / "q", format="orbax")
+    again = jaxengine.load(tmp_path / "q")
+    assert again.plan == Plan(dtype="bfloat16", weights="int8", weight_rules=rules)
+    assert again.mesh.size == 1
+    assert {x.sharding.memory_kind for x in jax.tree.leaves(again.params)} == {"device"}
+    small = jaxengine.load(tmp_path / "q", memory="1GB", kv="int8")
+    assert small.plan == dataclasses.replace(again.plan, kv_codec="int8")
+    own = jaxengine.load(tmp_path / "q", home="host", sharding="data", mesh="data=2,tensor=4")
+    assert (own.plan.home, own.plan.sharding, own.plan.rules) == ("host", "data", ())
+    own.save(tmp_path / "q", format="orbax", overwrite=True)
+    for a, b in zip(jax.tree.leaves(again.params), jax.tree.leaves(jaxengine.load(tmp_path / "q").params), strict=True):
+        np.testing.assert_array_equal(a, b)
+    with pytest.raises(CheckpointError, match=r"(?s)stored as 'int8' and the plan asks for 'dense'.*same weights"):
+        jaxengine.load(tmp_path / "q", plan=Plan(home="host"))
+    assert jaxengine.load(tmp_path / "q", plan=plan).plan == plan
+
+
 def test_dtype_casts(tmp_path: Path) -> None:
     convert(GOLDEN / "llama", tmp_path / "bf16", to="hf", dtype="bfloat16")
     assert read_config(tmp_path / "bf16")["dtype"] == "bfloat16"
@@ -106,7 +134,8 @@ def test_nothing_is_overwritten_or_left_half_done(tmp_path: Path, monkeypatch: p
     with pytest.raises(KeyboardInterrupt):
         model.save(tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["taken"]
-    for bad in ({"format": "gguf"}, {"dtype": "float8"}, {"format": "orbax", "dtype": "float16"}):
+    refused: list[dict[str, Any]] = [{"format": "gguf"}, {"dtype": "float8"}, {"format": "orbax", "dtype": "float16"}]
+    for bad in refused:
         with pytest.raises(ValueError, match="save"):
             model.save(tmp_path / "out", **bad)
 
@@ -172,6 +201,39 @@ def test_truncated_and_corrupt_files(tmp_path: Path) -> None:
 def test_configs_that_ask_for_more(field: str, value: object, said: str, tmp_path: Path) -> None:
     with pytest.raises((ConfigError, ValueError), match=said):
         jaxengine.load(copy("llama", tmp_path / "m", **{field: value}))
+
+
+@pytest.mark.parametrize(
+    ("case", "pattern", "said"),
+    [
+        ("llama", "layers.*.attention.q", r"matches no parameter\. Nearest .*2 layers \(0 to 1\): .*layers\.\*\.q\b"),
+        ("llama", "layers.7.down", r"matches no parameter.*: layers\.\*\.down"),
+        ("llama", "lmhead", r"matches no parameter.*: lm_head"),
+        ("llama", "Layers.*.up", r"matches no parameter.*layers\.\*\.up"),
+        ("llama", "*_norm", r"matches only final_norm, layers\.\*\.input_norm, layers\.\*\.mlp_norm: vectors"),
+        ("gemma2", "lm_head", r"the head is tied, and is 'embedding'"),
+        ("gpt2", "", "matches no parameter"),
+    ],
+)
+def test_weight_rules_that_choose_nothing(case: str, pattern: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = Plan(dtype="float32", weight_rules=(("embedding", "dense"), (pattern, "int8")))
+    monkeypatch.setattr(Reader, "read", lambda *given, **options: pytest.fail("it was read"))
+    with pytest.raises(ValueError, match=said) as refused:
+        jaxengine.load(GOLDEN / case, plan=plan)
+    assert str(refused.value).startswith(f"weight_rules: {pattern!r} ")
+    with pytest.raises(ValueError, match=said):
+        from_arrays(architecture(read_config(GOLDEN / case)), plan, {})
+
+
+def test_weight_rules_that_choose_something() -> None:
+    rules = (("layers.1.*", "int8"), ("lm_head", "int8"), ("layers.?.down", "dense"))
+    model = jaxengine.load(GOLDEN / "llama", plan=Plan(weight_rules=rules))
+    formats = {n: isinstance(fetch(), Weight) for n, fetch in stored(model.architecture, model.params).items()}
+    assert formats["layers.1.q"]
+    assert formats["layers.1.down"]
+    assert formats["lm_head"]
+    assert not formats["layers.0.q"]
+    assert not formats["layers.1.input_norm"]
 
 
 def test_folders_that_are_none(tmp_path: Path) -> None:

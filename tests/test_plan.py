@@ -123,3 +123,16 @@ def test_rules_that_do_not_divide_are_refused_before_reading() -> None:
     plan = Plan(sharding="tensor")
     with pytest.raises(ValueError, match="tensor"):
         placement.place(arch, plan, make_mesh("tensor=8"), lambda name: pytest.fail(f"{name} was read"))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[]", "holds list"), ('{"weights": 5}', "weights is 5; it is a string"),
+        ('{"rules": 5}', "rules is 5; it is a list of lists"), ('{"weight_rules": ["a"]}', "it is a list of lists"),
+        ('{"mesh": null}', "mesh is None"),
+    ],
+)  # fmt: skip
+def test_json_of_another_type_is_told(text: str, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        Plan.from_json(text)

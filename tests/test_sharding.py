@@ -489,6 +489,7 @@ def test_make_mesh_over_chosen_devices():
         ("data=-2", "data=-2 is not a size"),
         ("data", "'data' is not axis=size; write it like 'data=2,tensor=4'"),
         ("data=two", "'data=two' is not axis=size"),
+        ("tensor=--4", "'tensor=--4' is not axis=size"),
         ("", "'' is not axis=size"),
         ("data=2,data=4", "axis 'data' stands twice"),
         ("my-axis=8", "'my-axis' is not an axis name"),
