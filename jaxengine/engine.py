@@ -97,7 +97,7 @@ def placed_cache(engine: Engine, banks: Any, cache: Any) -> Any:
     """The cache, laid out over the mesh as the rules for its dims say."""
 
     def one(bank: Bank, x: Array) -> Array:
-        lead = ("cache_layers",) if bank.form == "scan" else ()
+        lead = ("cache_layers",) if bank.stacked else ()
         axes = (*lead, "cache_batch", "cache_kv_heads", "cache_slots", "cache_head_dim")[: x.ndim]
         return constrain(x, engine.rules, engine.mesh, (*axes, *((None,) * (x.ndim - len(axes)))))
 
@@ -195,7 +195,7 @@ def prefill(
     logits = head(engine, params, last)[:, 0]
     rows = jnp.repeat(jnp.arange(B, dtype=jnp.int32), samples)
     counts = sampling.init_counts(steps, tokens[rows], positions[rows] >= 0, logits.shape[-1])
-    batch_dim = [0 if bank.form == "unrolled" else 1 for bank in params["banks"]]
+    batch_dim = [1 if bank.stacked else 0 for bank in params["banks"]]
     cache = tuple(
         jax.tree.map(lambda a, d=d: jnp.take(a, rows, axis=d), c) for c, d in zip(cache, batch_dim, strict=True)
     ) if samples > 1 else cache  # fmt: skip

@@ -205,7 +205,7 @@ class Model:
         if not self.origin.config:
             raise ValueError("save: this model was made without a config.json; give from_arrays its fields")
         lost = [name for name, was in self.origin.dtypes.items() if export.loses(was, self.plan.dtype)]
-        parts, stored = placement.stored(self.architecture, self.params), np.dtype(dtype or self.plan.dtype)
+        parts, stored = placement.stored(self.architecture, self.plan, self.params), np.dtype(dtype or self.plan.dtype)
         with output_folder(folder, overwrite=overwrite) as temporary:
             if lost:
                 log.warning(

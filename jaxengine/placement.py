@@ -2,14 +2,14 @@
 
 `read(name)` gives a parameter as a numpy array in our shape; it is cast and encoded on the device it will be used on and
 put where the plan says: an array (or the arrays of a Weight) under a NamedSharding with a memory kind. Layers that are
-scanned stand in stacks [repeats, ...]; a stack is made once, empty, and each layer is written into it in place (donated),
+scanned stand in stacks [repeats, ...] (homes/base.py: `Bank`); a stack is made once, empty, and each layer is written into it in place (donated),
 so that no second copy of a stack is ever held.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -19,8 +19,8 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 
 from jaxengine import technique
-from jaxengine.architecture import Architecture, Segment, Spec
-from jaxengine.homes.base import Bank, check_platform, home
+from jaxengine.architecture import Architecture, Spec
+from jaxengine.homes.base import Bank, Part, check_platform, home, place_in
 from jaxengine.plan import WEIGHTS, Plan, abstract_leaf
 from jaxengine.weights.base import Weight
 from sharding.rules import Rules, check, named_sharding
@@ -41,8 +41,8 @@ def place(
     """All parameters in their places: {'outer': {name: weight}, 'banks': (Bank, ...)}."""
     check_platform(plan.home, mesh.devices.flat[0].platform)
     check_sharding(architecture, plan, mesh)
-    rules = plan.sharding_rules()
-    memory, form = home(plan.home).MEMORY, plan.resolved_form
+    rules, parts = plan.sharding_rules(), plan.parts(architecture)
+    _check_stacks(architecture, plan, parts)
 
     def one(name: str, spec: Spec, memory: str | None) -> Any:
         array = read(name)
@@ -53,52 +53,49 @@ def place(
 
     outer = {name: one(name, spec, None) for name, spec in architecture.outer()[1].items()}
     banks = []
-    for segment in architecture.segments:
-        if form == "unrolled":
-            weights = tuple(
-                {n: one(f"layers.{i}.{n}", s, memory) for n, s in architecture.block(kind)[1].items()}
-                for i, kind in _layers(segment)
-            )
-        else:
-            weights = _stacked(architecture, plan, segment, mesh, memory, one)
-        banks.append(Bank(weights, segment.kinds, segment.repeats, plan.home, form))
-    return {"outer": outer, "banks": tuple(banks)}
-
-
-def _layers(segment: Segment) -> Iterator[tuple[int, Any]]:
-    for i, kind in enumerate(segment.kinds * segment.repeats):
-        yield segment.start + i, kind
-
-
-def _stacked(
-    architecture: Architecture, plan: Plan, segment: Segment, mesh: Mesh, memory: str | None, one: Any
-) -> tuple[dict[str, Any], ...]:
-    rules, period = plan.sharding_rules(), len(segment.kinds)
-    weights: tuple[dict[str, Any], ...] = tuple({} for _ in segment.kinds)
-    for j, kind in enumerate(segment.kinds):
-        for name, spec in architecture.block(kind)[1].items():
-            full = [f"layers.{segment.start + r * period + j}.{name}" for r in range(segment.repeats)]
-            formats = {plan.format_of(n, spec) for n in full}
-            if len(formats) > 1:
-                raise ValueError(
-                    f"Plan: layers that are scanned share one format; {name} has {', '.join(sorted(formats))} in different"
-                    f" layers. Give the same format to all of {full[0]} ... {full[-1]}, or use form='unrolled'"
-                )
-            axes = _leaf_axes(formats.pop(), ("layers", *spec.axes), spec, stacked=True)
-            stack = None
-            for r, layer_name in enumerate(full):
-                leaf = one(layer_name, spec, None)
-                if stack is None:
-                    stack = jax.tree.map(
-                        lambda x, a: _empty_stack(
-                            (segment.repeats, *x.shape), x.dtype, named_sharding(rules, mesh, a, memory_kind=memory)
+    for part in parts:
+        memory = home(part.home).MEMORY
+        weights: list[Any] = [{} for _ in (part.kinds if part.form != "unrolled" else range(part.num_layers))]
+        for i, kind in enumerate(part.kinds * part.repeats):
+            turn, j = divmod(i, len(part.kinds))
+            place, at = place_in(part.form, part.repeats, j, turn)
+            for name, spec in architecture.block(kind)[1].items():
+                full = f"layers.{part.start + i}.{name}"
+                into = weights[i if part.form == "unrolled" else j]
+                into = into.setdefault(place, {}) if place else into
+                if at is None:
+                    into[name] = one(full, spec, memory)
+                    continue
+                leaf = one(full, spec, None)
+                if name not in into:
+                    count = part.repeats - (place == "rest")
+                    axes = _leaf_axes(plan.format_of(full, spec), ("layers", *spec.axes), spec, stacked=True)
+                    into[name] = jax.tree.map(
+                        lambda x, a, count=count, memory=memory: _empty_stack(
+                            (count, *x.shape), x.dtype, named_sharding(rules, mesh, a, memory_kind=memory)
                         ),
                         leaf,
                         axes,
                     )
-                stack = jax.tree.map(lambda s, x, r=r: _put(s, x, r), stack, leaf)
-            weights[j][name] = stack
-    return weights
+                into[name] = jax.tree.map(lambda s, x, at=at: _put(s, x, at), into[name], leaf)
+        banks.append(Bank(tuple(weights), part.kinds, part.repeats, part.home, part.form))
+    return {"outer": outer, "banks": tuple(banks)}
+
+
+def _check_stacks(architecture: Architecture, plan: Plan, parts: tuple[Part, ...]) -> None:
+    """Layers that stand in one stack have one format; refuse, before anything is read, a plan that gives them several."""
+    for part in parts:
+        if part.form == "unrolled":
+            continue
+        for j, kind in enumerate(part.kinds):
+            for name, spec in architecture.block(kind)[1].items():
+                full = [f"layers.{part.start + r * len(part.kinds) + j}.{name}" for r in range(part.repeats)]
+                if len(formats := {plan.format_of(n, spec) for n in full}) > 1:
+                    raise ValueError(
+                        f"Plan: layers that are scanned share one format; {name} has {', '.join(sorted(formats))} in"
+                        f" different layers. Give the same format to all of {full[0]} ... {full[-1]}, or use"
+                        f" form='unrolled'"
+                    )
 
 
 def _empty_stack(shape: tuple[int, ...], dtype: Any, sharding: NamedSharding) -> jax.Array:
@@ -162,7 +159,6 @@ def _encoder(format_name: str, out: int | None, dtype: str, tree: Any, shardings
 def abstract(architecture: Architecture, plan: Plan, mesh: Mesh) -> Any:
     """What `place` would make, as ShapeDtypeStructs with shardings: for planning, compiling and restoring."""
     rules = plan.sharding_rules()
-    memory, form = home(plan.home).MEMORY, plan.resolved_form
 
     def leaf(name: str, spec: Spec, memory: str | None, stack: int | None = None) -> Any:
         made = abstract_leaf(plan.format_of(name, spec), spec.shape, spec.out, plan.dtype)
@@ -178,39 +174,40 @@ def abstract(architecture: Architecture, plan: Plan, mesh: Mesh) -> Any:
 
     outer = {name: leaf(name, spec, None) for name, spec in architecture.outer()[1].items()}
     banks = []
-    for segment in architecture.segments:
-        if form == "unrolled":
-            weights = tuple(
-                {n: leaf(f"layers.{i}.{n}", s, memory) for n, s in architecture.block(kind)[1].items()}
-                for i, kind in _layers(segment)
-            )
+    for part in plan.parts(architecture):
+
+        def layer(i: int, stack: int | None = None, part: Part = part) -> dict[str, Any]:
+            specs = architecture.block((part.kinds * part.repeats)[i])[1]
+            memory = home(part.home).MEMORY
+            return {n: leaf(f"layers.{part.start + i}.{n}", s, memory, stack) for n, s in specs.items()}
+
+        if part.form == "unrolled":
+            weights = tuple(layer(i) for i in range(part.num_layers))
+        elif part.form == "scan":
+            weights = tuple(layer(j, part.repeats) for j in range(len(part.kinds)))
         else:
-            weights = tuple(
-                {
-                    n: leaf(f"layers.{segment.start + j}.{n}", s, memory, segment.repeats)
-                    for n, s in architecture.block(kind)[1].items()
-                }
-                for j, kind in enumerate(segment.kinds)
-            )
-        banks.append(Bank(weights, segment.kinds, segment.repeats, plan.home, form))
+            weights = tuple({"one": layer(j), "rest": layer(j, part.repeats - 1)} for j in range(len(part.kinds)))
+        banks.append(Bank(weights, part.kinds, part.repeats, part.home, part.form))
     return {"outer": outer, "banks": tuple(banks)}
 
 
-def stored(architecture: Architecture, params: Mapping[str, Any]) -> dict[str, Callable[[], Any]]:
+def stored(architecture: Architecture, plan: Plan, params: Mapping[str, Any]) -> dict[str, Callable[[], Any]]:
     """Each parameter by name as a function that fetches it: an array or a Weight, of one layer where it is a layer's."""
     found: dict[str, Callable[[], Any]] = {n: (lambda w=w: w) for n, w in params["outer"].items()}
-    for segment, bank in zip(architecture.segments, params["banks"], strict=True):
-        for i, kind in enumerate(segment.kinds * segment.repeats):
-            r, j = divmod(i, len(segment.kinds))
+    for part, bank in zip(plan.parts(architecture), params["banks"], strict=True):
+        for i, kind in enumerate(part.kinds * part.repeats):
             for name in architecture.block(kind)[1]:
-                if bank.form == "unrolled":
-                    fetch = lambda i=i, name=name, bank=bank: bank.weights[i][name]  # noqa: E731
-                else:
-                    fetch = lambda r=r, j=j, name=name, bank=bank: jax.tree.map(  # noqa: E731
-                        lambda s: _take_at(s.sharding)(s, r), bank.weights[j][name]
-                    )
-                found[f"layers.{segment.start + i}.{name}"] = fetch
+                found[f"layers.{part.start + i}.{name}"] = functools.partial(_fetch, bank, i, name)
     return found
+
+
+def _fetch(bank: Bank, i: int, name: str) -> Any:
+    """One parameter of the bank's layer i, out of whatever it stands in."""
+    turn, j = divmod(i, len(bank.kinds))
+    place, at = place_in(bank.form, bank.repeats, j, turn)
+    held = bank.weights[j if bank.stacked else i]
+    leaf = (held[place] if place else held)[name]
+    return leaf if at is None else jax.tree.map(lambda s: _take_at(s.sharding)(s, at), leaf)
 
 
 @functools.cache

@@ -18,9 +18,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxengine import technique
-from jaxengine.architecture import Architecture, Spec
+from jaxengine.architecture import Architecture, Spec, segments
 from jaxengine.cache.base import Caching, empty
-from jaxengine.homes.base import HOMES, home
+from jaxengine.homes.base import Part, home
 from sharding.rules import RULES, Rules
 
 WEIGHTS = "jaxengine.weights"
@@ -36,7 +36,8 @@ class Plan:
     dtype: of activations and unquantised weights ('' is the checkpoint's own, which `load` fills in). weights: the
     format of matrices inside layers; weight_rules: (name pattern, format) pairs that go before it, first match wins,
     e.g. (("lm_head", "int8"), ("layers.*.down", "dense")).
-    home: where layers live; form: 'unrolled' or 'scan' ('' is the home's own). kv_layout, kv_codec, kv_store: the cache.
+    home: where layers live; form: 'unrolled', 'scan' or 'ahead' ('' is the home's own); resident: under the home 'split',
+    the number of layers, from the first on, that stand on the device. kv_layout, kv_codec, kv_store: the cache.
     sharding: a named table of rules; rules: (logical axis, mesh axis or None) pairs that go before it.
     mesh: e.g. 'data=2,tensor=4' ('' is one device).
     """
@@ -46,6 +47,7 @@ class Plan:
     weight_rules: tuple[tuple[str, str], ...] = ()
     home: str = "device"
     form: str = ""
+    resident: int = 0
     kv_layout: str = "window"
     kv_codec: str = "raw"
     kv_store: str = "device"
@@ -61,6 +63,11 @@ class Plan:
         forms = home(self.home).FORMS
         if self.form and self.form not in forms:
             raise ValueError(f"Plan: home {self.home!r} takes the form {' or '.join(forms)}, not {self.form!r}")
+        if (self.resident > 0) != home(self.home).PARTIAL:
+            raise ValueError(
+                f"Plan: home is {self.home!r} and resident is {self.resident}; home='split' takes at least 1 resident layer,"
+                f" and no other home takes any"
+            )
         if self.sharding not in RULES:
             raise ValueError(f"Plan: sharding is {self.sharding!r}; the tables are {', '.join(RULES)}")
         for row in self.rules:
@@ -79,8 +86,26 @@ class Plan:
 
     @property
     def resolved_form(self) -> str:
-        """The form that layers take."""
+        """The form that layers take, resident ones of a split home apart."""
         return self.form or home(self.home).FORM
+
+    def parts(self, architecture: Architecture) -> tuple[Part, ...]:
+        """The banks that the layers make, in order: runs of like layers of one home.
+
+        Raises ValueError where more layers are to be resident than there are others beside them.
+        """
+        kinds, r = architecture.kinds, self.resident
+        if r and r >= len(kinds):
+            raise ValueError(
+                f"Plan: {r} of {len(kinds)} layers are resident, which leaves none to stream: say home='device', or at most"
+                f" resident={len(kinds) - 1}"
+            )
+        resident = [Part(s.kinds, s.repeats, s.start, "device", home("device").FORM) for s in segments(kinds[:r])]
+        streamed = []
+        for s in segments(kinds[r:]):
+            form = "scan" if self.resolved_form == "ahead" and s.repeats == 1 else self.resolved_form
+            streamed.append(Part(s.kinds, s.repeats, r + s.start, home(self.home).REST, form))
+        return (*resident, *streamed)
 
     def sharding_rules(self) -> Rules:
         """The named table with this plan's own rules before it."""
@@ -114,7 +139,9 @@ class Plan:
             rows = name in ("weight_rules", "rules")
             if rows and not (isinstance(given, list) and all(isinstance(r, list) for r in given)):
                 raise ValueError(f"Plan: {name} is {given!r}; it is a list of lists, e.g. [['lm_head', 'int8']]")
-            if not rows and not isinstance(given, str):
+            if name == "resident" and (not isinstance(given, int) or isinstance(given, bool) or given < 0):
+                raise ValueError(f"Plan: resident is {given!r}; it is a number of layers")
+            if not rows and name != "resident" and not isinstance(given, str):
                 raise ValueError(f"Plan: {name} is {given!r}; it is a string")
             raw[name] = tuple(tuple(r) for r in given) if rows else given
         return cls(**raw)
@@ -136,18 +163,23 @@ def abstract_leaf(format_name: str, shape: tuple[int, ...], out: int | None, dty
     return jax.eval_shape(lambda w: encode(w, out=out), w)
 
 
-def weight_bytes(architecture: Architecture, plan: Plan) -> dict[str, int]:
-    """Bytes of the stored parameters, by part: 'outer' (before and after the layers), 'layers', 'largest_layer'."""
+def _size(plan: Plan, name: str, spec: Spec) -> int:
+    leaf = abstract_leaf(plan.format_of(name, spec), spec.shape, spec.out, plan.dtype)
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(leaf))
 
-    def size(name: str, spec: Spec) -> int:
-        leaf = abstract_leaf(plan.format_of(name, spec), spec.shape, spec.out, plan.dtype)
-        return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(leaf))
 
-    outer = sum(size(n, s) for n, s in architecture.outer()[1].items())
-    each = [
-        sum(size(f"layers.{i}.{n}", s) for n, s in architecture.block(kind)[1].items())
+def layer_bytes(architecture: Architecture, plan: Plan) -> list[int]:
+    """Bytes of each layer's stored parameters."""
+    return [
+        sum(_size(plan, f"layers.{i}.{n}", s) for n, s in architecture.block(kind)[1].items())
         for i, kind in enumerate(architecture.kinds)
     ]
+
+
+def weight_bytes(architecture: Architecture, plan: Plan) -> dict[str, int]:
+    """Bytes of the stored parameters, by part: 'outer' (before and after the layers), 'layers', 'largest_layer'."""
+    outer = sum(_size(plan, n, s) for n, s in architecture.outer()[1].items())
+    each = layer_bytes(architecture, plan)
     return {"outer": outer, "layers": sum(each), "largest_layer": max(each, default=0)}
 
 
@@ -167,10 +199,16 @@ def device_bytes(architecture: Architecture, plan: Plan, *, batch: int, length: 
 
     Activations and temporaries are not counted: they are the compiler's to say.
     """
-    w = weight_bytes(architecture, plan)
-    at_once = 1 if all(len(s.kinds) == 1 for s in architecture.segments) else 2
-    layers = w["layers"] if home(plan.home).MEMORY is None else min(w["layers"], at_once * w["largest_layer"])
-    return w["outer"] + layers + cache_bytes(architecture, plan, batch=batch, length=length)
+    each, outer = layer_bytes(architecture, plan), weight_bytes(architecture, plan)["outer"]
+    standing, streamed = 0, 0
+    for part in plan.parts(architecture):
+        sizes = each[part.start : part.start + part.num_layers]
+        if home(part.home).MEMORY is None:
+            standing += sum(sizes)
+        else:
+            at_once = 2 if part.form == "ahead" or len(part.kinds) > 1 else 1
+            streamed = max(streamed, min(at_once * max(sizes), sum(sizes)))
+    return outer + standing + streamed + cache_bytes(architecture, plan, batch=batch, length=length)
 
 
 def parse_bytes(memory: str | int) -> int:
@@ -197,24 +235,31 @@ def show_bytes(n: int) -> str:
 
 
 def choose(architecture: Architecture, plan: Plan, memory: str | int, *, batch: int = 1, length: int = 2048) -> Plan:
-    """The plan with the home that fits `memory`: the device if all of it fits, else the host.
+    """The plan with the home that fits `memory`: the device if all of it fits, else as many layers of it as do, else none.
 
-    Counts parameters, one streamed layer and the cache (see `device_bytes`). Raises ValueError, before anything is
-    allocated, if neither fits, with the bytes that are short and what would help.
+    Counts parameters, streamed layers and the cache (see `device_bytes`). Raises ValueError, before anything is
+    allocated, if nothing fits, with the bytes that are short and what would help.
     """
     budget = parse_bytes(memory)
-    found = {}
-    for name in technique.names(HOMES):
-        candidate = dataclasses.replace(plan, home=name, form="")
-        found[name] = device_bytes(architecture, candidate, batch=batch, length=length)
-        if found[name] <= budget:
+
+    def needs(candidate: Plan) -> int:
+        return device_bytes(architecture, candidate, batch=batch, length=length)
+
+    plan = dataclasses.replace(plan, home="device", form="", resident=0)
+    if needs(plan) <= budget:
+        return plan
+    split = [dataclasses.replace(plan, home="split", resident=r) for r in range(architecture.num_layers - 1, 0, -1)]
+    for candidate in split:
+        if needs(candidate) <= budget:
             return candidate
-    home_name, least = min(found.items(), key=lambda item: item[1])
+    host = dataclasses.replace(plan, home="host")
+    if (least := needs(host)) <= budget:
+        return host
     cache = cache_bytes(architecture, plan, batch=batch, length=length)
     w = weight_bytes(architecture, plan)
     raise ValueError(
-        f"memory={memory!r} is {show_bytes(budget)}; the smallest plan, home {home_name!r}, needs {show_bytes(least)}:"
-        f" {show_bytes(w['outer'])} of embeddings and head, {show_bytes(w['largest_layer'])} for one streamed layer,"
-        f" {show_bytes(cache)} of KV cache for {batch} x {length} tokens. {show_bytes(least - budget)} short."
+        f"memory={memory!r} is {show_bytes(budget)}; the smallest plan, home 'host', needs {show_bytes(least)}:"
+        f" {show_bytes(w['outer'])} of embeddings and head, {show_bytes(least - w['outer'] - cache)} for layers as they are"
+        f" streamed, {show_bytes(cache)} of KV cache for {batch} x {length} tokens. {show_bytes(least - budget)} short."
         f" Nearest: weights='int8', kv='int8', a shorter context, or memory={show_bytes(least).replace(' ', '')!r}"
     )

@@ -26,7 +26,7 @@ def walk(body: Body, carry: Any, banks: Sequence[Bank], states: Sequence[Any]) -
     """Run `body` through all layers of the banks; gives the last carry and the new states, laid out as `states`."""
     done = []
     for bank, bank_states in zip(banks, states, strict=True):
-        loop = {"unrolled": _unrolled, "scan": _scanned}[bank.form]
+        loop = {"unrolled": _unrolled, "scan": _scanned, "ahead": _ahead}[bank.form]
         carry, new = loop(body, carry, bank, bank_states)
         done.append(new)
     return carry, tuple(done)
@@ -50,19 +50,64 @@ def _scanned(body: Body, carry: Any, bank: Bank, states: Any) -> tuple[Any, Any]
         for j, (kind, stack) in enumerate(zip(bank.kinds, states, strict=True)):
             ahead = None
             if j < last:
-                # the next kind's copy may start once this layer's input is there, and no earlier: without an order XLA
-                # starts all copies of a period at once and holds the whole period. The order is on the stack: on its
-                # slice it would not bind (AOT: 3.0 layers of a period of 3, in place of 2.0)
-                stacked, carry = lax.optimization_barrier((lax.stop_gradient(bank.weights[j + 1]), carry))
-                ordered = fetch(_at(stacked, i))
-                ahead = jax.tree.map(_with_gradient_of, ordered, fetch(slices[j + 1]))
+                ahead, carry = _ordered(fetch, bank.weights[j + 1], i, slices[j + 1], carry)
             carry, state = body(kind, here, carry, _at(stack, i))
-            new.append(jax.tree.map(lambda s, x: lax.dynamic_update_index_in_dim(s, x, i, 0), stack, state))
+            new.append(_put(stack, state, i))
             here = ahead
         return (i + 1, carry, tuple(new)), None
 
     (_, carry, states), _ = lax.scan(period, (jnp.int32(0), carry, states), bank.weights, length=bank.repeats)
     return carry, states
+
+
+def _ahead(body: Body, carry: Any, bank: Bank, states: Any) -> tuple[Any, Any]:
+    """Each layer is fetched while the one before it is computed, over the border of a period too.
+
+    The stacks have one layer less than there are turns, and that layer stands alone: the first kind's first, which is
+    fetched before the loop, and the other kinds' last, which are used after it. All slices in the loop are therefore at
+    the loop's own index, which is what makes DMA copies of them.
+    """
+    fetch, last = home(bank.home).fetch, len(bank.kinds) - 1
+    ones, rests = tuple(w["one"] for w in bank.weights), tuple(w["rest"] for w in bank.weights)
+
+    def period(loop: Any, slices: Any) -> tuple[Any, None]:
+        i, carry, here, states = loop
+        new = []
+        for j, (kind, stack) in enumerate(zip(bank.kinds, states, strict=True)):
+            following = (j + 1) % len(bank.kinds)
+            if last:
+                ahead, carry = _ordered(fetch, rests[following], i, slices[following], carry)
+            else:
+                ahead = fetch(slices[0])
+            carry, state = body(kind, here, carry, _at(stack, i))
+            new.append(_put(stack, state, i))
+            here = ahead
+        return (i + 1, carry, here, tuple(new)), None
+
+    loop = (jnp.int32(0), carry, fetch(ones[0]), states)
+    (_, carry, here, states), _ = lax.scan(period, loop, rests, length=bank.repeats - 1)
+    new = []
+    for j, (kind, stack) in enumerate(zip(bank.kinds, states, strict=True)):
+        ahead = None
+        if j < last:
+            one, carry = lax.optimization_barrier((ones[j + 1], carry))
+            ahead = fetch(one)
+        carry, state = body(kind, here, carry, _at(stack, bank.repeats - 1))
+        new.append(_put(stack, state, bank.repeats - 1))
+        here = ahead
+    return carry, tuple(new)
+
+
+def _ordered(fetch: Any, stacks: Any, i: Any, slices: Any, carry: Any) -> tuple[Any, Any]:
+    """stacks[i] fetched, and not before `carry` is there: without an order XLA starts all copies of a period at once and
+    holds the whole period. The order is on the stack: on its slice it would not bind (AOT: 3.0 layers of a period of 3,
+    in place of 2.0). Gradients go to `slices`, the scan's own view of stacks[i]."""
+    stacked, carry = lax.optimization_barrier((lax.stop_gradient(stacks), carry))
+    return jax.tree.map(_with_gradient_of, fetch(_at(stacked, i)), fetch(slices)), carry
+
+
+def _put(stacks: Any, layer: Any, i: Any) -> Any:
+    return jax.tree.map(lambda s, x: lax.dynamic_update_index_in_dim(s, x, i, 0), stacks, layer)
 
 
 def _at(stacks: Any, i: Any) -> Any:
@@ -84,7 +129,7 @@ def lay_out(banks: Sequence[Bank], make: Callable[[Hashable], Any]) -> tuple[Any
     """States for `walk`: make(kind) for each layer, stacked where the bank is scanned."""
 
     def of(bank: Bank) -> tuple[Any, ...]:
-        if bank.form == "unrolled":
+        if not bank.stacked:
             return tuple(make(kind) for kind in bank.kinds * bank.repeats)
         return tuple(
             jax.tree.map(lambda x: jnp.broadcast_to(x[None], (bank.repeats, *x.shape)), make(kind))

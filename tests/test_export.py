@@ -217,8 +217,8 @@ def test_mixed_dtypes_go_through_orbax_unchanged(case: str, tmp_path: Path) -> N
     direct, again = jaxengine.load(source), jaxengine.load(tmp_path / "orbax")
     assert again.plan == direct.plan
     assert again.plan.dtype == "bfloat16"
-    there = stored(again.architecture, again.params)
-    for name, fetch in stored(direct.architecture, direct.params).items():
+    there = stored(again.architecture, again.plan, again.params)
+    for name, fetch in stored(direct.architecture, direct.plan, direct.params).items():
         assert fetch().dtype == BF16
         np.testing.assert_array_equal(fetch(), there[name](), err_msg=name)
     wide = jaxengine.load(tmp_path / "orbax", dtype="float32", home="host")

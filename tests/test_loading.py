@@ -70,8 +70,8 @@ def test_through_orbax_and_back(case: str, tmp_path: Path) -> None:
     sharded = jaxengine.load(tmp_path / "orbax", sharding="data", mesh="data=8", home="host")
     banks = jax.tree.leaves(sharded.params["banks"])
     assert {(x.sharding.memory_kind, x.sharding.num_devices) for x in banks} == {("pinned_host", 8)}
-    elsewhere = stored(sharded.architecture, sharded.params)
-    for name, fetch in stored(direct.architecture, direct.params).items():
+    elsewhere = stored(sharded.architecture, sharded.plan, sharded.params)
+    for name, fetch in stored(direct.architecture, direct.plan, direct.params).items():
         np.testing.assert_array_equal(fetch(), elsewhere[name](), err_msg=name)
 
 
@@ -228,7 +228,9 @@ def test_weight_rules_that_choose_nothing(case: str, pattern: str, said: str, mo
 def test_weight_rules_that_choose_something() -> None:
     rules = (("layers.1.*", "int8"), ("lm_head", "int8"), ("layers.?.down", "dense"))
     model = jaxengine.load(GOLDEN / "llama", plan=Plan(weight_rules=rules))
-    formats = {n: isinstance(fetch(), Weight) for n, fetch in stored(model.architecture, model.params).items()}
+    formats = {
+        n: isinstance(fetch(), Weight) for n, fetch in stored(model.architecture, model.plan, model.params).items()
+    }
     assert formats["layers.1.q"]
     assert formats["layers.1.down"]
     assert formats["lm_head"]

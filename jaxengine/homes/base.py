@@ -1,15 +1,20 @@
 """Where a bank of layers lives, and how one layer is brought to the device.
 
 A file in this folder is one home and has
-    MEMORY  the memory kind that its weights are placed in (None: the device's own)
-    FORM    the form it takes unless the plan says otherwise: 'unrolled' or 'scan'
-    FORMS   the forms it can take
-    fetch(weights) -> the same weights on the device; called inside the compiled program, once a layer
+    MEMORY   the memory kind that its weights are placed in (None: the device's own)
+    FORM     the form it takes unless the plan says otherwise
+    FORMS    the forms it can take
+    REST     the home of its banks: its own name, or another's where it is made of several (split)
+    PARTIAL  whether the plan's first `resident` layers stand on the device beside it
+    fetch(weights) -> the same weights on the device; called inside the compiled program, once a layer (of REST)
 
-Forms. 'unrolled': each layer's weights are arrays of their own and the loop over layers is written out in the program.
-'scan': each weight is one stacked array [repeats, ...] and the loop is one `lax.scan`. Resident layers want to be
-unrolled (a scan copies each layer's slice before using it); from the host it is the other way round: an unrolled loop
-hoists every fetch and then holds all layers, a scan fetches one at a time.
+Forms, and what XLA:GPU makes of them:
+    unrolled  each layer's weights are arrays of their own and the loop over layers is written out in the program. For
+              resident layers: a scan copies each layer's slice before using it.
+    scan      each weight is one stack [repeats, ...] and the loop is one `lax.scan`, which fetches a layer and uses it:
+              one layer on the device (two where unlike layers alternate). An unrolled loop would hoist every fetch.
+    ahead     as scan, and each layer is fetched while the one before it is computed: two layers on the device, and all
+              of a layer's matmuls beside the copy. For passes whose compute is not small beside the copy.
 """
 
 from __future__ import annotations
@@ -51,8 +56,9 @@ def check_platform(name: str, platform: str, version: tuple[int, ...] = jax.__ve
 class Bank:
     """A run of layers of one home: `kinds` in a row, `repeats` times.
 
-    weights: unrolled, a tuple with one {name: weight} for each layer, in order; scanned, a tuple with one {name: stacked
-    weight [repeats, ...]} for each kind.
+    weights: unrolled, a tuple with one {name: weight} for each layer, in order; scan, a tuple with one {name: stacked
+    weight [repeats, ...]} for each kind; ahead, a tuple with one {'one': {name: weight}, 'rest': {name: stacked weight
+    [repeats - 1, ...]}} for each kind, where the one is the first layer of the first kind and the last of the others.
     """
 
     weights: tuple[dict[str, Any], ...]
@@ -60,3 +66,35 @@ class Bank:
     repeats: int = dataclasses.field(metadata={"static": True})
     home: str = dataclasses.field(metadata={"static": True})
     form: str = dataclasses.field(metadata={"static": True})
+
+    @property
+    def stacked(self) -> bool:
+        """Whether states are stacks, one for each kind, or one for each layer."""
+        return self.form != "unrolled"
+
+
+def place_in(form: str, repeats: int, kind: int, turn: int) -> tuple[str, int | None]:
+    """Where the layer of this kind (its number in the period) and turn stands in a bank's weights: ('', None) alone,
+    ('', i) in a stack, and under form 'ahead' ('one', None) or ('rest', i)."""
+    if form == "unrolled":
+        return "", None
+    if form == "scan":
+        return "", turn
+    if turn == (0 if kind == 0 else repeats - 1):
+        return "one", None
+    return "rest", turn - 1 if kind == 0 else turn
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A bank before it has weights: `kinds` in a row, `repeats` times, from layer `start` on."""
+
+    kinds: tuple[Hashable, ...]
+    repeats: int
+    start: int
+    home: str
+    form: str
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.kinds) * self.repeats

@@ -7,6 +7,8 @@ from typing import Any
 MEMORY = None
 FORM = "unrolled"
 FORMS = ("unrolled", "scan")
+REST = "device"
+PARTIAL = False
 
 
 def fetch(weights: Any) -> Any:

@@ -13,7 +13,9 @@ import jax
 
 MEMORY = "pinned_host"
 FORM = "scan"
-FORMS = ("scan",)
+FORMS = ("scan", "ahead")
+REST = "host"
+PARTIAL = False
 
 
 def fetch(weights: Any) -> Any:
