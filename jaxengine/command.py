@@ -175,8 +175,9 @@ LOADING = (
     click.option(
         "--dtype", metavar="DTYPE", show_default="the checkpoint's", help="Compute in float32, bfloat16 or float16."
     ),
-    click.option("--home", metavar="HOME", show_default="device", help="Where layers live: device, host."),
-    click.option("--form", metavar="FORM", show_default="the home's own", help="How layers run: unrolled, scan."),
+    click.option("--home", metavar="HOME", show_default="device", help="Where layers live: device, host, split."),
+    click.option("--form", metavar="FORM", show_default="the home's own", help="How layers run: unrolled, scan, ahead."),
+    click.option("--resident", metavar="N", type=int, help="Layers of a split home that stay on the device."),
     click.option("--kv", metavar="CODEC", show_default="raw", help="How the KV cache is stored: raw, int8."),
     click.option(
         "--kv-layout", metavar="LAYOUT", show_default="window", help="Cache of sliding-window layers: window, full."

@@ -37,6 +37,7 @@ def load(
     sharding: str | None = None,
     home: str | None = None,
     form: str | None = None,
+    resident: int | None = None,
     kv: str | None = None,
     kv_layout: str | None = None,
     progress: Callable[[str, int, int], None] | None = None,
@@ -46,8 +47,9 @@ def load(
     plan: every choice at once; the other arguments go before its fields. memory: a budget such as '16GB', which chooses
     the home. weights: the format of matrices ('dense', 'int8'). dtype: 'float32', 'bfloat16' or 'float16' (the
     checkpoint's own if not given). mesh: e.g. 'data=2,tensor=4' over all devices, or a jax Mesh; sharding: the table of
-    rules. home: 'device' or 'host'; form: 'unrolled' or 'scan'. kv: the cache's codec ('raw', 'int8'); kv_layout: the
-    layout of sliding-window layers ('window', 'full'). progress: called with (name, bytes read, bytes in all).
+    rules. home: 'device', 'host', or 'split', of which the first `resident` layers are on the device; form: 'unrolled',
+    'scan' or 'ahead'. kv: the cache's codec ('raw', 'int8'); kv_layout: the layout of sliding-window layers ('window',
+    'full'). progress: called with (name, bytes read, bytes in all).
 
     Of the plan that an orbax folder was saved with, only what its bytes are decides here too, where no plan is given:
     weights, weight_rules and dtype. Home, form, cache, sharding and mesh were that machine's; here they are the defaults
@@ -64,7 +66,7 @@ def load(
         arch = source.architecture
         named = mesh if mesh is None or isinstance(mesh, str) else ",".join(f"{k}={v}" for k, v in mesh.shape.items())
         given = {
-            "weights": weights, "dtype": dtype, "mesh": named, "sharding": sharding, "home": home, "form": form,
+            "weights": weights, "dtype": dtype, "mesh": named, "sharding": sharding, "home": home, "form": form, "resident": resident,
             "kv_codec": kv, "kv_layout": kv_layout,
         }  # fmt: skip
         start = plan or _as_stored(source.plan)
@@ -72,9 +74,10 @@ def load(
         if not chosen.dtype:
             chosen = dataclasses.replace(chosen, dtype=one_dtype(arch, source.dtype, raw))
         if memory is not None:
-            if home is not None or form is not None:
+            if home is not None or form is not None or resident is not None:
                 raise ValueError(
-                    f"memory={memory!r} chooses the home and its form, and home or form was given too: give one"
+                    f"memory={memory!r} chooses the home, its form and how many layers are resident, and one of these was"
+                    f" given too: give one or the other"
                 )
             if chosen.mesh:
                 raise ValueError(

@@ -2,8 +2,8 @@
 
 `read(name)` gives a parameter as a numpy array in our shape; it is cast and encoded on the device it will be used on and
 put where the plan says: an array (or the arrays of a Weight) under a NamedSharding with a memory kind. Layers that are
-scanned stand in stacks [repeats, ...] (homes/base.py: `Bank`); a stack is made once, empty, and each layer is written into it in place (donated),
-so that no second copy of a stack is ever held.
+scanned stand in stacks (homes/base.py: `Bank`); a stack is made once, empty, and each layer is written into it in place
+(donated), so that no second copy of a stack is ever held.
 """
 
 from __future__ import annotations

@@ -26,69 +26,10 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 
+from pallas_kernels.cards import CARDS as CARDS
+from pallas_kernels.cards import Card
+
 AXES = ("data", "fsdp", "tensor")
-
-
-@dataclasses.dataclass(frozen=True)
-class Card:
-    """What the compiler asks about a card. Bytes, bytes/s and GHz; `kind` is a name that Pallas's lowering knows."""
-
-    name: str
-    kind: str
-    capability: tuple[int, int]
-    cores: int
-    fp32_per_core: int
-    shared_memory: int  # of a core
-    shared_memory_block: int  # the most that one block can have
-    threads_per_core: int
-    bandwidth: float
-    l2: int
-    clock: float
-    memory: int
-
-    def target_config(self) -> str:
-        """The text form of GpuTargetConfigProto."""
-        major, minor = self.capability
-        info = {
-            "threads_per_block_limit": 1024, "threads_per_warp": 32, "shared_memory_per_block": 49152,
-            "shared_memory_per_core": self.shared_memory, "threads_per_core_limit": self.threads_per_core,
-            "core_count": self.cores, "fpus_per_core": self.fp32_per_core, "block_dim_limit_x": 2**31 - 1,
-            "block_dim_limit_y": 65535, "block_dim_limit_z": 65535, "memory_bandwidth": int(self.bandwidth),
-            "l2_cache_size": self.l2, "clock_rate_ghz": self.clock, "device_memory_size": self.memory,
-            "shared_memory_per_block_optin": self.shared_memory_block, "registers_per_core_limit": 65536,
-            "registers_per_block_limit": 65536,
-        }  # fmt: skip
-        fields = " ".join(f"{k}: {v}" for k, v in info.items())
-        return (
-            f"gpu_device_info {{ {fields} cuda_compute_capability {{ major: {major} minor: {minor} }} }}"
-            f' platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 8 }} device_description_str: "{self.kind}"'
-        )
-
-
-# NVIDIA's data sheets and the CUDA programming guide's table of compute capabilities
-CARDS = {
-    c.name: c
-    for c in (
-        Card(
-            "A100", "NVIDIA A100-SXM4-80GB", (8, 0), 108, 64, 167936, 166912, 2048, 2039e9, 40 * 2**20, 1.41, 80 * 2**30
-        ),
-        Card(
-            "RTX 4090",
-            "NVIDIA GeForce RTX 4090",
-            (8, 9),
-            128,
-            128,
-            102400,
-            101376,
-            1536,
-            1008e9,
-            72 * 2**20,
-            2.52,
-            24 * 2**30,
-        ),
-        Card("H200", "NVIDIA H200", (9, 0), 132, 128, 233472, 232448, 2048, 4800e9, 50 * 2**20, 1.98, 141 * 10**9),
-    )
-}
 
 # On by default on H100, H200 and B200 alone; without it no copy overlaps any compute on other cards
 OPTIONS = {
@@ -150,7 +91,7 @@ def target(card: Card, **axes: int) -> Iterator[Target]:
     count = int(np.prod(shape))
     topology = topologies.get_topology_desc("", "cuda", target_config=card.target_config(), topology=f"1x1x{count}")
     types = (AxisType.Auto,) * len(AXES)
-    device = jax.sharding.AbstractDevice(device_kind=card.kind, num_cores=card.cores, platform="gpu")
+    device = jax.sharding.AbstractDevice(device_kind=card.limits.lowers_as, num_cores=card.cores, platform="gpu")
     mesh = AbstractMesh(shape, AXES, axis_types=types, abstract_device=device)
     concrete = Mesh(np.array(topology.devices).reshape(shape), AXES, axis_types=types)
     with jax.sharding.use_abstract_mesh(mesh):

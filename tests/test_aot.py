@@ -26,6 +26,7 @@ RAW = {
     "num_attention_heads": 16, "num_key_value_heads": 4, "max_position_embeddings": 4096,
 }  # fmt: skip
 BATCH, LENGTH = 4, 1024
+CARDS = ["A100", "RTX 4090", "H200"]
 
 
 # windows in five layers of six, as Gemma 3: two periods and two layers more
@@ -59,7 +60,7 @@ def compiled_decode(card: str, plan: Plan, raw: dict = RAW) -> tuple[object, obj
         return target.compile(engine.decode.on("gpu"), how, steps, 0, *args), arch
 
 
-@pytest.mark.parametrize("card", sorted(aot.CARDS))
+@pytest.mark.parametrize("card", CARDS)
 def test_streamed_decode_holds_about_one_layer(card: str) -> None:
     plan = Plan(dtype="bfloat16", home="host")
     compiled, arch = compiled_decode(card, plan)
@@ -110,7 +111,7 @@ def test_a_period_of_unlike_layers_is_streamed_two_at_a_time(card: str) -> None:
     assert memory.temp_size_in_bytes < 2.1 * size["largest_layer"] + 2 * cache / 14 + 64 * 2**20
 
 
-@pytest.mark.parametrize("card", sorted(aot.CARDS))
+@pytest.mark.parametrize("card", CARDS)
 def test_a_layer_is_written_into_its_stack_in_place(card: str) -> None:
     """How `place` fills a stack in pinned memory, and how a layer of one is fetched again: no second stack anywhere."""
     with aot.target(aot.CARDS[card]) as target:
@@ -131,3 +132,17 @@ def test_a_layer_is_written_into_its_stack_in_place(card: str) -> None:
             )
         assert taken.memory_analysis().host_temp_size_in_bytes == 0
         assert taken.memory_analysis().temp_size_in_bytes <= 1.1 * size
+
+
+@pytest.mark.parametrize("card", ["RTX 4090", "H200"])
+@pytest.mark.parametrize(("raw", "layers"), [(RAW, 6), (PERIODIC, 14)], ids=["alike", "unlike"])
+def test_one_ahead_holds_two_layers_and_a_split_home_its_resident_ones(card: str, raw: dict, layers: int) -> None:
+    plan = Plan(dtype="bfloat16", home="split", form="ahead", resident=2)
+    compiled, arch = compiled_decode(card, plan, raw)
+    memory, size = compiled.memory_analysis(), weight_bytes(arch, plan)
+    cache = cache_bytes(arch, plan, batch=BATCH, length=LENGTH)
+    streamed = size["layers"] * (layers - 2) / layers
+    assert memory.host_temp_size_in_bytes == 0
+    assert memory.host_argument_size_in_bytes == pytest.approx(streamed, rel=0.01)
+    assert memory.argument_size_in_bytes == pytest.approx(size["outer"] + size["layers"] - streamed + cache, rel=0.01)
+    assert memory.temp_size_in_bytes < 2.1 * size["largest_layer"] + 2 * cache / layers + 64 * 2**20

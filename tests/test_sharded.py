@@ -26,7 +26,9 @@ def single() -> tuple[np.ndarray, list[list[int]]]:
 
 
 @pytest.mark.parametrize(
-    "given", [{}, {"home": "host"}, {"kv": "int8", "kv_layout": "full"}], ids=["device", "host", "int8kv"]
+    "given",
+    [{}, {"home": "host"}, {"home": "split", "resident": 1, "form": "ahead"}, {"kv": "int8", "kv_layout": "full"}],
+    ids=["device", "host", "split", "int8kv"],
 )
 @pytest.mark.parametrize(("sharding", "mesh"), TABLES)
 def test_equal_to_one_device(sharding: str, mesh: str, given: dict, single: tuple) -> None:
@@ -35,7 +37,7 @@ def test_equal_to_one_device(sharding: str, mesh: str, given: dict, single: tupl
     np.testing.assert_allclose(np.asarray(model.logits(PROMPTS[1])), single[0], atol=2e-4, rtol=0)
     if "kv" not in given:
         assert [c.tokens for c in model.generate(PROMPTS, max_new_tokens=8)] == single[1]
-    q = jax.tree.leaves(model.params["banks"][0].weights[0]["q"])[0]
+    q = jax.tree.leaves(model.params["banks"][0].weights[0]["q"])[0]  # of a split home a resident one
     split = q.size // q.addressable_shards[0].data.size
     assert split == {"data": 1, "fsdp": 8, "tensor": 2, "fsdp+tensor": 8}[sharding]
     assert q.sharding.memory_kind == ("pinned_host" if given.get("home") == "host" else "device")

@@ -1,0 +1,111 @@
+"""Every home and form gives what resident layers give, for every family: logits, greedy tokens and gradients.
+
+The same program form is held to the same bits; another one, which XLA may fuse otherwise, to the bound that the golden
+files are held to, and to the same tokens.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxengine
+from jaxengine import engine, technique
+from jaxengine.homes.base import HOMES, home
+
+ATOL = 2e-4  # as tests/test_models.py derives it
+GOLDEN = Path(__file__).parent / "golden"
+FAMILIES = ["gemma2", "gemma3_text", "gpt2", "llama", "mistral", "opt", "phi3", "qwen2", "qwen3"]
+PLACES: list[dict[str, Any]] = [
+    {"home": name, "form": form, **({"resident": 1} if home(name).PARTIAL else {})}
+    for name in technique.names(HOMES)
+    for form in home(name).FORMS
+    if name != "device"
+]
+# every place for two families, one of like layers and one of unlike ones; of the others the two that hold most kinds of bank
+CASES = [
+    (family, place)
+    for family in FAMILIES
+    for place in PLACES
+    if family in ("llama", "gemma2") or place in ({"home": "host", "form": "ahead"}, {"home": "split", "form": "scan", "resident": 1})
+]
+
+
+def golden(case: str) -> tuple[list[list[int]], dict[str, np.ndarray]]:
+    """(the ragged prompts, everything in the file)."""
+    with np.load(GOLDEN / case / "golden.npz") as file:
+        data = dict(file)
+    return [row[:n].tolist() for row, n in zip(data["ids"], data["lengths"], strict=True)], data
+
+
+def load(case: str, **place: Any) -> jaxengine.Model:
+    return jaxengine.load(GOLDEN / case, dtype="float32", **place)
+
+
+def test_families_are_all_of_them() -> None:
+    assert tuple(FAMILIES) == technique.names("jaxengine.models")
+
+
+@pytest.mark.parametrize("case", FAMILIES)
+def test_the_same_form_gives_the_same_bits(case: str) -> None:
+    prompts, data = golden(case)
+    one, other = load(case, form="scan"), load(case, home="host", form="scan")
+    np.testing.assert_array_equal(one.logits(prompts[0]), other.logits(prompts[0]))
+    found = [[c.tokens for c in m.generate(prompts, max_new_tokens=16, stop_ids=())] for m in (one, other)]
+    assert found[0] == found[1] == [data[f"generated_{i}"].tolist() for i in range(len(prompts))]
+
+
+@pytest.mark.parametrize(("family", "place"), CASES, ids=[f"{f}-{'-'.join(map(str, p.values()))}" for f, p in CASES])
+def test_tokens_and_logits(family: str, place: dict[str, Any]) -> None:
+    prompts, data = golden(family)
+    model = load(family, **place)
+    np.testing.assert_allclose(model.logits(prompts[0])[0], data["logits_0"], atol=ATOL, rtol=0)
+    found = [c.tokens for c in model.generate(prompts, max_new_tokens=16, stop_ids=())]
+    assert found == [data[f"generated_{i}"].tolist() for i in range(len(prompts))]
+
+
+def gradients(model: jaxengine.Model, ids: list[int]) -> dict[str, np.ndarray]:
+    """d sum(logits * seed) / d every parameter, by name."""
+    from jaxengine.placement import stored
+
+    tokens, lengths = jnp.asarray([ids], jnp.int32), jnp.asarray([len(ids)], jnp.int32)
+    seed = np.random.default_rng(0).normal(size=(1, len(ids), model.config.vocab_size)).astype(np.float32)
+
+    @jax.jit
+    def gradient(params: Any) -> Any:
+        def loss(params: Any) -> jax.Array:
+            return (engine.score.function(model.engine, params, tokens, lengths) * jnp.asarray(seed)).sum()
+
+        return jax.grad(loss)(params)
+
+    found = gradient(model.params)
+    return {n: np.asarray(jax.device_get(f())) for n, f in stored(model.architecture, model.plan, found).items()}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients(family: str) -> None:
+    """Of every parameter, through streamed layers in both forms, against the resident, unrolled layers."""
+    ids = golden(family)[0][0][:6]
+    wanted = gradients(load(family), ids)
+    assert any(abs(w).max() > 1e-3 for n, w in wanted.items() if n.startswith("layers."))
+    for place in PLACES if family == "gemma2" else [{"home": "split", "form": "ahead", "resident": 1}]:
+        found = gradients(load(family, **place), ids)
+        assert found.keys() == wanted.keys()
+        for name, w in wanted.items():
+            # sums of some hundred products in another order: 2^-24 each of the largest, with room for a few layers
+            np.testing.assert_allclose(found[name], w, rtol=0, atol=2e-5 * abs(w).max() + 1e-6, err_msg=f"{place} {name}")
+
+
+def test_as_many_resident_layers_as_there_are_is_told() -> None:
+    layers = load("llama").architecture.num_layers
+    with pytest.raises(ValueError, match=rf"{layers} of {layers} layers are resident.*at most resident={layers - 1}"):
+        load("llama", home="split", resident=layers)
+    with pytest.raises(ValueError, match=r"home is 'split' and resident is 0"):
+        load("llama", home="split")
+    with pytest.raises(ValueError, match=r"home is 'host' and resident is 2"):
+        load("llama", home="host", resident=2)
