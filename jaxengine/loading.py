@@ -20,7 +20,7 @@ from jaxengine import placement
 from jaxengine.architecture import Architecture, architecture
 from jaxengine.export import one_dtype
 from jaxengine.model import Model
-from jaxengine.plan import Plan, choose
+from jaxengine.plan import Plan, choose, parse_bytes
 from jaxengine.sources import Origin, open_source, read_config
 from jaxengine.text import Tokenizer
 from sharding.mesh import make_mesh
@@ -31,6 +31,8 @@ def load(
     *,
     plan: Plan | None = None,
     memory: str | int | None = None,
+    batch: int = 1,
+    context: int | None = None,
     weights: str | None = None,
     dtype: str | None = None,
     mesh: str | Mesh | None = None,
@@ -44,12 +46,13 @@ def load(
 ) -> Model:
     """Load a Hugging Face checkpoint folder, or one that `Model.save` wrote, ready to generate.
 
-    plan: every choice at once; the other arguments go before its fields. memory: a budget such as '16GB', which chooses
-    the home. weights: the format of matrices ('dense', 'int8'). dtype: 'float32', 'bfloat16' or 'float16' (the
-    checkpoint's own if not given). mesh: e.g. 'data=2,tensor=4' over all devices, or a jax Mesh; sharding: the table of
-    rules. home: 'device', 'host', or 'split', of which the first `resident` layers are on the device; form: 'unrolled',
-    'scan' or 'ahead'. kv: the cache's codec ('raw', 'int8'); kv_layout: the layout of sliding-window layers ('window',
-    'full'). progress: called with (name, bytes read, bytes in all).
+    plan: every choice at once; the other arguments go before its fields. memory: a budget of device memory such as
+    '16GB', which chooses the home for `batch` rows of up to `context` tokens each (2048, or what the model can at most); a
+    call that would need more is refused. weights: the format of matrices ('dense', 'int8'). dtype: 'float32', 'bfloat16'
+    or 'float16' (the checkpoint's own if not given). mesh: e.g. 'data=2,tensor=4' over all devices, or a jax Mesh;
+    sharding: the table of rules. home: 'device', 'host', or 'split', of which the first `resident` layers are on the
+    device; form: 'unrolled', 'scan' or 'ahead'. kv: the cache's codec ('raw', 'int8'); kv_layout: the layout of
+    sliding-window layers ('window', 'full'). progress: called with (name, bytes read, bytes in all).
 
     Of the plan that an orbax folder was saved with, only what its bytes are decides here too, where no plan is given:
     weights, weight_rules and dtype. Home, form, cache, sharding and mesh were that machine's; here they are the defaults
@@ -66,8 +69,8 @@ def load(
         arch = source.architecture
         named = mesh if mesh is None or isinstance(mesh, str) else ",".join(f"{k}={v}" for k, v in mesh.shape.items())
         given = {
-            "weights": weights, "dtype": dtype, "mesh": named, "sharding": sharding, "home": home, "form": form, "resident": resident,
-            "kv_codec": kv, "kv_layout": kv_layout,
+            "weights": weights, "dtype": dtype, "mesh": named, "sharding": sharding, "home": home, "form": form,
+            "resident": resident, "kv_codec": kv, "kv_layout": kv_layout,
         }  # fmt: skip
         start = plan or _as_stored(source.plan)
         chosen = dataclasses.replace(start, **{k: v for k, v in given.items() if v is not None})
@@ -84,7 +87,13 @@ def load(
                     f"memory={memory!r} is counted for one device, and mesh is {chosen.mesh!r}: with several devices say"
                     f" home='device' or home='host'"
                 )
-            chosen = choose(arch, chosen, memory)
+            longest = context or min(2048, arch.config.max_position_embeddings)
+            chosen = choose(arch, chosen, memory, batch=batch, length=longest)
+        elif context is not None or batch != 1:
+            raise ValueError(
+                "batch and context say what memory= is to hold, and no memory is given; generate takes any number of"
+                " prompts of any length without them"
+            )
         over = mesh if isinstance(mesh, Mesh) else make_mesh(chosen.mesh or None)
         if over.size > 1 and chosen.sharding == "single" and not chosen.rules:
             raise ValueError(
@@ -107,7 +116,8 @@ def load(
 
         params = placement.place(arch, chosen, over, source.read, track)
         origin = source.origin(raw)
-    return Model(arch, chosen, over, params, origin, tokenizer(folder))
+    budget = None if memory is None else parse_bytes(memory)
+    return Model(arch, chosen, over, params, origin, tokenizer(folder), budget)
 
 
 def _as_stored(plan: Plan | None) -> Plan:

@@ -25,7 +25,7 @@ from jaxtyping import Array, Float
 from checkpoints.output import output_folder
 from jaxengine import engine, export, placement, sampling
 from jaxengine.architecture import Architecture
-from jaxengine.plan import DTYPES, Plan
+from jaxengine.plan import DTYPES, Plan, activation_bytes, device_bytes, show_bytes
 from jaxengine.sources import Origin
 from jaxengine.text import Detokenizer, StopStrings, Tokenizer
 
@@ -62,8 +62,10 @@ class Model:
         params: Any,
         origin: Origin,
         tokenizer: Tokenizer | None,
+        budget: int | None = None,
     ):
         self.architecture, self.plan, self.mesh, self.params = architecture, plan, mesh, params
+        self.budget = budget  # bytes of device memory that no call may need more than
         self.origin, self.tokenizer = origin, tokenizer
         self.engine = engine.Engine(architecture, plan.caching, plan.dtype, plan.sharding_rules(), mesh)
 
@@ -94,6 +96,7 @@ class Model:
                 f"logits: ids are {rows.dtype} of shape {rows.shape}; they must be integers [T] or [B, T], T > 0"
             )
         B, T = rows.shape
+        self._check_budget(B, B, engine.bucket(T), 1)
         own = np.full(B, T) if lengths is None else np.asarray(lengths)
         if own.shape != (B,) or own.min() < 1 or own.max() > T:
             raise ValueError(f"logits: lengths are {lengths!r}; they must be {B} numbers from 1 to {T}")
@@ -168,6 +171,26 @@ class Model:
             run.advance(steps)
             # a call for every token costs a fast model more than its steps; a slow one should be seen token by token
             steps = min(2 * steps, 16) if time.perf_counter() - start < 0.05 else max(steps // 2, 1)
+
+    def _check_budget(self, prompts: int, rows: int, tokens: int, length: int) -> None:
+        """Refuse a call that needs more device memory than the model was loaded for."""
+        if self.budget is None:
+            return
+
+        def needs(prompts: int, rows: int, tokens: int, length: int) -> int:
+            standing = device_bytes(self.architecture, self.plan, batch=rows, length=length)
+            return standing + activation_bytes(self.architecture, self.plan, batch=prompts, tokens=tokens)
+
+        if (asked := needs(prompts, rows, tokens, length)) > self.budget:
+            each = rows // prompts
+            fits = next((n for n in range(prompts - 1, 0, -1) if needs(n, n * each, tokens, length) <= self.budget), 0)
+            nearest = (
+                f"at most {fits} prompts of this length at a time" if fits else "a shorter prompt or fewer new tokens"
+            )
+            raise ValueError(
+                f"{rows} rows of {length} tokens need {show_bytes(asked)} of device memory, and the model was loaded for"
+                f" memory={show_bytes(self.budget)}: {nearest}, or load it with a larger batch or context"
+            )
 
     # --- saving ----------------------------------------------------------------------------------------------------
 
@@ -368,10 +391,12 @@ class _Run:
         self.stop_ids = model._put(padded)
         longest = max(map(len, ids))
         tokens = np.zeros((len(ids), engine.bucket(longest)), np.int32)
+        length = engine.bucket(longest + max_new_tokens, least=64)
+        model._check_budget(len(ids), len(owners), tokens.shape[1], length)
         for row, given in zip(tokens, ids, strict=True):
             row[: len(given)] = given
         self.now, chosen = engine.prefill(
-            model.engine, self.steps, engine.bucket(longest + max_new_tokens, least=64), n, self.top, model.params,
+            model.engine, self.steps, length, n, self.top, model.params,
             model._put(tokens), model._put(np.asarray([len(i) for i in ids], np.int32)), self.values,
             sampling.row_keys(seed, [j for _ in ids for j in range(n)]), self.stop_ids,
         )  # fmt: skip

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxengine import technique
-from jaxengine.architecture import Architecture, Spec, segments
+from jaxengine.architecture import Architecture, Segment, Spec, segments
 from jaxengine.cache.base import Caching, empty
 from jaxengine.homes.base import Part, home
 from sharding.rules import RULES, Rules
@@ -100,11 +100,19 @@ class Plan:
                 f"Plan: {r} of {len(kinds)} layers are resident, which leaves none to stream: say home='device', or at most"
                 f" resident={len(kinds) - 1}"
             )
-        resident = [Part(s.kinds, s.repeats, s.start, "device", home("device").FORM) for s in segments(kinds[:r])]
-        streamed = []
-        for s in segments(kinds[r:]):
-            form = "scan" if self.resolved_form == "ahead" and s.repeats == 1 else self.resolved_form
-            streamed.append(Part(s.kinds, s.repeats, r + s.start, home(self.home).REST, form))
+        rest = home(self.home).REST
+
+        def part(segment: Segment, offset: int, name: str, form: str) -> Part:
+            # a loop of one turn XLA takes apart, and then it cannot place its slices of host memory; 'ahead' loops over
+            # one turn less than there are
+            if segment.repeats == 1:
+                form = "unrolled"
+            elif segment.repeats == 2 and form == "ahead":
+                form = "scan"
+            return Part(segment.kinds, segment.repeats, offset + segment.start, name, form)
+
+        resident = [part(s, 0, "device", home("device").FORM) for s in segments(kinds[:r])]
+        streamed = [part(s, r, rest, self.resolved_form) for s in segments(kinds[r:])]
         return (*resident, *streamed)
 
     def sharding_rules(self) -> Rules:
@@ -206,9 +214,29 @@ def device_bytes(architecture: Architecture, plan: Plan, *, batch: int, length: 
         if home(part.home).MEMORY is None:
             standing += sum(sizes)
         else:
-            at_once = 2 if part.form == "ahead" or len(part.kinds) > 1 else 1
+            at_once = 2 if part.form == "ahead" or (part.form == "scan" and len(part.kinds) > 1) else 1
             streamed = max(streamed, min(at_once * max(sizes), sum(sizes)))
     return outer + standing + streamed + cache_bytes(architecture, plan, batch=batch, length=length)
+
+
+def activation_bytes(architecture: Architecture, plan: Plan, *, batch: int, tokens: int) -> int:
+    """Bytes of temporaries while `batch` prompts of `tokens` tokens are read: what one layer holds at its widest.
+
+    Either the scores and weights of attention, [B, N, T, T] in float32 twice, beside queries, keys and values, or the
+    two halves of the feed-forward block; the residual stream beside them. The compiler's own figure differs with the card.
+    """
+    size = jnp.dtype(plan.dtype).itemsize
+    rows, widest = batch * tokens, 0
+    for kind in set(architecture.kinds):
+        attention = architecture.attention(kind)
+        N, K, H = attention.num_heads, attention.num_kv_heads, attention.head_dim
+        dims = {
+            a: n for spec in architecture.block(kind)[1].values() for a, n in zip(spec.axes, spec.shape, strict=True)
+        }
+        D, F = dims["embed"], dims["mlp"]
+        attending = 8 * rows * tokens * N + rows * (2 * N + 2 * K) * H * size
+        widest = max(widest, 2 * rows * D * size + max(attending, 3 * rows * F * size))
+    return widest
 
 
 def parse_bytes(memory: str | int) -> int:
@@ -237,13 +265,15 @@ def show_bytes(n: int) -> str:
 def choose(architecture: Architecture, plan: Plan, memory: str | int, *, batch: int = 1, length: int = 2048) -> Plan:
     """The plan with the home that fits `memory`: the device if all of it fits, else as many layers of it as do, else none.
 
-    Counts parameters, streamed layers and the cache (see `device_bytes`). Raises ValueError, before anything is
-    allocated, if nothing fits, with the bytes that are short and what would help.
+    Counts parameters, streamed layers, the cache (`device_bytes`) and what reading a prompt of `length` tokens holds.
+    Raises ValueError, before anything is allocated, if nothing fits, with the bytes that are short and what would help.
     """
     budget = parse_bytes(memory)
 
+    working = activation_bytes(architecture, plan, batch=batch, tokens=length)
+
     def needs(candidate: Plan) -> int:
-        return device_bytes(architecture, candidate, batch=batch, length=length)
+        return device_bytes(architecture, candidate, batch=batch, length=length) + working
 
     plan = dataclasses.replace(plan, home="device", form="", resident=0)
     if needs(plan) <= budget:
@@ -259,7 +289,8 @@ def choose(architecture: Architecture, plan: Plan, memory: str | int, *, batch: 
     w = weight_bytes(architecture, plan)
     raise ValueError(
         f"memory={memory!r} is {show_bytes(budget)}; the smallest plan, home 'host', needs {show_bytes(least)}:"
-        f" {show_bytes(w['outer'])} of embeddings and head, {show_bytes(least - w['outer'] - cache)} for layers as they are"
-        f" streamed, {show_bytes(cache)} of KV cache for {batch} x {length} tokens. {show_bytes(least - budget)} short."
-        f" Nearest: weights='int8', kv='int8', a shorter context, or memory={show_bytes(least).replace(' ', '')!r}"
+        f" {show_bytes(w['outer'])} of embeddings and head, {show_bytes(least - w['outer'] - cache - working)} for layers as"
+        f" they are streamed, {show_bytes(cache)} of KV cache for {batch} x {length} tokens and {show_bytes(working)} to read"
+        f" so many at once. {show_bytes(least - budget)} short. Nearest: weights='int8', kv='int8', a smaller context or"
+        f" batch, or memory={show_bytes(least).replace(' ', '')!r}"
     )

@@ -33,9 +33,11 @@ def walk(body: Body, carry: Any, banks: Sequence[Bank], states: Sequence[Any]) -
 
 
 def _unrolled(body: Body, carry: Any, bank: Bank, states: Any) -> tuple[Any, Any]:
-    fetch = home(bank.home).fetch
+    fetch, streamed = home(bank.home).fetch, home(bank.home).MEMORY is not None
     new = []
     for kind, weights, state in zip(bank.kinds * bank.repeats, bank.weights, states, strict=True):
+        if streamed:  # or all copies start with the program
+            weights, carry = lax.optimization_barrier((weights, carry))
         carry, state = body(kind, fetch(weights), carry, state)
         new.append(state)
     return carry, tuple(new)

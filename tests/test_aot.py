@@ -135,10 +135,11 @@ def test_a_layer_is_written_into_its_stack_in_place(card: str) -> None:
 
 
 @pytest.mark.parametrize("card", ["RTX 4090", "H200"])
-@pytest.mark.parametrize(("raw", "layers"), [(RAW, 6), (PERIODIC, 14)], ids=["alike", "unlike"])
+@pytest.mark.parametrize(("raw", "layers"), [(RAW, 6), (PERIODIC | {"num_hidden_layers": 20}, 20)], ids=["alike", "unlike"])
 def test_one_ahead_holds_two_layers_and_a_split_home_its_resident_ones(card: str, raw: dict, layers: int) -> None:
     plan = Plan(dtype="bfloat16", home="split", form="ahead", resident=2)
     compiled, arch = compiled_decode(card, plan, raw)
+    assert [p.form for p in plan.parts(arch)][-1] == "ahead"
     memory, size = compiled.memory_analysis(), weight_bytes(arch, plan)
     cache = cache_bytes(arch, plan, batch=BATCH, length=LENGTH)
     streamed = size["layers"] * (layers - 2) / layers
@@ -146,3 +147,15 @@ def test_one_ahead_holds_two_layers_and_a_split_home_its_resident_ones(card: str
     assert memory.host_argument_size_in_bytes == pytest.approx(streamed, rel=0.01)
     assert memory.argument_size_in_bytes == pytest.approx(size["outer"] + size["layers"] - streamed + cache, rel=0.01)
     assert memory.temp_size_in_bytes < 2.1 * size["largest_layer"] + 2 * cache / layers + 64 * 2**20
+
+
+def test_single_layers_are_streamed_one_after_another() -> None:
+    """Banks of one layer each: alternating windows with an odd number of layers before them resident."""
+    raw = PERIODIC | {"model_type": "gemma2", "num_hidden_layers": 5, "query_pre_attn_scalar": 128}
+    raw.pop("sliding_window_pattern")
+    plan = Plan(dtype="bfloat16", home="split", resident=2)
+    compiled, arch = compiled_decode("H200", plan, raw)
+    assert [(len(p.kinds), p.repeats) for p in plan.parts(arch)] == [(1, 1), (1, 1), (1, 1), (1, 1), (1, 1)]
+    cache = cache_bytes(arch, plan, batch=BATCH, length=LENGTH)
+    temp = compiled.memory_analysis().temp_size_in_bytes
+    assert temp < 1.1 * weight_bytes(arch, plan)["largest_layer"] + 2 * cache / 5 + 64 * 2**20

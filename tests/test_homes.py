@@ -32,7 +32,7 @@ CASES = [
     (family, place)
     for family in FAMILIES
     for place in PLACES
-    if family in ("llama", "gemma2") or place in ({"home": "host", "form": "ahead"}, {"home": "split", "form": "scan", "resident": 1})
+    if family in ("llama", "gemma2") or place["form"] == ("ahead" if place["home"] == "host" else "scan")
 ]
 
 

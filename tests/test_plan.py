@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import jax
 import pytest
@@ -12,7 +13,7 @@ import jaxengine
 from jaxengine import placement
 from jaxengine.architecture import architecture
 from jaxengine.engine import empty_cache
-from jaxengine.plan import Plan, cache_bytes, choose, device_bytes, parse_bytes, weight_bytes
+from jaxengine.plan import Plan, activation_bytes, cache_bytes, choose, device_bytes, parse_bytes, weight_bytes
 from jaxengine.sources import read_config
 from sharding.mesh import make_mesh
 
@@ -79,21 +80,44 @@ def test_bytes_are_those_of_the_arrays(case: str, given: dict) -> None:
 
 
 def test_memory_chooses_the_home() -> None:
-    arch = architecture(read_config(GOLDEN / "llama"))
-    resident = device_bytes(arch, Plan(dtype="float32"), batch=1, length=2048)
-    streamed = device_bytes(arch, Plan(dtype="float32", home="host"), batch=1, length=2048)
-    assert streamed < resident
-    assert choose(arch, Plan(dtype="float32"), resident).home == "device"
-    assert choose(arch, Plan(dtype="float32"), resident - 1).home == "host"
-    assert choose(arch, Plan(dtype="float32"), streamed).home == "host"
-    with pytest.raises(ValueError, match=r"1 B short") as e:
-        choose(arch, Plan(dtype="float32"), streamed - 1)
-    assert "int8" in str(e.value)
-    assert jaxengine.load(GOLDEN / "llama", memory=streamed).plan.home == "host"
+    """All on the device if it fits, else as many layers as do, else none; and what fits is held in every call."""
+    arch = architecture(read_config(GOLDEN / "gemma2"))
+    T = 64
+
+    def needs(**given: Any) -> int:
+        plan = Plan(dtype="float32", **given)
+        working = activation_bytes(arch, plan, batch=1, tokens=T)
+        return device_bytes(arch, plan, batch=1, length=T) + working
+
+    def chosen(memory: int) -> tuple[str, int]:
+        plan = choose(arch, Plan(dtype="float32"), memory, batch=1, length=T)
+        return plan.home, plan.resident
+
+    resident, split, streamed = needs(), needs(home="split", resident=2), needs(home="host")
+    assert streamed < split < resident
+    assert chosen(resident) == ("device", 0)
+    assert chosen(resident - 1)[0] in ("split", "host")
+    assert chosen(split) == ("split", 2)
+    # of the four, alternating, layers the host home brings two at a time; one resident leaves three unlike ones, one a time
+    assert chosen(split - 1) == chosen(streamed) == ("split", 1)
+    with pytest.raises(ValueError, match=r"1 B short.*int8"):
+        chosen(streamed - 1)
+    model = jaxengine.load(GOLDEN / "gemma2", dtype="float32", memory=split, context=T)
+    assert (model.plan.home, model.plan.resident) == ("split", 2)
+    model.generate([[1, 2, 3]], max_new_tokens=T - 3)
+    with pytest.raises(ValueError, match=r"2 rows of 64 tokens need .* at most 1 prompts of this length"):
+        model.generate([[1, 2, 3] * 20] * 2, max_new_tokens=T - 60, stop_ids=())
+    with pytest.raises(ValueError, match=r"of device memory, and the model was loaded for"):
+        model.logits([[1] * 60] * 20)
+
+
+def test_what_goes_with_a_budget_is_told() -> None:
     with pytest.raises(ValueError, match="give one"):
         jaxengine.load(GOLDEN / "llama", memory="1GB", home="host")
     with pytest.raises(ValueError, match="counted for one device"):
         jaxengine.load(GOLDEN / "llama", memory="1GB", mesh="data=8", sharding="data")
+    with pytest.raises(ValueError, match="no memory is given"):
+        jaxengine.load(GOLDEN / "llama", context=512)
 
 
 def test_a_plan_without_dtype_is_the_checkpoints_own() -> None:

@@ -12,7 +12,8 @@ Forms, and what XLA:GPU makes of them:
     unrolled  each layer's weights are arrays of their own and the loop over layers is written out in the program. For
               resident layers: a scan copies each layer's slice before using it.
     scan      each weight is one stack [repeats, ...] and the loop is one `lax.scan`, which fetches a layer and uses it:
-              one layer on the device (two where unlike layers alternate). An unrolled loop would hoist every fetch.
+              one layer on the device (two where unlike layers alternate). A streamed layer that no other is like stands
+              alone, as in 'unrolled', and waits for the one before it: otherwise XLA hoists every fetch.
     ahead     as scan, and each layer is fetched while the one before it is computed: two layers on the device, and all
               of a layer's matmuls beside the copy. For passes whose compute is not small beside the copy.
 """

@@ -1,0 +1,739 @@
+"""A store of layers on disk that is made to be streamed, and the reader that streams it.
+
+safetensors is made for exchange: tensors of any length at any offset, a layer's spread over files. Here a layer is one
+record: its arrays one after another, the record's start and length multiples of 4096 and so is the start of every array
+of a page or more (smaller ones begin at 64 bytes). So a layer is one long read, which can go past the page cache
+(O_DIRECT), straight into memory that is used again and again; nothing is mapped, since a map's page faults come one at
+a time, and no array is allocated for a layer, since new memory costs page faults too. The memory is numpy's, which asks
+the system for huge pages (direct reads into small ones were a quarter to a third slower). `scripts/bench_disk.py`
+measures the disk, the ring, a map and small pages in one run.
+
+    bytes 0 to 24    magic, version, crc32 of the index, its length (little-endian)
+    the index        JSON: fingerprint, the kinds of layer (their arrays' names, dtypes, shapes, places), and for each
+                     layer its kind, its place, and the crc32 of each block of its record
+    the records      in the order of the layers, each padded with zeros to whole pages
+
+Reading past the page cache is the right trade for weights that do not fit in memory: passes over all layers evict each
+page before its next use, and the cache would take its copy of every byte. What does fit is said instead, as `keep`:
+the first layers then stay in memory of ours and are read once.
+
+Two traps for who hands the arrays to jax. Both give wrong numbers without an error:
+- On the CPU backend `jax.device_put` takes a 64-byte-aligned numpy array as it is, without copying, even under
+  may_alias=False; the ring would then write the next layer over the last one's weights. Open the reader with
+  `copy_out=True`: every layer comes in memory of its own, which jax may keep, and the one copy is made here.
+- On other backends `device_put` returns before it has read the array. Call `jax.block_until_ready` on what it gave
+  before the layer is released.
+Kept layers are never written again, and need neither.
+"""
+
+import contextlib
+import errno
+import itertools
+import json
+import logging
+import math
+import operator
+import os
+import struct
+import threading
+import weakref
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import ml_dtypes
+import numpy as np
+
+from checkpoints.errors import CheckpointError
+from checkpoints.output import output_file
+from checkpoints.safetensors import aligned_empty
+
+Spec = Mapping[str, tuple[Sequence[int], Any]]  # name -> (shape, dtype)
+
+_log = logging.getLogger(__name__)
+
+_DTYPES: dict[str, np.dtype] = {
+    np.dtype(t).name: np.dtype(t)
+    for t in (
+        *(np.bool_, np.int8, np.int16, np.int32, np.int64, np.uint8, np.uint16, np.uint32, np.uint64),
+        *(np.float16, np.float32, np.float64, ml_dtypes.bfloat16, ml_dtypes.float8_e3m4, ml_dtypes.float8_e4m3),
+        *(ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e4m3fnuz, ml_dtypes.float8_e4m3b11fnuz, ml_dtypes.float8_e5m2),
+        *(ml_dtypes.float8_e5m2fnuz, ml_dtypes.float8_e8m0fnu),
+    )
+}
+
+_MAGIC = b"JAXLAYER"
+_VERSION = 1
+_HEAD = struct.Struct("<8sIIQ")  # magic, version, crc32 of the index, its length
+_MAX_INDEX = 1 << 30
+_PAGE = 4096
+_LINE = 64  # bytes: what jax's CPU backend wants of an array it takes as it is
+_BLOCK = 8 << 20  # bytes: what one thread reads at a time, and what one checksum covers
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def _up(n: int, to: int) -> int:
+    return -(-n // to) * to
+
+
+@dataclass(frozen=True)
+class _Array:
+    """An array of a record; `start` counts from the record's."""
+
+    name: str
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    start: int
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What the records of like layers look like."""
+
+    arrays: tuple[_Array, ...]
+
+    @property
+    def length(self) -> int:
+        return _up(max(a.start + a.nbytes for a in self.arrays), _PAGE)
+
+
+def _kind(layer: int, spec: Spec) -> _Kind:
+    """The layout of a layer's record, or the reason why there is none."""
+    if not spec:
+        raise CheckpointError(f"Layer {layer} has no arrays: every layer of a store needs at least one.")
+    arrays, position = [], 0
+    for name, (shape, dtype) in spec.items():
+        if not isinstance(name, str) or not name:
+            raise CheckpointError(
+                f"Layer {layer} has an array named {name!r}; a name is a string of at least a letter."
+            )
+        dtype, shape = np.dtype(dtype), tuple(operator.index(n) for n in shape)
+        if _DTYPES.get(dtype.name) != dtype:
+            raise CheckpointError(
+                f"{name} of layer {layer} is {dtype}, which a packed store does not keep; it "
+                f"keeps {', '.join(_DTYPES)}. Pack codes of less than a byte in uint8."
+            )
+        if any(n < 0 for n in shape):
+            raise CheckpointError(f"{name} of layer {layer} has the shape {list(shape)}; no size can be below 0.")
+        nbytes = math.prod(shape) * dtype.itemsize
+        position = _up(position, _PAGE if nbytes >= _PAGE else _LINE)
+        arrays.append(_Array(name, dtype, shape, position))
+        position += nbytes
+    if not position:
+        raise CheckpointError(f"Layer {layer} has only arrays without elements; there is nothing to store.")
+    return _Kind(tuple(arrays))
+
+
+@dataclass
+class _Layout:
+    """Where everything is in a file; `sums` are the crc32s of each layer's blocks."""
+
+    fingerprint: str
+    block: int
+    kinds: list[_Kind]
+    kind_of: list[int]
+    sums: list[list[int]] = field(default_factory=list)
+
+    def kind(self, layer: int) -> _Kind:
+        return self.kinds[self.kind_of[layer]]
+
+    def blocks(self, layer: int) -> int:
+        return -(-self.kind(layer).length // self.block)
+
+    def head(self) -> bytes:
+        """Everything before the first record. As long with placeholders for the sums as with the real ones."""
+        sums = self.sums or [[0] * self.blocks(i) for i in range(len(self.kind_of))]
+        text = json.dumps(
+            {
+                "fingerprint": self.fingerprint,
+                "block": self.block,
+                "kinds": [[[a.name, a.dtype.name, list(a.shape), a.start] for a in k.arrays] for k in self.kinds],
+                "layers": [
+                    {"kind": k, "crc32": "".join(f"{crc:08x}" for crc in crcs)}
+                    for k, crcs in zip(self.kind_of, sums, strict=True)
+                ],
+            },
+            separators=(",", ":"),
+        ).encode()
+        head = _HEAD.pack(_MAGIC, _VERSION, zlib.crc32(text), len(text)) + text
+        return head.ljust(_up(len(head), _PAGE), b"\0")
+
+    def starts(self, data: int) -> list[int]:
+        """Where each record starts, and where the last ends, when the first starts at `data`."""
+        return list(itertools.accumulate((self.kind(i).length for i in range(len(self.kind_of))), initial=data))
+
+
+def _lay_out(layers: int, specs: Sequence[Spec] | Callable[[int], Spec], fingerprint: str) -> _Layout:
+    if layers < 1:
+        raise ValueError(f"layers={layers}: a store has at least one layer.")
+    if not callable(specs) and len(specs) != layers:
+        raise ValueError(f"layers={layers}, but there are specs for {len(specs)}; give one for each.")
+    kinds: dict[_Kind, int] = {}
+    kind_of = [kinds.setdefault(_kind(i, specs(i) if callable(specs) else specs[i]), len(kinds)) for i in range(layers)]
+    return _Layout(fingerprint, _BLOCK, list(kinds), kind_of)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing
+
+
+def packed_bytes(layers: int, specs: Sequence[Spec] | Callable[[int], Spec], *, fingerprint: str = "") -> int:
+    """The length of the file that write_packed makes of this."""
+    layout = _lay_out(layers, specs, fingerprint)
+    return layout.starts(len(layout.head()))[-1]
+
+
+def write_packed(
+    path: str | os.PathLike[str],
+    layers: int,
+    specs: Sequence[Spec] | Callable[[int], Spec],
+    read: Callable[[int, str], np.ndarray],
+    *,
+    fingerprint: str,
+    overwrite: bool = False,
+    progress: Callable[[int], object] | None = None,
+) -> None:
+    """Write a store of `layers` layers to `path`; it appears there whole or not at all.
+
+    specs[i] (or specs(i)) gives layer i's {name: (shape, dtype)}; layers may differ. `read(layer, name)` is asked for
+    one array at a time, in order, and nothing of it is kept. `fingerprint` says what the content is (which model, in
+    which format): a reader that expects another refuses the file. `progress` is told the bytes of each array written.
+
+    CheckpointError if `path` exists and `overwrite` is not given, if an array is not as announced, and if the disk has
+    too little space, which is asked before the first byte.
+    """
+    layout = _lay_out(layers, specs, fingerprint)
+    head = layout.head()
+    if len(head) > _MAX_INDEX:
+        raise CheckpointError(f"The index of {path} would have {len(head)} bytes; the limit is {_MAX_INDEX}.")
+    size = layout.starts(len(head))[-1]
+    with output_file(path, overwrite=overwrite) as work:
+        system = os.statvfs(work.parent)
+        if (free := system.f_bavail * system.f_frsize) < size:
+            raise CheckpointError(
+                f"{path} needs {size} bytes and its disk has {free} free: {size - free} too few. Free as much there, or "
+                f"give a path on another disk."
+            )
+        try:
+            _write(work, layout, len(head), read, progress)
+        except OSError as error:
+            if error.errno not in _FULL:
+                raise
+            raise CheckpointError(
+                f"{path} needs {size} bytes, and its disk took no more of them while it was written "
+                f"({error.strerror}). Nothing is left of it. Free space there, or give a path on another disk."
+            ) from error
+
+
+def _write(
+    file: Path,
+    layout: _Layout,
+    data: int,
+    read: Callable[[int, str], np.ndarray],
+    progress: Callable[[int], object] | None,
+) -> None:
+    """The records, and at last the head, whose checksums are known only then."""
+    descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o666)
+    try:
+        for layer, start in enumerate(layout.starts(data)[:-1]):
+            record = _Record(descriptor, start, layout.block)
+            kind = layout.kind(layer)
+            for a in kind.arrays:
+                array = np.asarray(read(layer, a.name))
+                if array.dtype != a.dtype or array.shape != a.shape:
+                    raise CheckpointError(
+                        f"{a.name} of layer {layer} was announced as {a.dtype}{list(a.shape)} and came as "
+                        f"{array.dtype}{list(array.shape)}."
+                    )
+                record.put(bytes(a.start - record.length))
+                if array.size:
+                    record.put(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+                if progress is not None:
+                    progress(array.nbytes)
+                del array
+            record.put(bytes(kind.length - record.length))
+            layout.sums.append(record.sums)
+        _Record(descriptor, 0, layout.block).put(layout.head())
+        os.fsync(descriptor)  # some file systems find out only now that the disk is full
+    finally:
+        os.close(descriptor)
+
+
+class _Record:
+    """Bytes put one after another into a file from `start` on, and the crc32 of each block of them."""
+
+    def __init__(self, descriptor: int, start: int, block: int) -> None:
+        self.length = 0
+        self.sums: list[int] = []
+        self._descriptor, self._start, self._block = descriptor, start, block
+
+    def put(self, what: bytes | memoryview) -> None:
+        view = memoryview(what)
+        while view:
+            room = self._block - self.length % self._block
+            if room == self._block:
+                self.sums.append(0)
+            done = os.pwrite(self._descriptor, view[:room], self._start + self.length)
+            self.sums[-1] = zlib.crc32(view[:done], self.sums[-1])
+            self.length += done
+            view = view[done:]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+class _File:
+    """An open store: what is in it, and its bytes. Threads share it."""
+
+    def __init__(self, path: Path, direct: bool) -> None:
+        self.path = path
+        if path.is_dir():
+            raise CheckpointError(f"{path} is a folder; a packed store is one file.")
+        flags = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0)
+        try:
+            self._cached = os.open(path, flags)
+        except FileNotFoundError:
+            raise CheckpointError(f"There is no file {path}; write_packed makes one.") from None
+        self._direct: int | None = None
+        self._lock = threading.Lock()
+        try:
+            self.layout, self.starts = _parse(path, self._cached)
+            self._fast = self._cached  # for reads that begin at a page
+            if direct:
+                try:
+                    self._fast = self._direct = os.open(path, flags | os.O_DIRECT)
+                except (OSError, AttributeError) as error:  # AttributeError: a system without O_DIRECT (macOS)
+                    self._say_cached(error)
+        except BaseException:
+            self.close()
+            raise
+
+    def _say_cached(self, error: Exception) -> None:
+        _log.warning("%s is read through the page cache, since direct reads do not work there (%s)", self.path, error)
+
+    def fill(self, view: memoryview, start: int) -> None:
+        """Read len(view) bytes from `start` on; EOFError where the file ends before."""
+        done = 0
+        while done < len(view):
+            # after a short read the rest may begin anywhere, which a direct read cannot
+            descriptor = self._cached if (start + done) % _PAGE else self._fast
+            try:
+                got = os.preadv(descriptor, [view[done:]], start + done)
+            except OSError as error:
+                if descriptor == self._cached or error.errno not in (errno.EINVAL, errno.ENOTSUP):
+                    raise
+                with self._lock:
+                    if self._fast != self._cached:  # no other thread has said it
+                        self._fast = self._cached
+                        self._say_cached(error)
+                continue
+            if not got:
+                raise EOFError
+            done += got
+
+    def close(self) -> None:
+        for descriptor in (self._cached, self._direct):
+            if descriptor is not None:
+                os.close(descriptor)
+
+
+def _parse(path: Path, descriptor: int) -> tuple[_Layout, list[int]]:
+    """The layout, checked against the file's length, and where each record starts."""
+    size = os.fstat(descriptor).st_size
+    head = os.pread(descriptor, _HEAD.size, 0)
+    if len(head) < _HEAD.size or not head.startswith(_MAGIC):
+        raise CheckpointError(f"{path} is not a packed store: it does not begin with {_MAGIC.decode()}.")
+    _, version, crc, length = _HEAD.unpack(head)
+    if version != _VERSION:
+        raise CheckpointError(
+            f"{path} is a packed store of version {version}, and this reads version {_VERSION}. Write it again."
+        )
+    data = _up(_HEAD.size + length, _PAGE)
+    if length > _MAX_INDEX or data > size:
+        raise CheckpointError(
+            f"{path} says its index has {length} bytes, but the whole file has {size}: it is cut off. Write it again."
+        )
+    text = b""
+    while len(text) < length and (more := os.pread(descriptor, length - len(text), _HEAD.size + len(text))):
+        text += more
+    if zlib.crc32(text) != crc:
+        raise CheckpointError(f"{path} is damaged: its index does not have the crc32 {crc:08x}. Write it again.")
+    try:
+        layout = _understand(json.loads(text))
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path} has an index that makes no sense ({error}). Write it again.") from None
+    starts = layout.starts(data)
+    if starts[-1] != size:
+        raise CheckpointError(
+            f"{path} has {size} bytes, and its {len(layout.kind_of)} layers need {starts[-1]}: it "
+            f"{'is cut off' if size < starts[-1] else 'has grown'}. Write it again."
+        )
+    return layout, starts
+
+
+def _understand(index: Any) -> _Layout:
+    """The index as a layout that could have been written: ValueError, or what Python raises, for any other."""
+    layout = _Layout(index["fingerprint"], index["block"], [], [entry["kind"] for entry in index["layers"]])
+    for i, arrays in enumerate(index["kinds"]):
+        kind = _kind(i, {name: (shape, _DTYPES[dtype]) for name, dtype, shape, _ in arrays})
+        if len(kind.arrays) != len(arrays) or [a.start for a in kind.arrays] != [start for *_, start in arrays]:
+            raise ValueError(f"arrays of kind {i} are not where they belong")
+        layout.kinds.append(kind)
+    if not isinstance(layout.fingerprint, str) or not layout.kind_of:
+        raise ValueError("no fingerprint or no layers")
+    if type(layout.block) is not int or layout.block < _PAGE or layout.block % _PAGE:
+        raise ValueError(f"blocks of {layout.block} bytes")
+    for i, entry in enumerate(index["layers"]):
+        if type(layout.kind_of[i]) is not int or not 0 <= layout.kind_of[i] < len(layout.kinds):
+            raise ValueError(f"layer {i} is of kind {layout.kind_of[i]}")
+        crcs = bytes.fromhex(entry["crc32"])
+        if len(crcs) != 4 * layout.blocks(i):
+            raise ValueError(f"layer {i} has {len(crcs) // 4} checksums for {layout.blocks(i)} blocks")
+        layout.sums.append([int.from_bytes(crcs[j : j + 4], "big") for j in range(0, len(crcs), 4)])
+    return layout
+
+
+@dataclass(eq=False)
+class _Fill:
+    """One layer on its way from the file into `buffer`; there when no block is `left`, unless there is an error."""
+
+    layer: int
+    buffer: np.ndarray
+    check: bool
+    left: int
+    slot: int | None  # which buffer of the ring; None for a kept layer's own
+    unwanted: bool = False
+    error: BaseException | None = None
+
+
+class _Threads:
+    """Threads that fill buffers, block by block, in the order they are asked to.
+
+    They know the file and not the reader, so that a reader which is dropped without being closed can be collected, and
+    ends them.
+    """
+
+    def __init__(self, file: _File, count: int) -> None:
+        self.lock = threading.RLock()
+        self._file, self._count, self._alive = file, count, 0
+        self._asked, self._filled = threading.Condition(self.lock), threading.Condition(self.lock)
+        self._blocks: deque[tuple[_Fill, int]] = deque()
+        self._threads: list[threading.Thread] = []
+        self.closed = False
+
+    def ask(self, fill: _Fill) -> None:
+        with self.lock:
+            while len(self._threads) < self._count:
+                thread = threading.Thread(target=self._work, name=f"packed-{len(self._threads)}", daemon=True)
+                thread.start()
+                self._alive += 1
+                self._threads.append(thread)
+            self._blocks.extend((fill, i) for i in range(fill.left))
+            self._asked.notify_all()
+
+    def wait(self, fill: _Fill) -> None:
+        """Until the last block is there; Ctrl-C interrupts it."""
+        with self.lock:
+            while fill.left and not self.closed:
+                self._filled.wait()
+
+    def _work(self) -> None:
+        try:
+            while True:
+                with self.lock:
+                    while not self._blocks and not self.closed:
+                        self._asked.wait()
+                    if self.closed:
+                        return
+                    fill, block = self._blocks.popleft()
+                if not fill.unwanted and fill.error is None:
+                    try:
+                        self._read(fill, block)
+                    except BaseException as error:
+                        fill.error = fill.error or error  # for the consumer: take() raises it
+                with self.lock:
+                    fill.left -= 1
+                    if not fill.left:
+                        self._filled.notify_all()
+                del fill  # while it waits a thread holds no buffer
+        finally:
+            with self.lock:
+                self._alive -= 1
+                if not self._alive:
+                    self._file.close()
+
+    def _read(self, fill: _Fill, block: int) -> None:
+        file, layout = self._file, self._file.layout
+        first = block * layout.block
+        view = fill.buffer.data[first : first + layout.block]
+        start = file.starts[fill.layer] + first
+        where = f"{file.path}: layer {fill.layer}"
+        try:
+            file.fill(view, start)
+        except EOFError:
+            raise CheckpointError(f"{where} is cut off: the file became shorter since it was opened.") from None
+        except OSError as error:
+            raise CheckpointError(f"{where} cannot be read: {error.strerror}.") from error
+        if fill.check and (crc := zlib.crc32(view)) != (said := layout.sums[fill.layer][block]):
+            raise CheckpointError(
+                f"{where} is damaged: bytes {start} to {start + len(view)} have the crc32 {crc:08x}, and the index says "
+                f"{said:08x}. Write the store again."
+            )
+
+    def close(self) -> None:
+        with self.lock:
+            if self.closed:
+                return
+            self.closed = True
+            self._blocks.clear()
+            self._asked.notify_all()
+            self._filled.notify_all()
+            if not self._threads:
+                self._file.close()
+        for thread in self._threads:
+            if (
+                thread is not threading.current_thread()
+            ):  # a collected reader is closed by any thread, even one of these
+                thread.join()
+
+
+@dataclass
+class _Lease:
+    arrays: dict[str, np.ndarray]
+    slot: int | None
+
+
+class PackedReader:
+    """The layers of a store, one after another in an order announced, read ahead of their use.
+
+        with PackedReader(path, keep=8) as reader:
+            reader.order(itertools.cycle(range(reader.layers)))
+            while ...:
+                with reader.layer() as arrays:
+                    ...
+
+    `depth` buffers, each as long as the longest layer that is not kept, are filled by `threads` threads; one is filled
+    again only after its layer is released, so that the ring holds at most `depth` layers whatever the order. The first
+    `keep` layers stay in memory from their first reading on. One thread consumes.
+
+    fingerprint  what the store must be of; None takes any.
+    verify       check each layer's crc32: when it is first read, always or never.
+    direct       read past the page cache where the file system can; else through it, and one log line says so.
+    copy_out     give each layer in memory of its own, which the consumer may keep (the head of this file says who must).
+
+    CheckpointError, naming the file (and the layer, where one is at fault), for all that is wrong with the store: at
+    once where the index tells, and otherwise from `next` or `layer`, in the turn of the layer that could not be read.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        fingerprint: str | None = None,
+        keep: int = 0,
+        depth: int = 3,
+        threads: int = 2,
+        verify: Literal["first", "always", "never"] = "first",
+        direct: bool = True,
+        copy_out: bool = False,
+    ) -> None:
+        if depth < 1 or threads < 1:
+            raise ValueError(f"depth={depth}, threads={threads}: a reader needs at least one of each.")
+        if verify not in ("first", "always", "never"):
+            raise ValueError(f"verify={verify!r}: choose 'first', 'always' or 'never'.")
+        self.path, self.keep, self.depth = Path(path), keep, depth
+        file = _File(self.path, direct)
+        try:
+            self._layout = file.layout
+            self.layers = len(file.layout.kind_of)
+            self.fingerprint = file.layout.fingerprint
+            if fingerprint not in (None, self.fingerprint):
+                raise CheckpointError(
+                    f"{path} holds other layers than it should: its fingerprint is {self.fingerprint!r}, and "
+                    f"{fingerprint!r} is expected. Write the store again."
+                )
+            if not 0 <= keep <= self.layers:
+                raise ValueError(f"keep={keep}: {path} has {self.layers} layers, so 0 to {self.layers} can be kept.")
+            self._longest = max((self.nbytes(i) for i in range(keep, self.layers)), default=0)
+            self._ring = [
+                aligned_empty((self._longest,), np.dtype(np.uint8)) for _ in range(depth if self._longest else 0)
+            ]
+        except BaseException:
+            file.close()
+            raise
+        self._verify, self._copy_out = verify, copy_out
+        self._checked: set[int] = set()
+        self._free = list(range(len(self._ring)))
+        self._kept: dict[int, _Fill] = {}
+        self._source: Iterator[int] = iter(())
+        self._following: int | None = None  # the next of `_source`, for which there is no buffer yet
+        self._line: deque[_Fill] = deque()  # what is asked for and not yet taken
+        self._dropped: list[tuple[_Fill, int]] = []  # asked for, not to be taken: their buffers are not free yet
+        self._leases: deque[_Lease] = deque()
+        self._threads = _Threads(file, threads)
+        self._end = weakref.finalize(self, self._threads.close)
+
+    def spec(self, layer: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+        """{name: (shape, dtype)} of a layer's arrays."""
+        return {a.name: (a.shape, a.dtype) for a in self._layout.kind(self._index(layer)).arrays}
+
+    def nbytes(self, layer: int) -> int:
+        """The bytes that reading this layer brings from disk: its arrays and their padding."""
+        return self._layout.kind(self._index(layer)).length
+
+    @property
+    def buffer_bytes(self) -> int:
+        """The memory of the ring."""
+        return len(self._ring) * self._longest
+
+    @property
+    def resident_bytes(self) -> int:
+        """The memory of the ring and of the kept layers, once they have all been read."""
+        return self.buffer_bytes + sum(self.nbytes(i) for i in range(self.keep))
+
+    def _index(self, layer: int) -> int:
+        layer = operator.index(layer)
+        if not 0 <= layer < self.layers:
+            raise ValueError(f"There is no layer {layer} in {self.path}; it has layers 0 to {self.layers - 1}.")
+        return layer
+
+    def order(self, layers: Iterable[int]) -> None:
+        """Announce the layers that will be taken, and begin to read them. Endless is best: reading then goes on from
+        pass to pass.
+
+        It replaces what was announced before and is not taken yet. `layers` is drawn from in the calls of this object,
+        never in another thread.
+        """
+        self._refuse_closed()
+        for fill in self._line:
+            if fill.slot is not None:  # a kept layer, once begun, is read to its end
+                fill.unwanted = True
+                self._dropped.append((fill, fill.slot))
+        self._line.clear()
+        self._source, self._following = iter(layers), None
+        self._read_ahead()
+
+    def _read_ahead(self) -> None:
+        while self._dropped:  # at most one block for each thread is still being read
+            self._threads.wait(self._dropped[-1][0])
+            self._free.append(self._dropped.pop()[1])
+        while len(self._line) < self.depth + self.keep:
+            if self._following is None:
+                layer = next(self._source, None)
+                if layer is None:
+                    return
+                self._following = self._index(layer)
+            layer = self._following
+            if layer < self.keep:
+                fill = self._kept.get(layer)
+                if fill is None or fill.error is not None:
+                    fill = self._kept[layer] = self._ask(
+                        layer, aligned_empty((self.nbytes(layer),), np.dtype(np.uint8))
+                    )
+            elif self._free:
+                slot = self._free.pop(0)
+                fill = self._ask(layer, self._ring[slot][: self.nbytes(layer)], slot)
+            else:
+                return
+            self._line.append(fill)
+            self._following = None
+
+    def _ask(self, layer: int, buffer: np.ndarray, slot: int | None = None) -> _Fill:
+        check = self._verify == "always" or (self._verify == "first" and layer not in self._checked)
+        fill = _Fill(layer, buffer, check, self._layout.blocks(layer), slot)
+        self._threads.ask(fill)
+        return fill
+
+    def _take(self) -> _Lease:
+        self._refuse_closed()
+        self._read_ahead()
+        if not self._line:
+            if self._following is not None:
+                raise RuntimeError(
+                    f"All {self.depth} buffers hold layers that are not released, so layer {self._following} cannot be "
+                    f"read. Release one first, or open the reader with a larger depth."
+                )
+            raise RuntimeError("All layers that order() announced have been taken. Call order() again.")
+        fill = self._line[0]
+        self._threads.wait(fill)
+        self._refuse_closed()
+        self._line.popleft()
+        if fill.error is not None:
+            if fill.slot is not None:
+                self._free.append(fill.slot)
+            raise fill.error
+        self._checked.add(fill.layer)
+        arrays = self._views(fill)
+        if fill.slot is not None and self._copy_out:
+            arrays = {name: _own(array) for name, array in arrays.items()}
+            self._free.append(fill.slot)
+            self._read_ahead()
+            return _Lease(arrays, None)
+        return _Lease(arrays, fill.slot)
+
+    def _views(self, fill: _Fill) -> dict[str, np.ndarray]:
+        views = {}
+        for a in self._layout.kind(fill.layer).arrays:
+            views[a.name] = fill.buffer[a.start : a.start + a.nbytes].view(a.dtype).reshape(a.shape)
+            views[a.name].flags.writeable = False
+        return views
+
+    def _give_back(self, lease: _Lease) -> None:
+        if lease.slot is not None:
+            self._free.append(lease.slot)
+            lease.slot = None
+        if not self._threads.closed:
+            self._read_ahead()
+
+    def next(self) -> dict[str, np.ndarray]:
+        """The arrays of the next layer in order; waits until they are there. They are read-only views of a buffer, right
+        until `release`."""
+        lease = self._take()
+        self._leases.append(lease)
+        return lease.arrays
+
+    def release(self) -> None:
+        """The layer that `next` gave longest ago is done with: its buffer is filled anew."""
+        if not self._leases:
+            raise RuntimeError("release() without a layer that next() gave.")
+        self._give_back(self._leases.popleft())
+
+    @contextlib.contextmanager
+    def layer(self) -> Iterator[dict[str, np.ndarray]]:
+        """`next`, and the release when the block ends."""
+        lease = self._take()
+        try:
+            yield lease.arrays
+        finally:
+            self._give_back(lease)
+
+    def _refuse_closed(self) -> None:
+        if self._threads.closed:
+            raise ValueError(f"The reader of {self.path} is closed.")
+
+    def close(self) -> None:
+        """Stop reading and end the threads. Arrays that were given out stay as they are."""
+        self._end()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _own(array: np.ndarray) -> np.ndarray:
+    copy = aligned_empty(array.shape, array.dtype)
+    copy[...] = array
+    return copy

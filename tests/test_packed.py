@@ -1,0 +1,880 @@
+"""checkpoints.packed: what comes out of the ring is what went into the file, whatever the order, the disk and the thread
+that fails. The format is read here a second time, with struct, json and numpy alone."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import gc
+import io
+import itertools
+import json
+import logging
+import os
+import runpy
+import signal
+import struct
+import subprocess
+import sys
+import threading
+import weakref
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+
+from checkpoints import CheckpointError, packed
+from checkpoints.packed import PackedReader, Spec, packed_bytes, write_packed
+
+ROOT = Path(__file__).parent.parent
+PAGE = 4096
+LAYERS = 6
+FLOATS = (ml_dtypes.bfloat16, np.float16, np.float32, np.float64)
+EIGHT_BITS = (ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2, ml_dtypes.float8_e8m0fnu, np.int8, np.uint8, np.bool_)
+SPEC: Spec = {
+    "q": ((33, 40), ml_dtypes.bfloat16),
+    "norm": ((40,), np.float32),
+    "codes": ((3, 5000), np.uint8),
+    "scale": ((), np.float16),
+}
+
+
+def value(layer: int, name: str, spec: Spec = SPEC) -> np.ndarray:
+    """An array whose every bit is a matter of layer and name."""
+    shape, dtype = spec[name]
+    rng = np.random.default_rng([layer, *name.encode()])
+    dtype = np.dtype(dtype)
+    if dtype == np.bool_:
+        return rng.random(shape) < 0.5
+    n = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    return rng.integers(0, 256, n, dtype=np.uint8).view(dtype).reshape(shape)
+
+
+def bits(array: Any) -> bytes:
+    return np.ascontiguousarray(array).tobytes()
+
+
+def right(arrays: dict[str, np.ndarray], layer: int, spec: Spec = SPEC) -> bool:
+    """The arrays are the layer's, to the bit (numbers would not do: there are NaNs among them)."""
+    return list(arrays) == list(spec) and all(
+        a.dtype == np.dtype(spec[n][1]) and a.shape == tuple(spec[n][0]) and bits(a) == bits(value(layer, n, spec))
+        for n, a in arrays.items()
+    )
+
+
+@pytest.fixture
+def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A store of six like layers, of several blocks each."""
+    monkeypatch.setattr(packed, "_BLOCK", 2 * PAGE)
+    write_packed(tmp_path / "store", LAYERS, [SPEC] * LAYERS, value, fingerprint="a model")
+    return tmp_path / "store"
+
+
+@pytest.fixture(autouse=True)
+def _nothing_stays() -> Iterator[None]:
+    """After each test: no thread of ours, no open file of ours."""
+    before = open_files()
+    yield
+    assert not ours(), "threads are left"
+    assert open_files() <= before
+
+
+def ours() -> list[threading.Thread]:
+    return [t for t in threading.enumerate() if t.name.startswith("packed-")]
+
+
+def open_files() -> set[str]:
+    found = set()
+    for entry in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):
+            found.add(os.readlink(entry))
+    return {f for f in found if f.endswith("/store")}
+
+
+def counting(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The offsets that are read from now on."""
+    offsets: list[int] = []
+    preadv = os.preadv
+
+    def count(descriptor: int, buffers: Any, offset: int) -> int:
+        offsets.append(offset)
+        return preadv(descriptor, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", count)
+    return offsets
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The file
+
+
+def by_hand(path: Path) -> tuple[dict[str, Any], list[dict[str, np.ndarray]]]:
+    """The index and the layers, by what the head of packed.py says of the format."""
+    raw = path.read_bytes()
+    magic, version, crc, length = struct.unpack_from("<8sIIQ", raw)
+    assert (magic, version) == (b"JAXLAYER", 1)
+    assert zlib.crc32(raw[24 : 24 + length]) == crc
+    index = json.loads(raw[24 : 24 + length])
+    position = -(-(24 + length) // PAGE) * PAGE
+    assert not any(raw[24 + length : position])
+    layers = []
+    for entry in index["layers"]:
+        arrays, used = {}, []
+        for name, dtype, shape, start in index["kinds"][entry["kind"]]:
+            dtype = np.dtype(getattr(ml_dtypes, dtype, dtype))
+            count = int(np.prod(shape, dtype=np.int64))
+            arrays[name] = np.frombuffer(raw, dtype, count, position + start).reshape(shape)
+            used.append((start, start + arrays[name].nbytes))
+            assert start % (PAGE if arrays[name].nbytes >= PAGE else 64) == 0
+        assert all(a[1] <= b[0] for a, b in itertools.pairwise(used))
+        end = position + -(-used[-1][1] // PAGE) * PAGE
+        sums = [zlib.crc32(raw[i : min(i + index["block"], end)]) for i in range(position, end, index["block"])]
+        assert entry["crc32"] == "".join(f"{s:08x}" for s in sums)
+        layers.append(arrays)
+        position = end
+    assert position == len(raw)
+    return index, layers
+
+
+def test_the_file_is_what_its_head_says(path: Path) -> None:
+    index, layers = by_hand(path)
+    assert index["fingerprint"] == "a model"
+    assert len(index["kinds"]) == 1
+    assert len(index["layers"][0]["crc32"]) > 8  # more than one block, or the tests below show little
+    for i, arrays in enumerate(layers):
+        assert right(arrays, i)
+    assert path.stat().st_size == packed_bytes(LAYERS, [SPEC] * LAYERS, fingerprint="a model")
+    with PackedReader(path) as reader:
+        assert reader.fingerprint == "a model"
+        assert reader.spec(2) == {n: (tuple(s), np.dtype(d)) for n, (s, d) in SPEC.items()}
+
+
+@pytest.mark.parametrize("direct", [True, False])
+@pytest.mark.parametrize("verify", ["first", "always", "never"])
+def test_every_dtype_comes_back(tmp_path: Path, direct: bool, verify: Any) -> None:
+    spec: Spec = {f"{np.dtype(d).name}.{len(s)}": (s, d) for d in FLOATS + EIGHT_BITS for s in ((), (7,), (2, 3, 1000))}
+    spec = {**spec, "long": ((1, 1), np.int64), "none": ((0, 4), np.float32), "ä b/c": ((3,), np.uint16)}
+    write_packed(tmp_path / "store", 2, [spec] * 2, lambda i, n: value(i, n, spec), fingerprint="x")
+    by_hand(tmp_path / "store")
+    with PackedReader(tmp_path / "store", direct=direct, verify=verify) as reader:
+        reader.order([1, 0])
+        for i in (1, 0):
+            with reader.layer() as arrays:
+                assert right(arrays, i, spec)
+                assert all(a.ctypes.data % (PAGE if a.nbytes >= PAGE else 64) == 0 for a in arrays.values() if a.size)
+                assert not any(a.flags.writeable for a in arrays.values())
+
+
+def test_unlike_layers(tmp_path: Path) -> None:
+    big: Spec = {"experts": ((4, 70, 64), ml_dtypes.float8_e4m3fn), "router": ((4, 64), np.float32)}
+    small: Spec = {"gate": ((10, 64), np.int8)}
+    kinds = [small, big, small, small, big]
+    for name, specs in (("listed", kinds), ("asked", kinds.__getitem__)):
+        write_packed(tmp_path / name, 5, specs, lambda i, n: value(i, n, kinds[i]), fingerprint="x")
+    assert (tmp_path / "listed").read_bytes() == (tmp_path / "asked").read_bytes()
+    index, _ = by_hand(tmp_path / "asked")
+    assert [entry["kind"] for entry in index["layers"]] == [0, 1, 0, 0, 1]
+    with PackedReader(tmp_path / "asked", depth=2, keep=1) as reader:
+        assert [reader.nbytes(i) for i in range(5)] == [PAGE, 5 * PAGE, PAGE, PAGE, 5 * PAGE]
+        assert reader.buffer_bytes == 2 * 5 * PAGE
+        assert reader.resident_bytes == reader.buffer_bytes + PAGE
+        reader.order([*range(5), *reversed(range(5))])
+        for i in (*range(5), *reversed(range(5))):
+            with reader.layer() as arrays:
+                assert right(arrays, i, kinds[i])
+
+
+def test_what_read_gives_need_not_be_contiguous(tmp_path: Path, path: Path) -> None:
+    def strided(layer: int, name: str) -> Any:
+        array = value(layer, name)
+        return np.asfortranarray(array) if array.ndim == 2 else array
+
+    write_packed(tmp_path / "other", LAYERS, [SPEC] * LAYERS, strided, fingerprint="a model")
+    assert (tmp_path / "other").read_bytes() == path.read_bytes()
+
+
+def test_one_array_at_a_time_and_progress(tmp_path: Path) -> None:
+    told: list[int] = []
+    given: list[weakref.ref[np.ndarray]] = []
+
+    def read(layer: int, name: str) -> np.ndarray:
+        assert not any(ref() is not None for ref in given), "an array is kept after it was written"
+        array = value(layer, name)
+        given.append(weakref.ref(array))
+        return array
+
+    write_packed(tmp_path / "store", 2, [SPEC] * 2, read, fingerprint="x", progress=told.append)
+    assert len(given) == 2 * len(SPEC)
+    assert told == [value(0, name).nbytes for name in SPEC] * 2
+
+
+@pytest.mark.parametrize(
+    ("layers", "specs", "message"),
+    [
+        (0, [], "layers=0"),
+        (2, [SPEC], "specs for 1"),
+        (1, [{}], "Layer 0 has no arrays"),
+        (1, [{"": ((2,), np.int8)}], "named ''"),
+        (2, [SPEC, {"x": ((2, -1), np.int8)}], r"x of layer 1 has the shape \[2, -1\]"),
+        (1, [{"x": ((2,), ml_dtypes.int4)}], "int4, which .* uint8"),
+        (1, [{"x": ((2,), ">f4")}], ">f4, which"),
+        (1, [{"x": ((2,), object)}], "object, which"),
+        (1, [{"x": ((2, 0), np.int8)}], "without elements"),
+    ],
+)
+def test_refused_before_anything_is_read(tmp_path: Path, layers: int, specs: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        write_packed(tmp_path / "store", layers, specs, lambda i, n: pytest.fail("it was read"), fingerprint="x")
+    assert not list(tmp_path.iterdir())
+
+
+def test_not_what_was_announced(tmp_path: Path) -> None:
+    for wrong in (np.zeros((33, 41), ml_dtypes.bfloat16), np.zeros((33, 40), np.float32)):
+        with pytest.raises(CheckpointError, match=r"q of layer 1 was announced as bfloat16\[33, 40\] and came as"):
+            write_packed(
+                tmp_path / "store",
+                2,
+                [SPEC] * 2,
+                lambda i, n, wrong=wrong: wrong if (i, n) == (1, "q") else value(i, n),
+                fingerprint="x",
+            )
+        assert not list(tmp_path.iterdir())
+
+
+def test_a_file_is_overwritten_only_when_allowed(path: Path) -> None:
+    before = path.read_bytes()
+    with pytest.raises(CheckpointError, match="exists"):
+        write_packed(path, 1, [SPEC], lambda i, n: pytest.fail("it was read"), fingerprint="x")
+    assert path.read_bytes() == before
+    write_packed(path, 1, [SPEC], value, fingerprint="x", overwrite=True)
+    assert len(by_hand(path)[1]) == 1
+
+
+def test_too_little_space_is_known_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    need = packed_bytes(2, [SPEC] * 2, fingerprint="x")
+
+    class Disk:
+        f_frsize, f_bavail = 512, need // 512 - 1
+
+    monkeypatch.setattr(os, "statvfs", lambda _: Disk)
+    with pytest.raises(CheckpointError, match=f"needs {need} bytes and its disk has {need - 512} free"):
+        write_packed(tmp_path / "store", 2, [SPEC] * 2, lambda i, n: pytest.fail("it was read"), fingerprint="x")
+    assert not list(tmp_path.iterdir())
+    Disk.f_bavail += 1
+    write_packed(tmp_path / "store", 2, [SPEC] * 2, value, fingerprint="x")
+
+
+@pytest.mark.parametrize("where", ["pwrite", "fsync"])
+@pytest.mark.parametrize("old", [True, False])
+def test_a_disk_that_fills_up_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, old: bool) -> None:
+    if old:
+        (tmp_path / "store").write_text("old")
+    calls, real = itertools.count(), getattr(os, where)
+
+    def full(*given: Any) -> Any:
+        if where == "pwrite" and next(calls) < 5:
+            return real(*given)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, where, full)
+    with pytest.raises(CheckpointError, match=r"needs \d+ bytes.*No space left"):
+        write_packed(tmp_path / "store", 2, [SPEC] * 2, value, fingerprint="x", overwrite=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["store"] * old
+    assert not old or (tmp_path / "store").read_text() == "old"
+
+
+def test_other_errors_of_the_disk_stay_what_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*given: Any) -> int:
+        raise OSError(errno.EIO, "broken")
+
+    monkeypatch.setattr(os, "pwrite", broken)
+    with pytest.raises(OSError, match="broken"):
+        write_packed(tmp_path / "store", 2, [SPEC] * 2, value, fingerprint="x")
+    assert not list(tmp_path.iterdir())
+
+
+def test_writes_that_do_less_than_asked(tmp_path: Path, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pwrite = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda descriptor, what, at: pwrite(descriptor, what[:1000], at))
+    write_packed(tmp_path / "other", LAYERS, [SPEC] * LAYERS, value, fingerprint="a model")
+    assert (tmp_path / "other").read_bytes() == path.read_bytes()
+
+
+def test_a_killed_writer_leaves_no_file(tmp_path: Path) -> None:
+    code = (
+        "import os, signal, sys, numpy as np\n"
+        "from checkpoints.packed import write_packed\n"
+        "def read(layer, name):\n"
+        "    if layer == 2: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return np.zeros((100000,), np.uint8)\n"
+        "write_packed(sys.argv[1], 3, [{'x': ((100000,), np.uint8)}] * 3, read, fingerprint='x')\n"
+    )
+    killed = subprocess.run([sys.executable, "-c", code, str(tmp_path / "store")], cwd=ROOT)
+    assert killed.returncode == -signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    assert left.name != "store"
+    write_packed(tmp_path / "store", 1, [SPEC], value, fingerprint="x")  # and clears away what was left
+    assert [p.name for p in tmp_path.iterdir()] == ["store"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is refused
+
+
+def damaged(path: Path, change: Callable[[bytearray], object]) -> Path:
+    raw = bytearray(path.read_bytes())
+    change(raw)
+    path.write_bytes(raw)
+    return path
+
+
+def with_index(change: Callable[[Any], object]) -> Callable[[bytearray], None]:
+    """The index changed, and its checksum and length made to fit: what only a wrong writer could make."""
+
+    def run(raw: bytearray) -> None:
+        (length,) = struct.unpack_from("<Q", raw, 16)
+        index = json.loads(raw[24 : 24 + length])
+        change(index)
+        text = json.dumps(index).encode()
+        raw[: -(-(24 + length) // PAGE) * PAGE] = (
+            struct.pack("<8sIIQ", b"JAXLAYER", 1, zlib.crc32(text), len(text)) + text
+        ).ljust(-(-(24 + len(text)) // PAGE) * PAGE, b"\0")
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda raw: raw.__setitem__(0, 0), "not a packed store"),
+        (lambda raw: raw.clear(), "not a packed store"),
+        (lambda raw: raw.__delitem__(slice(20, None)), "not a packed store"),
+        (lambda raw: raw.__setitem__(8, 2), "version 2, and this reads version 1"),
+        (lambda raw: raw.__setitem__(50, raw[50] ^ 1), "damaged: its index"),
+        (lambda raw: raw.__setitem__(16, raw[16] ^ 1), "damaged: its index"),
+        (lambda raw: raw.__setitem__(22, 1), r"says its index has \d+ bytes, but the whole file has"),
+        (lambda raw: raw.__delitem__(slice(2000, None)), r"the whole file has 2000: it is cut off"),
+        (lambda raw: raw.__delitem__(slice(-1, None)), r"its 6 layers need \d+: it is cut off"),
+        (lambda raw: raw.extend(bytes(PAGE)), "has grown"),
+        (with_index(lambda index: index.pop("kinds")), "makes no sense"),
+        (with_index(lambda index: index["kinds"][0][0].__setitem__(3, 1 << 40)), "not where they belong"),
+        (with_index(lambda index: index["kinds"][0][0].__setitem__(1, "float99")), "makes no sense"),
+        (with_index(lambda index: index["kinds"][0].append(index["kinds"][0][0])), "not where they belong"),
+        (with_index(lambda index: index["layers"][1].__setitem__("kind", -1)), "layer 1 is of kind -1"),
+        (with_index(lambda index: index["layers"][1].__setitem__("crc32", "00")), "layer 1 has 0 checksums"),
+        (with_index(lambda index: index.__setitem__("block", 100)), "blocks of 100 bytes"),
+        (with_index(lambda index: index.__setitem__("layers", [])), "no layers"),
+        (with_index(lambda index: index["layers"].pop()), "has grown"),
+    ],
+)
+def test_files_that_are_not_stores(path: Path, change: Callable[[bytearray], object], message: str) -> None:
+    with pytest.raises(CheckpointError, match=message) as error:
+        PackedReader(damaged(path, change))
+    assert str(path) in str(error.value)
+
+
+def test_wrong_use_is_refused(path: Path) -> None:
+    with pytest.raises(CheckpointError, match="fingerprint is 'a model', and 'another' is expected"):
+        PackedReader(path, fingerprint="another")
+    PackedReader(path, fingerprint="a model").close()
+    with pytest.raises(CheckpointError, match="There is no file"):
+        PackedReader(path.parent / "not there")
+    with pytest.raises(CheckpointError, match="is a folder"):
+        PackedReader(path.parent)
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"keep": 7}, "keep=7.*0 to 6"),
+        ({"keep": -1}, "keep=-1"),
+        ({"depth": 0}, "depth=0"),
+        ({"threads": 0}, "threads=0"),
+        ({"verify": "no"}, "verify='no'"),
+    ]
+    for given, message in wrong:
+        with pytest.raises(ValueError, match=message):
+            PackedReader(path, **given)
+    with PackedReader(path, depth=2) as reader:
+        for layer in (6, -1):
+            with pytest.raises(ValueError, match=f"no layer {layer} .* layers 0 to 5"):
+                reader.order([layer])
+            with pytest.raises(ValueError, match=f"no layer {layer}"):
+                reader.nbytes(layer)
+        with pytest.raises(RuntimeError, match="order"):
+            reader.next()
+        with pytest.raises(RuntimeError, match="without a layer"):
+            reader.release()
+        reader.order(range(LAYERS))
+        assert right(reader.next(), 0)
+        assert right(reader.next(), 1)
+        with pytest.raises(RuntimeError, match=r"All 2 buffers .* layer 2"):
+            reader.next()
+        reader.release()
+        assert right(reader.next(), 2)
+    with pytest.raises(ValueError, match="is closed"):
+        reader.next()
+    with pytest.raises(ValueError, match="is closed"):
+        reader.order([0])
+    reader.release()  # a consumer may clean up after the end
+    reader.close()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The ring
+
+
+@pytest.mark.parametrize("copy_out", [False, True])
+@pytest.mark.parametrize(("depth", "threads", "keep"), [(1, 1, 0), (2, 3, 0), (3, 2, 2), (5, 2, 5), (3, 2, 6)])
+def test_any_order(path: Path, depth: int, threads: int, keep: int, copy_out: bool) -> None:
+    rng = np.random.default_rng(0)
+    orders = [
+        [*range(LAYERS)] * 3,
+        [*range(LAYERS), *reversed(range(LAYERS))],
+        [5, 5, 5, 0, 0, 1, 5],
+        rng.integers(0, LAYERS, 40).tolist(),
+    ]
+    with PackedReader(path, depth=depth, threads=threads, keep=keep, copy_out=copy_out) as reader:
+        for order in orders:
+            reader.order(order)
+            for i in order:
+                with reader.layer() as arrays:
+                    assert right(arrays, i)
+            with pytest.raises(RuntimeError, match="have been taken"), reader.layer():
+                pass
+        reader.order(itertools.cycle(range(LAYERS)))
+        for i in [*range(LAYERS)] * 3:
+            with reader.layer() as arrays:
+                assert right(arrays, i)
+
+
+def test_an_order_replaces_what_is_not_taken(path: Path) -> None:
+    drawn: list[threading.Thread] = []
+
+    def forever(start: int) -> Iterator[int]:
+        for i in itertools.count(start):
+            drawn.append(threading.current_thread())
+            yield i % LAYERS
+
+    with PackedReader(path, depth=3, keep=1) as reader:
+        for start in (0, 4, 1, 3, 5, 2) * 5:
+            reader.order(forever(start))
+            with reader.layer() as held:  # in its buffer while the order changes
+                reader.order(forever(start + 1))
+                for i in range(start + 1, start + 4):
+                    with reader.layer() as arrays:
+                        assert right(arrays, i % LAYERS)
+                assert right(held, start)
+    assert set(drawn) == {threading.current_thread()}
+
+
+def test_buffers_are_used_again_and_only_after_the_release(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    offsets = counting(monkeypatch)
+    places: dict[str, set[int]] = {name: set() for name in SPEC}
+    with PackedReader(path, depth=3) as reader:
+        assert reader.buffer_bytes == reader.resident_bytes == 3 * reader.nbytes(0)
+        blocks = -(-reader.nbytes(0) // (2 * PAGE))
+        reader.order(itertools.cycle(range(LAYERS)))
+        for fill in reader._line:
+            reader._threads.wait(fill)
+        assert len(offsets) == 3 * blocks, "not all buffers are filled ahead"
+        assert right(reader.next(), 0)
+        for turn in range(1, 4 * LAYERS):
+            before = reader._leases[0].arrays
+            arrays = reader.next()  # two of three are held, and the third is being filled
+            assert right(before, (turn - 1) % LAYERS)
+            reader.release()
+            assert right(arrays, turn % LAYERS)
+            assert len(offsets) <= (turn + 3) * blocks, "more is read than there are buffers"
+            for name, array in arrays.items():
+                places[name].add(array.ctypes.data)
+    assert [len(p) for p in places.values()] == [3] * len(SPEC)
+
+
+def test_layers_that_are_kept_are_read_once(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    offsets = counting(monkeypatch)
+    with PackedReader(path, depth=2, keep=4) as reader:
+        starts = [path.stat().st_size - sum(reader.nbytes(j) for j in range(i, LAYERS)) for i in range(LAYERS)]
+        places: list[set[int]] = [set() for _ in range(LAYERS)]
+        reader.order([*range(LAYERS)] * 5)
+        for _ in range(5):
+            for i in range(LAYERS):
+                with reader.layer() as arrays:
+                    assert right(arrays, i)
+                    places[i].add(arrays["q"].ctypes.data)
+    assert [offsets.count(start) for start in starts] == [1, 1, 1, 1, 5, 5]
+    assert [len(p) for p in places[:4]] == [1] * 4
+    with PackedReader(path, depth=2, keep=4) as reader:  # reading goes on beyond the kept layers, pass after pass
+        reader.order(itertools.cycle(range(LAYERS)))
+        assert [fill.layer for fill in reader._line] == [0, 1, 2, 3, 4, 5]
+        for _ in range(LAYERS):
+            with reader.layer():
+                pass
+        assert [fill.layer for fill in reader._line] == [0, 1, 2, 3, 4, 5]
+    with PackedReader(path, keep=LAYERS) as reader:
+        assert reader.buffer_bytes == 0
+        assert reader.resident_bytes == LAYERS * reader.nbytes(0)
+        offsets.clear()
+        reader.order(itertools.cycle(range(LAYERS)))
+        for i in [*range(LAYERS)] * 3:
+            with reader.layer() as arrays:
+                assert right(arrays, i)
+        assert [offsets.count(start) for start in starts] == [1] * LAYERS
+
+
+def test_a_held_layer_outlives_the_reader(path: Path) -> None:
+    with PackedReader(path) as reader:
+        reader.order(range(LAYERS))
+        arrays = reader.next()
+    del reader
+    gc.collect()
+    assert right(arrays, 0)
+
+
+def test_jax_on_cpu_keeps_the_right_numbers_with_copy_out(path: Path) -> None:
+    """And loses them without: device_put takes the ring's memory as it is."""
+    cpu = jax.devices("cpu")[0]
+
+    def passes(**options: Any) -> list[dict[str, jax.Array]]:
+        with PackedReader(path, depth=2, keep=1, **options) as reader:
+            kept = []
+            reader.order([*range(LAYERS)] * 2)
+            for _ in range(2 * LAYERS):
+                with reader.layer() as arrays:
+                    kept.append({n: jax.device_put(a, cpu) for n, a in arrays.items()})
+                    assert not options or all(
+                        kept[-1][n].unsafe_buffer_pointer() == a.ctypes.data for n, a in arrays.items()
+                    ), "the copy made here is to be the only one"
+            return kept
+
+    for i, arrays in enumerate(passes(copy_out=True)):
+        assert right({n: np.asarray(a) for n, a in arrays.items()}, i % LAYERS)
+    wrong = [not right({n: np.asarray(a) for n, a in arrays.items()}, i % LAYERS) for i, arrays in enumerate(passes())]
+    assert sum(wrong) == 2 * (LAYERS - 1) - 2, "all but the kept layer and the last two"
+    assert not wrong[0]
+
+
+def test_a_donated_array_of_a_kept_layer_leaves_it_alone(path: Path) -> None:
+    clear = jax.jit(lambda x: x * np.asarray(0, x.dtype), donate_argnums=0)
+    with PackedReader(path, keep=LAYERS) as reader:
+        reader.order([0, 0])
+        with reader.layer() as arrays:
+            clear(jax.device_put(arrays["norm"])).block_until_ready()
+        with reader.layer() as arrays:
+            assert right(arrays, 0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What goes wrong while it runs
+
+
+@pytest.mark.parametrize("direct", [True, False])
+@pytest.mark.parametrize("cut", [1, PAGE, 5000])
+def test_a_file_that_shrinks(path: Path, direct: bool, cut: int, caplog: pytest.LogCaptureFixture) -> None:
+    with PackedReader(path, depth=2, direct=direct) as reader:
+        caplog.clear()  # of a temporary folder without direct reads
+        reader.order(itertools.cycle(range(LAYERS)))
+        for i in range(3):
+            with reader.layer() as arrays:
+                assert right(arrays, i)
+        os.truncate(path, path.stat().st_size - cut)
+        reader.order([0, 5, 1])
+        with reader.layer() as arrays:
+            assert right(arrays, 0)
+        with (
+            pytest.raises(CheckpointError, match=r"store: layer 5 is cut off: the file became shorter"),
+            reader.layer(),
+        ):
+            pytest.fail("it was given")
+        with reader.layer() as arrays:
+            assert right(arrays, 1)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("place", ["weights", "padding"])
+def test_a_corrupted_byte(path: Path, place: str) -> None:
+    with PackedReader(path) as reader:
+        start = path.stat().st_size - 3 * reader.nbytes(0)  # of layer 3
+        at = start + (3 * PAGE + 17 if place == "weights" else reader.nbytes(0) - 1)
+    damaged(path, lambda raw: raw.__setitem__(at, raw[at] ^ 4))
+    for keep in (0, LAYERS):
+        with PackedReader(path, keep=keep) as reader:
+            for _ in range(5):  # it is found again by who tries again, and takes no buffer away
+                reader.order(range(LAYERS))
+                for i in range(LAYERS):
+                    if i == 3:
+                        with pytest.raises(CheckpointError, match=r"store: layer 3 is damaged: bytes \d+ to"):
+                            reader.next()
+                    else:
+                        with reader.layer() as arrays:
+                            assert right(arrays, i)
+    with PackedReader(path, verify="never") as reader:
+        reader.order([3])
+        with reader.layer() as arrays:
+            assert right(arrays, 3) == (place == "padding")
+
+
+def test_when_checksums_are_looked_at(path: Path) -> None:
+    """A byte that changes after the first pass is seen by 'always' only."""
+    for verify, seen in (("always", True), ("first", False)):
+        with PackedReader(path, verify=verify) as reader:  # pyright: ignore[reportArgumentType]
+            reader.order(range(LAYERS))
+            for _ in range(LAYERS):
+                with reader.layer():
+                    pass
+            damaged(path, lambda raw: raw.__setitem__(-1, raw[-1] ^ 1))
+            reader.order([5])
+            with pytest.raises(CheckpointError, match="damaged") if seen else contextlib.nullcontext():
+                reader.next()
+        damaged(path, lambda raw: raw.__setitem__(-1, raw[-1] ^ 1))
+
+
+@pytest.mark.parametrize("keep", [0, LAYERS])
+def test_an_error_of_the_disk_is_the_consumers(path: Path, monkeypatch: pytest.MonkeyPatch, keep: int) -> None:
+    with PackedReader(path, keep=keep, depth=2) as reader:
+        start = path.stat().st_size - 4 * reader.nbytes(0)  # of layer 2
+        preadv, bad = os.preadv, [True]
+
+        def read(descriptor: int, buffers: Any, offset: int) -> int:
+            if bad[0] and offset >= start:
+                raise OSError(errno.EIO, "Input/output error")
+            return preadv(descriptor, buffers, offset)
+
+        monkeypatch.setattr(os, "preadv", read)
+        reader.order(itertools.cycle(range(LAYERS)))
+        for i in range(2):
+            with reader.layer() as arrays:
+                assert right(arrays, i)
+        with pytest.raises(CheckpointError, match="store: layer 2 cannot be read: Input/output error") as error:
+            reader.next()
+        assert isinstance(error.value.__cause__, OSError)
+        for fill in reader._kept.values():
+            reader._threads.wait(fill)
+        bad[0] = False
+        reader.order(range(2, LAYERS))  # it was the disk's fault and not the reader's
+        for i in range(2, LAYERS):
+            with reader.layer() as arrays:
+                assert right(arrays, i)
+
+
+@pytest.mark.parametrize("direct", [True, False])
+def test_reads_that_do_less_than_asked(
+    path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, direct: bool
+) -> None:
+    preadv = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda descriptor, buffers, at: min(1000, preadv(descriptor, buffers, at)))
+    with PackedReader(path, direct=direct) as reader:
+        caplog.clear()  # of a temporary folder without direct reads
+        reader.order(range(LAYERS))
+        for i in range(LAYERS):
+            with reader.layer() as arrays:
+                assert right(arrays, i)
+    assert not caplog.records, "the rest of a read was asked of O_DIRECT, at a place that it refuses"
+
+
+@pytest.mark.parametrize("at", ["open", "read"])
+def test_file_systems_without_direct_reads(
+    path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, at: str
+) -> None:
+    direct: list[int] = []
+    os_open, preadv = os.open, os.preadv
+
+    def opened(name: Any, flags: int, *mode: Any, **given: Any) -> int:
+        if not flags & os.O_DIRECT:
+            return os_open(name, flags, *mode, **given)
+        if at == "open":
+            raise OSError(errno.EINVAL, "Invalid argument")
+        direct.append(os_open(name, flags & ~os.O_DIRECT, *mode, **given))
+        return direct[-1]
+
+    def read(descriptor: int, buffers: Any, offset: int) -> int:
+        if descriptor in direct:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return preadv(descriptor, buffers, offset)
+
+    monkeypatch.setattr(os, "open", opened)
+    monkeypatch.setattr(os, "preadv", read)
+    with caplog.at_level(logging.INFO), PackedReader(path, threads=4) as reader:
+        reader.order(range(LAYERS))
+        for i in range(LAYERS):
+            with reader.layer() as arrays:
+                assert right(arrays, i)
+    assert [r.getMessage().count("page cache") for r in caplog.records] == [1]
+    assert bool(direct) == (at == "read")
+
+
+def test_direct_reads_are_aligned(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What O_DIRECT asks for: place in the file, place in memory and length are whole pages."""
+    asked: list[tuple[int, int, int]] = []
+    preadv = os.preadv
+
+    def read(descriptor: int, buffers: Any, offset: int) -> int:
+        (view,) = buffers
+        asked.append((offset % PAGE, np.frombuffer(view, np.uint8).ctypes.data % PAGE, len(view) % PAGE))
+        return preadv(descriptor, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", read)
+    with PackedReader(path, keep=2) as reader:
+        reader.order(range(LAYERS))
+        for _ in range(LAYERS):
+            with reader.layer():
+                pass
+    assert set(asked) == {(0, 0, 0)}
+
+
+class Gate:
+    """preadv that waits at a gate."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.open, self.reached = threading.Event(), threading.Event()
+        preadv = os.preadv
+
+        def read(descriptor: int, buffers: Any, offset: int) -> int:
+            self.reached.set()
+            assert self.open.wait(30)
+            return preadv(descriptor, buffers, offset)
+
+        monkeypatch.setattr(os, "preadv", read)
+
+
+def test_a_read_under_way_ends_before_its_buffer_is_used_again(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layer 0's first block is still being read when the order changes, and there is one buffer."""
+    preadv, begun, late, done = os.preadv, threading.Event(), threading.Event(), threading.Event()
+    with PackedReader(path, depth=1) as reader:
+        start = path.stat().st_size - LAYERS * reader.nbytes(0)
+
+        def read(descriptor: int, buffers: Any, offset: int) -> int:
+            if offset != start:
+                return preadv(descriptor, buffers, offset)
+            begun.set()
+            assert late.wait(30)
+            got = preadv(descriptor, buffers, offset)
+            done.set()
+            return got
+
+        monkeypatch.setattr(os, "preadv", read)
+        reader.order([0])
+        assert begun.wait(30)
+        timer = threading.Timer(0.2, late.set)
+        timer.start()
+        reader.order([1])
+        with reader.layer() as arrays:
+            assert done.wait(30)
+            assert right(arrays, 1)
+        timer.join()
+
+
+def test_an_interrupt_while_waiting(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = Gate(monkeypatch)
+    with PackedReader(path) as reader:
+        reader.order(range(LAYERS))
+        assert gate.reached.wait(30)
+        timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
+        timer.start()
+        with pytest.raises(KeyboardInterrupt):
+            reader.next()
+        timer.join()
+        gate.open.set()
+        for i in range(LAYERS):  # and whoever wants to may go on
+            with reader.layer() as arrays:
+                assert right(arrays, i)
+
+
+def test_closed_by_another_thread_while_waiting(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = Gate(monkeypatch)
+    reader = PackedReader(path)
+    reader.order(range(LAYERS))
+    assert gate.reached.wait(30)
+    closer = threading.Timer(0.1, reader.close)
+    closer.start()
+    with pytest.raises(ValueError, match="is closed"):
+        reader.next()
+    gate.open.set()
+    closer.join()
+
+
+@pytest.mark.parametrize("end", ["close", "raise", "collect", "never began"])
+def test_threads_end(path: Path, end: str) -> None:
+    if end == "raise":
+
+        def consume() -> None:
+            with PackedReader(path) as reader:
+                reader.order(itertools.cycle(range(LAYERS)))
+                with reader.layer():
+                    raise ZeroDivisionError
+
+        with pytest.raises(ZeroDivisionError):
+            consume()
+    else:
+        reader = PackedReader(path)
+        assert not ours()  # a plan may open stores by the dozen
+        if end != "never began":
+            reader.order(itertools.cycle(range(LAYERS)))
+            reader.next()
+            assert len(ours()) == 2
+        if end != "collect":
+            reader.close()
+        del reader
+        gc.collect()
+    assert not ours()
+    assert not open_files()
+
+
+def test_a_process_ends_with_a_reader_that_is_open(path: Path) -> None:
+    code = (
+        "import itertools, sys\n"
+        "from checkpoints.packed import PackedReader\n"
+        "reader = PackedReader(sys.argv[1])\n"
+        "reader.order(itertools.cycle(range(reader.layers)))\n"
+        "reader.next()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(path)], cwd=ROOT, timeout=60, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def peak_growth(code: str, path: Path) -> int:
+    """Bytes by which the process's peak of resident memory grows in `code`, whose arrays are of 16 MiB."""
+    start = (
+        "import itertools, sys, numpy as np\n"
+        "from checkpoints.packed import PackedReader, write_packed\n"
+        "assert 'jax' not in sys.modules\n"
+        "N, M, path = 16, 16 << 20, sys.argv[1]\n"
+        "def peak(): return next(int(l.split()[1]) for l in open('/proc/self/status') if l.startswith('VmHWM')) << 10\n"
+        "before = peak()\n"
+    )
+    command = [sys.executable, "-c", f"{start}{code}\nprint(peak() - before)", str(path)]
+    return int(subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout)
+
+
+def test_host_memory_is_bounded(tmp_path: Path) -> None:
+    """A store of 256 MiB, written and read by processes of their own."""
+    write = (
+        "spec = {'x': ((M,), np.uint8)}\n"
+        "write_packed(path, N, [spec] * N, lambda i, n: np.full(M, i, np.uint8), fingerprint='x')"
+    )
+    small = 6 << 20
+    assert peak_growth(write, tmp_path / "store") < (16 << 20) + small
+    for direct in (True, False):
+        read = (
+            f"with PackedReader(path, depth=3, keep=2, direct={direct}) as reader:\n"
+            "    reader.order(itertools.cycle(range(N)))\n"
+            "    for i in [*range(N)] * 2:\n"
+            "        with reader.layer() as arrays:\n"
+            "            assert arrays['x'][0] == arrays['x'][-1] == i\n"
+            "    assert reader.resident_bytes == 5 * M"
+        )
+        growth = peak_growth(read, tmp_path / "store")
+        assert 5 * (16 << 20) - small < growth < 5 * (16 << 20) + small
+
+
+def test_the_benchmark_runs_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["bench_disk.py", "--gb", "0.004", "--folder", str(tmp_path), "--rounds", "1"])
+    monkeypatch.setattr(sys, "stdout", out := io.StringIO())
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(ROOT / "scripts" / "bench_disk.py"), run_name="__main__")
+    assert not end.value.code
+    rows = [json.loads(line) for line in out.getvalue().splitlines() if line.startswith("{")]
+    assert {row["way"] for row in rows} == {"raw", "raw, 4 KiB pages", "ring", "ring, first pass", "memmap"}
+    assert all(row["cold_GBs"] > 0 and row["warm_GBs"] > 0 for row in rows)
+    assert not list(tmp_path.iterdir())
