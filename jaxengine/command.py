@@ -171,7 +171,7 @@ A_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 LOADING = (
     click.option("--plan", type=A_FILE, metavar="FILE", help="A plan as JSON; other options go before its fields."),
     click.option("--memory", metavar="SIZE", help="Device memory to use, e.g. 16GB; chooses where layers live."),
-    click.option("--batch", metavar="N", type=click.IntRange(1), default=1, help="Rows that --memory is to hold."),
+    click.option("--batch", metavar="N", type=click.IntRange(1), show_default="1", help="Rows that --memory is to hold."),
     click.option(
         "--context", metavar="N", type=click.IntRange(1), show_default="2048",
         help="Tokens of a row that --memory is to hold.",

@@ -31,7 +31,7 @@ def load(
     *,
     plan: Plan | None = None,
     memory: str | int | None = None,
-    batch: int = 1,
+    batch: int | None = None,
     context: int | None = None,
     weights: str | None = None,
     dtype: str | None = None,
@@ -47,8 +47,8 @@ def load(
     """Load a Hugging Face checkpoint folder, or one that `Model.save` wrote, ready to generate.
 
     plan: every choice at once; the other arguments go before its fields. memory: a budget of device memory such as
-    '16GB', which chooses the home for `batch` rows of up to `context` tokens each (2048, or what the model can at most); a
-    call that would need more is refused. weights: the format of matrices ('dense', 'int8'). dtype: 'float32', 'bfloat16'
+    '16GB', which chooses the home for `batch` rows (1) of up to `context` tokens each (2048, or what the model can at most);
+    a call that would need more is refused. weights: the format of matrices ('dense', 'int8'). dtype: 'float32', 'bfloat16'
     or 'float16' (the checkpoint's own if not given). mesh: e.g. 'data=2,tensor=4' over all devices, or a jax Mesh;
     sharding: the table of rules. home: 'device', 'host', or 'split', of which the first `resident` layers are on the
     device; form: 'unrolled', 'scan' or 'ahead'. kv: the cache's codec ('raw', 'int8'); kv_layout: the layout of
@@ -88,8 +88,8 @@ def load(
                     f" home='device' or home='host'"
                 )
             longest = context or min(2048, arch.config.max_position_embeddings)
-            chosen = choose(arch, chosen, memory, batch=batch, length=longest)
-        elif context is not None or batch != 1:
+            chosen = choose(arch, chosen, memory, batch=batch or 1, length=longest)
+        elif context is not None or batch is not None:
             raise ValueError(
                 "batch and context say what memory= is to hold, and no memory is given; generate takes any number of"
                 " prompts of any length without them"

@@ -151,7 +151,7 @@ class Plan:
                 raise ValueError(f"Plan: resident is {given!r}; it is a number of layers")
             if not rows and name != "resident" and not isinstance(given, str):
                 raise ValueError(f"Plan: {name} is {given!r}; it is a string")
-            raw[name] = tuple(tuple(r) for r in given) if rows else given
+            raw[name] = tuple(tuple(r) for r in given) if isinstance(given, list) else given
         return cls(**raw)
 
     def __str__(self) -> str:

@@ -135,7 +135,9 @@ def test_a_layer_is_written_into_its_stack_in_place(card: str) -> None:
 
 
 @pytest.mark.parametrize("card", ["RTX 4090", "H200"])
-@pytest.mark.parametrize(("raw", "layers"), [(RAW, 6), (PERIODIC | {"num_hidden_layers": 20}, 20)], ids=["alike", "unlike"])
+@pytest.mark.parametrize(
+    ("raw", "layers"), [(RAW, 6), (PERIODIC | {"num_hidden_layers": 20}, 20)], ids=["alike", "unlike"]
+)
 def test_one_ahead_holds_two_layers_and_a_split_home_its_resident_ones(card: str, raw: dict, layers: int) -> None:
     plan = Plan(dtype="bfloat16", home="split", form="ahead", resident=2)
     compiled, arch = compiled_decode(card, plan, raw)

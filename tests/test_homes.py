@@ -98,7 +98,9 @@ def test_gradients(family: str) -> None:
         assert found.keys() == wanted.keys()
         for name, w in wanted.items():
             # sums of some hundred products in another order: 2^-24 each of the largest, with room for a few layers
-            np.testing.assert_allclose(found[name], w, rtol=0, atol=2e-5 * abs(w).max() + 1e-6, err_msg=f"{place} {name}")
+            np.testing.assert_allclose(
+                found[name], w, rtol=0, atol=2e-5 * abs(w).max() + 1e-6, err_msg=f"{place} {name}"
+            )
 
 
 def test_as_many_resident_layers_as_there_are_is_told() -> None:

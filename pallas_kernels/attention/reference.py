@@ -37,10 +37,10 @@ def attention(
     B, T, N, H = q.shape
     K = k.shape[1]
     G, S = N // K, k.shape[2]
-    # the queries of one kv head as rows of one matrix, in the order of the result: left to the einsum, XLA:CPU takes the
-    # keys as rows and transposes the scores afterwards
+    # the queries of one kv head as one matrix in the order of the result, and keys first: XLA:CPU turns the scores of
+    # "btkgh,bksh->bkgts" over in memory afterwards, and reads keys that stand second at a third of the speed
     q_rows = q.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, H)
-    scores = jnp.einsum("bkqh,bksh->bkqs", q_rows, k.astype(q.dtype), preferred_element_type=jnp.float32)
+    scores = jnp.einsum("bksh,bkqh->bksq", k.astype(q.dtype), q_rows, preferred_element_type=jnp.float32).swapaxes(2, 3)
     scores = scores.reshape(B, K, G, T, S) * scale
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
