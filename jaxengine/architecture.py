@@ -87,6 +87,12 @@ class Architecture:
         found = [a.reread_at for a in map(self.attention, set(self.kinds)) if a.reread_at is not None]
         return min(found, default=None)
 
+    def chunk(self, chunk: int, tokens: int) -> int:
+        """The chunk in which a prompt padded to `tokens` is read; 0: in one piece. Where frequencies depend on the whole
+        row's length (longrope), a row that may be a long one is."""
+        turns = self.reread_at is not None and tokens > self.reread_at
+        return 0 if not chunk or tokens <= chunk or tokens % chunk or turns else chunk
+
     def name_table(self) -> Any:
         """This family's names against Hugging Face's."""
         return self.module.name_table(self.config)

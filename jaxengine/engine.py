@@ -40,6 +40,7 @@ class Engine:
     dtype: str
     rules: Rules
     mesh: jax.sharding.Mesh
+    chunk: int = 0  # tokens of a prompt that a layer reads at a time; 0: all
 
 
 @jax.tree_util.register_dataclass
@@ -118,9 +119,19 @@ def placed_state(engine: Engine, banks: Any, now: Decoding) -> Decoding:
 
 
 def forward(
-    engine: Engine, params: Any, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], attend: Any, layers: Any
+    engine: Engine,
+    params: Any,
+    tokens: Int[Array, "B T"],
+    positions: Int[Array, "B T"],
+    attend: Any,
+    layers: Any,
+    chunk: int = 0,
 ) -> tuple[Float[Array, "B T D"], Any]:
-    """Tokens through the embedding and every layer; gives the residual stream and the layers' new caches."""
+    """Tokens through the embedding and every layer; gives the residual stream and the layers' new caches.
+
+    chunk: each layer takes so many tokens at a time into its (empty) cache, so that its temporaries are those of a chunk;
+    T must be a multiple. The chunks are inside the layer, not the layers inside a chunk: weights are fetched once.
+    """
     architecture = engine.architecture
 
     def on_mesh(x: Array, *axes: str) -> Array:
@@ -129,7 +140,7 @@ def forward(
     def placed(x: Array) -> Array:
         return on_mesh(x, "act_embed")
 
-    def placed_attend(attention: Attention, q: Array, k: Array, v: Array, kv: Any) -> tuple[Array, Any]:
+    def placed_attend(attend: Any, attention: Attention, q: Array, k: Array, v: Array, kv: Any) -> tuple[Array, Any]:
         q = on_mesh(q, "act_heads", "act_head_dim")
         k, v = (on_mesh(a, "act_kv_heads", "act_head_dim") for a in (k, v))
         out, kv = attend(attention, q, k, v, kv)
@@ -137,7 +148,19 @@ def forward(
 
     def body(kind: Any, weights: Any, x: Array, kv: Any) -> tuple[Array, Any]:
         block = merge(architecture.block(kind)[0], weights)
-        x, kv = block(x, positions, placed_attend, kv)
+        if not chunk:
+            x, kv = block(x, positions, functools.partial(placed_attend, attend), kv)
+            return placed(x), kv
+
+        def part(i: Array, loop: Any) -> Any:
+            x, kv = loop
+            here, at = (lax.dynamic_slice_in_dim(a, i * chunk, chunk, axis=1) for a in (x, positions))
+            before = (positions >= 0).sum(-1, dtype=jnp.int32)
+            into = CachedAttend(engine.caching, at, jnp.minimum(before, i * chunk), fresh=False)
+            here, kv = block(placed(here), at, functools.partial(placed_attend, into), kv)
+            return lax.dynamic_update_slice_in_dim(x, here, i * chunk, axis=1), kv
+
+        x, kv = lax.fori_loop(0, x.shape[1] // chunk, part, (x, kv))
         return placed(x), kv
 
     outer = merge(architecture.outer()[0], params["outer"])
@@ -190,7 +213,8 @@ def prefill(
     B, T = tokens.shape
     positions = row_positions(T, lengths)
     attend = CachedAttend(engine.caching, positions, jnp.zeros_like(lengths), fresh=True)
-    x, cache = forward(engine, params, tokens, positions, attend, empty_cache(engine, params, B, length))
+    chunk = engine.architecture.chunk(engine.chunk, T)
+    x, cache = forward(engine, params, tokens, positions, attend, empty_cache(engine, params, B, length), chunk)
     last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)
     logits = head(engine, params, last)[:, 0]
     rows = jnp.repeat(jnp.arange(B, dtype=jnp.int32), samples)

@@ -67,7 +67,7 @@ class Model:
         self.architecture, self.plan, self.mesh, self.params = architecture, plan, mesh, params
         self.budget = budget  # bytes of device memory that no call may need more than
         self.origin, self.tokenizer = origin, tokenizer
-        self.engine = engine.Engine(architecture, plan.caching, plan.dtype, plan.sharding_rules(), mesh)
+        self.engine = engine.Engine(architecture, plan.caching, plan.dtype, plan.sharding_rules(), mesh, plan.chunk)
 
     def __repr__(self) -> str:
         c = self.architecture
@@ -179,7 +179,9 @@ class Model:
 
         def needs(prompts: int, rows: int, tokens: int, length: int) -> int:
             standing = device_bytes(self.architecture, self.plan, batch=rows, length=length)
-            return standing + activation_bytes(self.architecture, self.plan, batch=prompts, tokens=tokens)
+            return standing + activation_bytes(
+                self.architecture, self.plan, batch=prompts, tokens=tokens, length=length
+            )
 
         if (asked := needs(prompts, rows, tokens, length)) > self.budget:
             each = rows // prompts

@@ -9,7 +9,7 @@ scanned stand in stacks (homes/base.py: `Bank`); a stack is made once, empty, an
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -56,30 +56,44 @@ def place(
     for part in parts:
         memory = home(part.home).MEMORY
         weights: list[Any] = [{} for _ in (part.kinds if part.form != "unrolled" else range(part.num_layers))]
-        for i, kind in enumerate(part.kinds * part.repeats):
+        for i, name, spec in _in_turn(architecture, part):
             turn, j = divmod(i, len(part.kinds))
             place, at = place_in(part.form, part.repeats, j, turn)
-            for name, spec in architecture.block(kind)[1].items():
-                full = f"layers.{part.start + i}.{name}"
-                into = weights[i if part.form == "unrolled" else j]
-                into = into.setdefault(place, {}) if place else into
-                if at is None:
-                    into[name] = one(full, spec, memory)
-                    continue
-                leaf = one(full, spec, None)
-                if name not in into:
-                    count = part.repeats - (place == "rest")
-                    axes = _leaf_axes(plan.format_of(full, spec), ("layers", *spec.axes), spec, stacked=True)
-                    into[name] = jax.tree.map(
-                        lambda x, a, count=count, memory=memory: _empty_stack(
-                            (count, *x.shape), x.dtype, named_sharding(rules, mesh, a, memory_kind=memory)
-                        ),
-                        leaf,
-                        axes,
-                    )
-                into[name] = jax.tree.map(lambda s, x, at=at: _put(s, x, at), into[name], leaf)
+            full = f"layers.{part.start + i}.{name}"
+            into = weights[i if part.form == "unrolled" else j]
+            into = into.setdefault(place, {}) if place else into
+            if at is None:
+                into[name] = one(full, spec, memory)
+                continue
+            leaf = one(full, spec, None)
+            if name not in into:
+                count = part.repeats - (place == "rest")
+                axes = _leaf_axes(plan.format_of(full, spec), ("layers", *spec.axes), spec, stacked=True)
+                into[name] = jax.tree.map(
+                    lambda x, a, count=count, memory=memory: _empty_stack(
+                        (count, *x.shape), x.dtype, named_sharding(rules, mesh, a, memory_kind=memory)
+                    ),
+                    leaf,
+                    axes,
+                )
+            into[name] = jax.block_until_ready(jax.tree.map(lambda s, x, at=at: _put(s, x, at), into[name], leaf))
+            del leaf  # or it, and those whose turn has not come, stand beside the next one
         banks.append(Bank(tuple(weights), part.kinds, part.repeats, part.home, part.form))
     return {"outer": outer, "banks": tuple(banks)}
+
+
+def _in_turn(architecture: Architecture, part: Part) -> Iterator[tuple[int, str, Spec]]:
+    """A part's parameters as they are read: layer by layer, and one whole stack after another where there are stacks, so
+    that no stack stands before its time."""
+    if part.form == "unrolled":
+        for i, kind in enumerate(part.kinds * part.repeats):
+            for name, spec in architecture.block(kind)[1].items():
+                yield i, name, spec
+        return
+    for j, kind in enumerate(part.kinds):
+        for name, spec in architecture.block(kind)[1].items():
+            for turn in range(part.repeats):
+                yield turn * len(part.kinds) + j, name, spec
 
 
 def _check_stacks(architecture: Architecture, plan: Plan, parts: tuple[Part, ...]) -> None:

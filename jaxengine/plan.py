@@ -39,7 +39,8 @@ class Plan:
     home: where layers live; form: 'unrolled', 'scan' or 'ahead' ('' is the home's own); resident: under the home 'split',
     the number of layers, from the first on, that stand on the device. kv_layout, kv_codec, kv_store: the cache.
     sharding: a named table of rules; rules: (logical axis, mesh axis or None) pairs that go before it.
-    mesh: e.g. 'data=2,tensor=4' ('' is one device).
+    mesh: e.g. 'data=2,tensor=4' ('' is one device). chunk: tokens of a prompt that each layer reads at a time, a power of
+    two (0 is all of them): what is held while reading then grows with chunk x context, not with context x context.
     """
 
     dtype: str = ""
@@ -54,6 +55,7 @@ class Plan:
     sharding: str = "single"
     rules: tuple[Any, ...] = ()
     mesh: str = ""
+    chunk: int = 0
 
     def __post_init__(self) -> None:
         if self.dtype and self.dtype not in DTYPES:
@@ -70,6 +72,8 @@ class Plan:
             )
         if self.sharding not in RULES:
             raise ValueError(f"Plan: sharding is {self.sharding!r}; the tables are {', '.join(RULES)}")
+        if self.chunk and (self.chunk < 16 or self.chunk > 2048 or self.chunk & (self.chunk - 1)):
+            raise ValueError(f"Plan: chunk is {self.chunk}; it can be 0 or a power of two from 16 to 2048")
         for row in self.rules:
             memory = row[2] if len(row) > 2 else None
             if memory is not None:
@@ -147,9 +151,10 @@ class Plan:
             rows = name in ("weight_rules", "rules")
             if rows and not (isinstance(given, list) and all(isinstance(r, list) for r in given)):
                 raise ValueError(f"Plan: {name} is {given!r}; it is a list of lists, e.g. [['lm_head', 'int8']]")
-            if name == "resident" and (not isinstance(given, int) or isinstance(given, bool) or given < 0):
-                raise ValueError(f"Plan: resident is {given!r}; it is a number of layers")
-            if not rows and name != "resident" and not isinstance(given, str):
+            number = name in ("resident", "chunk")
+            if number and (not isinstance(given, int) or isinstance(given, bool) or given < 0):
+                raise ValueError(f"Plan: {name} is {given!r}; it is a whole number")
+            if not rows and not number and not isinstance(given, str):
                 raise ValueError(f"Plan: {name} is {given!r}; it is a string")
             raw[name] = tuple(tuple(r) for r in given) if isinstance(given, list) else given
         return cls(**raw)
@@ -207,26 +212,39 @@ def device_bytes(architecture: Architecture, plan: Plan, *, batch: int, length: 
 
     Activations and temporaries are not counted: they are the compiler's to say.
     """
-    each, outer = layer_bytes(architecture, plan), weight_bytes(architecture, plan)["outer"]
-    standing, streamed = 0, 0
+    each, w = layer_bytes(architecture, plan), weight_bytes(architecture, plan)
+    standing = sum(
+        sum(each[p.start : p.start + p.num_layers])
+        for p in plan.parts(architecture)
+        if home(p.home).MEMORY is None
+    )  # fmt: skip
+    cache = cache_bytes(architecture, plan, batch=batch, length=length)
+    return w["outer"] + standing + streamed_bytes(architecture, plan) + cache
+
+
+def streamed_bytes(architecture: Architecture, plan: Plan) -> int:
+    """Bytes of streamed layers that stand on the device at a time: see `device_bytes`."""
+    each, most = layer_bytes(architecture, plan), 0
     for part in plan.parts(architecture):
-        sizes = each[part.start : part.start + part.num_layers]
-        if home(part.home).MEMORY is None:
-            standing += sum(sizes)
-        else:
+        if home(part.home).MEMORY is not None:
+            sizes = each[part.start : part.start + part.num_layers]
             at_once = 2 if part.form == "ahead" or (part.form == "scan" and len(part.kinds) > 1) else 1
-            streamed = max(streamed, min(at_once * max(sizes), sum(sizes)))
-    return outer + standing + streamed + cache_bytes(architecture, plan, batch=batch, length=length)
+            most = max(most, min(at_once * max(sizes), sum(sizes)))
+    return most
 
 
-def activation_bytes(architecture: Architecture, plan: Plan, *, batch: int, tokens: int) -> int:
-    """Bytes of temporaries while `batch` prompts of `tokens` tokens are read: what one layer holds at its widest.
+def activation_bytes(architecture: Architecture, plan: Plan, *, batch: int, tokens: int, length: int) -> int:
+    """Bytes of temporaries while `batch` prompts of `tokens` tokens are read into a cache of `length`.
 
-    Either the scores and weights of attention, [B, N, T, T] in float32 twice, beside queries, keys and values, or the
-    two halves of the feed-forward block; the residual stream beside them. The compiler's own figure differs with the card.
+    What one layer holds at its widest: the scores of attention, [B, N, T, S] in float32, and its weights in the plan's
+    dtype, beside queries, keys and values, or the two halves of the feed-forward block; the residual stream twice. Under a
+    chunk, T is the
+    chunk and S the slots of the cache. The compiler's own figure differs with the card.
     """
     size = jnp.dtype(plan.dtype).itemsize
-    rows, widest = batch * tokens, 0
+    chunk = architecture.chunk(plan.chunk, tokens)
+    T, widest = chunk or tokens, 0
+    rows = batch * T
     for kind in set(architecture.kinds):
         attention = architecture.attention(kind)
         N, K, H = attention.num_heads, attention.num_kv_heads, attention.head_dim
@@ -234,8 +252,12 @@ def activation_bytes(architecture: Architecture, plan: Plan, *, batch: int, toke
             a: n for spec in architecture.block(kind)[1].values() for a, n in zip(spec.axes, spec.shape, strict=True)
         }
         D, F = dims["embed"], dims["mlp"]
-        attending = 8 * rows * tokens * N + rows * (2 * N + 2 * K) * H * size
-        widest = max(widest, 2 * rows * D * size + max(attending, 3 * rows * F * size))
+        layout = plan.caching.layout_for(attention)
+        S = layout.num_slots(length, attention.window) if chunk else T
+        if chunk and not layout.holds(T, S, attention.window):
+            S += T
+        attending = (4 + size) * rows * S * N + rows * (2 * N + 2 * K) * H * size
+        widest = max(widest, 2 * batch * tokens * D * size + max(attending, 3 * rows * F * size))
     return widest
 
 
@@ -270,7 +292,7 @@ def choose(architecture: Architecture, plan: Plan, memory: str | int, *, batch: 
     """
     budget = parse_bytes(memory)
 
-    working = activation_bytes(architecture, plan, batch=batch, tokens=length)
+    working = activation_bytes(architecture, plan, batch=batch, tokens=length, length=length)
 
     def needs(candidate: Plan) -> int:
         return device_bytes(architecture, candidate, batch=batch, length=length) + working

@@ -17,6 +17,7 @@ import pytest
 import jaxengine
 from jaxengine import engine, technique
 from jaxengine.homes.base import HOMES, home
+from jaxengine.plan import Plan
 
 ATOL = 2e-4  # as tests/test_models.py derives it
 GOLDEN = Path(__file__).parent / "golden"
@@ -111,3 +112,17 @@ def test_as_many_resident_layers_as_there_are_is_told() -> None:
         load("llama", home="split")
     with pytest.raises(ValueError, match=r"home is 'host' and resident is 2"):
         load("llama", home="host", resident=2)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("given", [{}, {"kv_layout": "full", "home": "host"}], ids=["window", "full"])
+def test_a_prompt_read_in_chunks(family: str, given: dict[str, Any]) -> None:
+    """Longer than a chunk and than the windows, ragged: the logits after it and the tokens, as read in one piece."""
+    rng = np.random.default_rng(3)
+    prompts = [rng.integers(3, 90, n).tolist() for n in (57, 16, 3, 33)]
+    whole, chunked = load(family), load(family, plan=Plan(chunk=16), **given)
+    for a, b in zip(
+        *(m.generate(prompts, max_new_tokens=4, stop_ids=(), logprobs=5) for m in (whole, chunked)), strict=True
+    ):
+        assert a.tokens == b.tokens
+        np.testing.assert_allclose(a.logprobs, b.logprobs, atol=2 * ATOL, rtol=0)

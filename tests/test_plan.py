@@ -86,7 +86,7 @@ def test_memory_chooses_the_home() -> None:
 
     def needs(**given: Any) -> int:
         plan = Plan(dtype="float32", **given)
-        working = activation_bytes(arch, plan, batch=1, tokens=T)
+        working = activation_bytes(arch, plan, batch=1, tokens=T, length=T)
         return device_bytes(arch, plan, batch=1, length=T) + working
 
     def chosen(memory: int) -> tuple[str, int]:

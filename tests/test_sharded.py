@@ -63,12 +63,34 @@ def test_a_vocabulary_that_does_not_divide_is_told() -> None:
 
 @pytest.mark.parametrize(("sharding", "mesh"), TABLES)
 @pytest.mark.parametrize("given", [{}, {"home": "host", "kv": "int8"}], ids=["device", "host"])
-def test_the_second_call_of_decode_compiles_nothing(sharding: str, mesh: str, given: dict) -> None:
+def test_the_second_call_of_decode_compiles_nothing(
+    sharding: str, mesh: str, given: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What decode gives is laid out as what prefill gave it, and the cache as the rules say."""
     model = jaxengine.load(GOLDEN / "llama", plan=WHOLE_VOCAB, sharding=sharding, mesh=mesh, **given)
-    before = engine.decode.on("cpu")._cache_size()
-    model.generate(PROMPTS + PROMPTS, max_new_tokens=2 * engine.CHUNK + 5)
-    assert engine.decode.on("cpu")._cache_size() == before + 1
+    compiled: list[int] = []
+    made = 0
+
+    def count(name: str, seconds: float, **kwargs: object) -> None:
+        nonlocal made
+        made += "backend_compile" in name
+
+    class Counted:
+        def __call__(self, *args: object) -> object:
+            before = made
+            found = jax.block_until_ready(decode(*args))
+            compiled.append(made - before)
+            return found
+
+    decode = engine.decode
+    monkeypatch.setattr(engine, "decode", Counted())
+    jax.monitoring.register_event_duration_secs_listener(count)
+    try:
+        model.generate(PROMPTS + PROMPTS, max_new_tokens=2 * engine.CHUNK + 5)
+    finally:
+        jax.monitoring.clear_event_listeners()
+    assert compiled[0] >= 1
+    assert compiled[1:] == [0, 0]
     cache = engine.empty_cache(model.engine, model.params, 8, 64)
     batch, heads = {"data": (8, 1), "fsdp": (8, 1), "tensor": (4, 2), "fsdp+tensor": (4, 2)}[sharding]
     for x in jax.tree.leaves(cache):
