@@ -341,6 +341,127 @@ def from_stdin() -> str:
 
 
 @app.command(**SETTINGS)
+@click.argument("folder")
+@click.option("--gpu", required=True, metavar="CARD", help="The card: rtx4090, h200, ... or its numbers.")
+@click.option("--memory", metavar="SIZE", show_default="all of the card", help="Device memory to use, e.g. 16GB.")
+@click.option("--ram", metavar="SIZE", show_default="no limit", help="Host memory for streamed layers, e.g. 64GB.")
+@click.option("--task", default="generate", help="What to plan for: generate.")
+@click.option("--context", metavar="N", type=click.IntRange(1), default=2048, help="Tokens of a row, prompt included.")
+@click.option("--batch", metavar="N", type=click.IntRange(1), default=1, help="Rows at a time.")
+@click.option("--weights", metavar="FORMAT", default="dense", help="Format of the weights: dense, int8.")
+@click.option("--dtype", metavar="DTYPE", show_default="the config's", help="Compute in float32, bfloat16 or float16.")
+@click.option("--kv", metavar="CODEC", default="raw", help="How the KV cache is stored: raw, int8.")
+@click.option("--compile/--no-compile", "proved", default=True, help="Compile the chosen plan for the card as a proof.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@reported()
+def plan(
+    folder: str,
+    gpu: str,
+    memory: str | None,
+    ram: str | None,
+    task: str,
+    context: int,
+    batch: int,
+    weights: str,
+    dtype: str | None,
+    kv: str,
+    proved: bool,
+    as_json: bool,
+) -> None:
+    """Say what runs in a card's memory, how, and how fast at best.
+
+    FOLDER needs a config.json and no weights. No card is needed and nothing is allocated. With XLA's GPU compiler
+    installed, the chosen plan is compiled for the card, and XLA's own bytes stand beside the arithmetic.
+    """
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    from jaxengine import planning
+    from jaxengine.architecture import architecture
+    from jaxengine.plan import DTYPES, Plan, parse_bytes
+    from jaxengine.sources import read_config
+    from pallas_kernels import aot, cards
+
+    raw = read_config(Path(resolve(folder)))
+    named = dtype or raw.get("dtype") or raw.get("torch_dtype") or "bfloat16"
+    if dtype is None and named not in DTYPES:
+        raise ValueError(f"config.json: dtype is {named!r}; say --dtype {', '.join(DTYPES)}")
+    arch = architecture(raw)
+    outcome = planning.plan_for(
+        arch, Plan(dtype=named, weights=weights, kv_codec=kv), cards.find(gpu), batch=batch, context=context, task=task,
+        memory=None if memory is None else parse_bytes(memory), ram=None if ram is None else parse_bytes(ram),
+    )  # fmt: skip
+    proofs, why = (), aot.missing()
+    if outcome.chosen is not None and proved and why is None:
+        from jaxengine.proof import prove
+
+        proofs = prove(arch, outcome.chosen.plan, outcome.card, batch=batch, length=context)
+    if as_json:
+        found = outcome.to_dict()
+        found["compiled"] = [
+            {"program": p.program, "device": p.device, "host": p.host, "temporaries": p.temporaries,
+             "seconds": p.seconds, "problems": list(p.report.problems)}
+            for p in proofs
+        ]  # fmt: skip
+        print(json.dumps(found, indent=2))
+    else:
+        _show_outcome(outcome, proofs, why if proved else None)
+    if outcome.chosen is None:
+        raise SystemExit(1)
+
+
+def _show_outcome(outcome: Any, proofs: Any, why: str | None) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from jaxengine.plan import show_bytes
+    from jaxengine.planning import traps
+
+    console = Console()
+    o = outcome
+    console.print(f"{o.card.name}: {show_bytes(o.memory)} for {o.batch} x {o.context} tokens", highlight=False)
+    if o.card.notes:
+        console.print(f"({o.card.notes})", highlight=False)
+    names = (
+        "plan",
+        "device",
+        "outer",
+        "resident",
+        "streaming",
+        "KV cache",
+        "activations",
+        "host",
+        "tokens/s at most",
+        "",
+    )
+    table = Table(*names)
+    for c in o.candidates:
+        n = c.need
+        cells = (n.device, n.outer, n.resident, n.streaming, n.cache, n.activations, n.host)
+        speed = f"{c.passes_per_second * c.batch:.3g} ({c.limit})"
+        verdict = "chosen" if c is o.chosen else c.refused or "fits, farther"
+        table.add_row(c.label(), *(show_bytes(x) for x in cells), speed, verdict)
+    console.print(table, highlight=False)
+    if o.chosen is None:
+        short = f"{show_bytes(o.short)} of device memory short. " if o.short else ""
+        console.print(f"Nothing fits: {short}What would:", highlight=False)
+        for said, c in o.changes:
+            console.print(f"  {said}: {c.label()}, {show_bytes(c.need.device)}", highlight=False)
+        return
+    console.print(f"chosen: {o.chosen.label()}", highlight=False)
+    for said in traps(o.chosen, o.card):
+        console.print(f"note: {said}", highlight=False)
+    for p in proofs:
+        console.print(
+            f"compiled {p.program}: {show_bytes(p.device)} on the device ({show_bytes(p.temporaries)} of temporaries),"
+            f" {show_bytes(p.host)} on the host, {p.seconds:.0f} s; {len(p.report.problems)} problems",
+            highlight=False,
+        )  # fmt: skip
+        for problem in p.report.problems:
+            console.print(f"  {problem}", highlight=False)
+    if why is not None:
+        console.print(f"not compiled: {why}", highlight=False)
+
+
+@app.command(**SETTINGS)
 @click.argument("source")
 @click.argument("target", type=click.Path(path_type=Path))
 @click.option("--to", metavar="FORMAT", required=True, help="hf, a Hugging Face folder, or orbax, one chunk per layer.")

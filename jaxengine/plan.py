@@ -24,6 +24,7 @@ from jaxengine.homes.base import Part, home
 from sharding.rules import RULES, Rules
 
 WEIGHTS = "jaxengine.weights"
+CHUNK = 512  # tokens in which long prompts are read where one piece does not fit
 DTYPES = ("float32", "bfloat16", "float16")
 # A wide matrix that decides every token's logits and is read by row at the other end: full precision unless asked for.
 KEPT_DENSE = ("embedding", "lm_head", "*positions")
@@ -285,28 +286,31 @@ def show_bytes(n: int) -> str:
 
 
 def choose(architecture: Architecture, plan: Plan, memory: str | int, *, batch: int = 1, length: int = 2048) -> Plan:
-    """The plan with the home that fits `memory`: the device if all of it fits, else as many layers of it as do, else none.
+    """The plan with the home that fits `memory`: the device if all of it fits, else as many layers of it as do, else none;
+    each with prompts read in one piece, or in chunks if only that fits.
 
     Counts parameters, streamed layers, the cache (`device_bytes`) and what reading a prompt of `length` tokens holds.
     Raises ValueError, before anything is allocated, if nothing fits, with the bytes that are short and what would help.
     """
     budget = parse_bytes(memory)
 
-    working = activation_bytes(architecture, plan, batch=batch, tokens=length, length=length)
-
     def needs(candidate: Plan) -> int:
+        working = activation_bytes(architecture, candidate, batch=batch, tokens=length, length=length)
         return device_bytes(architecture, candidate, batch=batch, length=length) + working
 
     plan = dataclasses.replace(plan, home="device", form="", resident=0)
-    if needs(plan) <= budget:
-        return plan
-    split = [dataclasses.replace(plan, home="split", resident=r) for r in range(architecture.num_layers - 1, 0, -1)]
-    for candidate in split:
-        if needs(candidate) <= budget:
-            return candidate
-    host = dataclasses.replace(plan, home="host")
-    if (least := needs(host)) <= budget:
-        return host
+    chunks = [plan.chunk] if plan.chunk or length <= CHUNK else [0, CHUNK]
+    counts = range(architecture.num_layers - 1, 0, -1)
+    homes = [[plan], [dataclasses.replace(plan, home="split", resident=r) for r in counts]]
+    homes.append([dataclasses.replace(plan, home="host")])
+    for candidates in homes:
+        for chunk in chunks:
+            for candidate in candidates:
+                candidate = dataclasses.replace(candidate, chunk=chunk)
+                if needs(candidate) <= budget:
+                    return candidate
+    host = dataclasses.replace(plan, home="host", chunk=chunks[-1])
+    least, working = needs(host), activation_bytes(architecture, host, batch=batch, tokens=length, length=length)
     cache = cache_bytes(architecture, plan, batch=batch, length=length)
     w = weight_bytes(architecture, plan)
     raise ValueError(

@@ -1,0 +1,135 @@
+"""`jaxengine plan`: the bytes of published models, what is chosen and refused, and the arithmetic against XLA's own bytes.
+
+Sizes from outside: Llama 3 8B has 8.03e9 parameters (arXiv:2407.21783, table 3; the model card), 8 KV heads of 128.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from jaxengine.architecture import architecture
+from jaxengine.command import app
+from jaxengine.plan import Plan, choose
+from jaxengine.planning import Outcome, plan_for
+from pallas_kernels import aot
+from pallas_kernels.cards import find
+
+LLAMA_3_8B = {
+    "model_type": "llama", "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336,
+    "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 131072,
+    "rope_theta": 500000.0, "dtype": "bfloat16",
+}  # fmt: skip
+SMALL = LLAMA_3_8B | {
+    "vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 6,
+    "num_attention_heads": 16, "num_key_value_heads": 4,
+}  # fmt: skip
+BF16 = Plan(dtype="bfloat16")
+
+
+def outcome(card: str = "rtx4090", plan: Plan = BF16, raw: dict[str, Any] = LLAMA_3_8B, **given: Any) -> Outcome:
+    return plan_for(architecture(raw), plan, find(card), **given)
+
+
+def test_bytes_of_a_published_model() -> None:
+    found = outcome("h200", context=8192, batch=4)
+    need = found.candidates[0].need
+    weights = need.outer + need.resident
+    assert weights / 2 == pytest.approx(8.03e9, rel=1e-3)
+    assert need.cache == 2 * 32 * 8 * 128 * 2 * 8192 * 4  # keys and values, layers, heads, dims, bytes, tokens, rows
+    assert found.candidates[0].fits
+    assert found.chosen is found.candidates[0]
+    # every weight but the embedding's rows once a step, and the whole cache, at the memory's rate
+    read = weights - 128256 * 4096 * 2 + need.cache
+    assert found.chosen.passes_per_second == pytest.approx(find("h200").bandwidth / read, rel=1e-6)
+    assert found.chosen.limit == "device memory"
+
+
+def test_what_is_streamed_is_limited_by_the_link() -> None:
+    found = outcome(memory=8 * 10**9, context=8192)
+    chosen = found.chosen
+    assert chosen is not None
+    assert (chosen.plan.home, chosen.plan.chunk) == ("split", 512)
+    one_more = dataclasses.replace(chosen.plan, resident=chosen.plan.resident + 1)
+    more = plan_for(architecture(LLAMA_3_8B), BF16, find("rtx4090"), memory=chosen.need.device - 1, context=8192)
+    assert more.chosen is not None
+    assert more.chosen.plan.resident == chosen.plan.resident - 1
+    assert chosen.need.device <= found.memory
+    layer = (8.03e9 - 2 * 128256 * 4096 - 4096) / 32 * 2
+    assert chosen.need.host == pytest.approx((32 - chosen.plan.resident) * layer, rel=1e-3)
+    assert chosen.limit == "host link"
+    assert chosen.passes_per_second == pytest.approx(find("rtx4090").link / chosen.need.host)
+    # load(memory=...) makes the same choice
+    loaded = choose(architecture(LLAMA_3_8B), BF16, 8 * 10**9, length=8192)
+    assert loaded == chosen.plan
+    assert one_more != loaded
+
+
+def test_what_does_not_fit_is_told_with_what_would() -> None:
+    found = outcome(memory=25 * 10**8)
+    assert found.chosen is None
+    assert found.short == min(c.need.device for c in found.candidates) - 25 * 10**8
+    assert len(found.changes) == 3
+    for said, c in found.changes:
+        assert said
+        assert c.need.device <= 25 * 10**8
+    small = outcome(memory=8 * 10**9, ram=4 * 10**9)
+    assert small.chosen is None
+    assert all("over" in c.refused for c in small.candidates)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"task": "lora"}, "task is 'lora'.*generate"), ({"memory": 10**12}, "a process can have"),
+        ({"batch": 0}, "at least 1"), ({"context": 10**9}, "at most 131072"),
+        ({"plan": Plan(dtype="bfloat16", sharding="tensor", mesh="tensor=2")}, "one card"),
+    ],
+)  # fmt: skip
+def test_refused(given: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        outcome(**given)
+
+
+def test_the_command(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_3_8B))
+    words = ["plan", str(tmp_path), "--gpu", "4090", "--memory", "8GB", "--no-compile"]
+    shown = CliRunner().invoke(app, words)
+    assert shown.exit_code == 0, shown.output
+    assert "chosen: split, " in shown.output
+    found = json.loads(CliRunner().invoke(app, [*words, "--json"]).output)
+    assert found["chosen"]["plan"]["home"] == "split"
+    assert found["compiled"] == []
+    nothing = CliRunner().invoke(app, [*words[:-2], "2GB", "--no-compile"])
+    assert nothing.exit_code == 1
+    assert "Nothing fits" in nothing.output
+    assert CliRunner().invoke(app, ["plan", str(tmp_path), "--gpu", "5xyz"]).exit_code == 2
+
+
+@pytest.mark.aot
+@pytest.mark.skipif(aot.missing() is not None, reason=str(aot.missing()))
+@pytest.mark.parametrize(
+    "plan",
+    [
+        BF16, dataclasses.replace(BF16, home="host"), dataclasses.replace(BF16, home="split", resident=2, form="ahead"),
+        dataclasses.replace(BF16, home="host", chunk=512, weights="int8", kv_codec="int8"),
+    ],
+    ids=["device", "host", "split-ahead", "int8-chunks"],
+)  # fmt: skip
+def test_arithmetic_against_the_compiled_programs(plan: Plan) -> None:
+    """Prefill is what needs most; XLA's bytes for it are those of the plan within 5 %, and nothing is wrong with it."""
+    from jaxengine.planning import need
+    from jaxengine.proof import prove
+
+    arch = architecture(SMALL)
+    counted = need(arch, plan, batch=4, context=2048)
+    prefill, decode = prove(arch, plan, find("rtx4090"), batch=4, length=2048)
+    assert prefill.device == pytest.approx(counted.device, rel=0.05)
+    assert prefill.host == decode.host == pytest.approx(counted.host, rel=0.01)
+    assert decode.device < prefill.device
+    assert prefill.report.problems == decode.report.problems == ()
