@@ -88,6 +88,10 @@ class Program:
     def __call__(self, engine: Engine, *args: Any) -> Any:
         return self.on(engine.mesh.devices.flat[0].platform)(engine, *args)
 
+    def lower(self, engine: Engine, *args: Any) -> Any:
+        """What a call would run, to be compiled and looked at."""
+        return self.on(engine.mesh.devices.flat[0].platform).lower(engine, *args)
+
 
 def program(*static: int, donate: tuple[int, ...] = ()) -> Callable[[Callable[..., Any]], Program]:
     """Make a Program of a function: the places of its static arguments, and of those it may write over."""
