@@ -346,10 +346,12 @@ def from_stdin() -> str:
 @click.option("--memory", metavar="SIZE", show_default="all of the card", help="Device memory to use, e.g. 16GB.")
 @click.option("--ram", metavar="SIZE", show_default="no limit", help="Host memory for streamed layers, e.g. 64GB.")
 @click.option("--task", default="generate", help="What to plan for: generate.")
-@click.option("--context", metavar="N", type=click.IntRange(1), default=2048, help="Tokens of a row, prompt included.")
+@click.option(
+    "--context", metavar="N", type=click.IntRange(1), show_default="2048", help="Tokens of a row, prompt included."
+)
 @click.option("--batch", metavar="N", type=click.IntRange(1), default=1, help="Rows at a time.")
 @click.option("--weights", metavar="FORMAT", default="dense", help="Format of the weights: dense, int8.")
-@click.option("--dtype", metavar="DTYPE", show_default="the config's", help="Compute in float32, bfloat16 or float16.")
+@click.option("--dtype", metavar="DTYPE", show_default="the config's", help="Plan for float32, bfloat16 or float16.")
 @click.option("--kv", metavar="CODEC", default="raw", help="How the KV cache is stored: raw, int8.")
 @click.option("--compile/--no-compile", "proved", default=True, help="Compile the chosen plan for the card as a proof.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
@@ -360,7 +362,7 @@ def plan(
     memory: str | None,
     ram: str | None,
     task: str,
-    context: int,
+    context: int | None,
     batch: int,
     weights: str,
     dtype: str | None,
@@ -381,9 +383,9 @@ def plan(
     from pallas_kernels import aot, cards
 
     raw = read_config(Path(resolve(folder)))
-    named = dtype or raw.get("dtype") or raw.get("torch_dtype") or "bfloat16"
-    if dtype is None and named not in DTYPES:
-        raise ValueError(f"config.json: dtype is {named!r}; say --dtype {', '.join(DTYPES)}")
+    named = dtype or raw.get("dtype") or raw.get("torch_dtype")
+    if named not in DTYPES:
+        raise ValueError(f"dtype is {named!r} in config.json or --dtype; say --dtype {', '.join(DTYPES)}")
     arch = architecture(raw)
     outcome = planning.plan_for(
         arch, Plan(dtype=named, weights=weights, kv_codec=kv), cards.find(gpu), batch=batch, context=context, task=task,
@@ -393,7 +395,9 @@ def plan(
     if outcome.chosen is not None and proved and why is None:
         from jaxengine.proof import prove
 
-        proofs = prove(arch, outcome.chosen.plan, outcome.card, batch=batch, length=context)
+        proofs = prove(
+            arch, outcome.chosen.plan, outcome.card, batch=batch, length=outcome.context, memory=outcome.memory
+        )
     if as_json:
         found = outcome.to_dict()
         found["compiled"] = [
@@ -404,7 +408,7 @@ def plan(
         print(json.dumps(found, indent=2))
     else:
         _show_outcome(outcome, proofs, why if proved else None)
-    if outcome.chosen is None:
+    if outcome.chosen is None or any(p.report.problems for p in proofs):
         raise SystemExit(1)
 
 

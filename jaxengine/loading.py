@@ -87,8 +87,11 @@ def load(
                     f"memory={memory!r} is counted for one device, and mesh is {chosen.mesh!r}: with several devices say"
                     f" home='device' or home='host'"
                 )
-            longest = context or min(2048, arch.config.max_position_embeddings)
-            chosen = choose(arch, chosen, memory, batch=batch or 1, length=longest)
+            for what, size in (("batch", batch), ("context", context)):
+                if size is not None and size < 1:
+                    raise ValueError(f"{what} is {size}; it is at least 1")
+            longest = min(2048, arch.config.max_position_embeddings) if context is None else context
+            chosen = choose(arch, chosen, memory, batch=1 if batch is None else batch, length=longest)
         elif context is not None or batch is not None:
             raise ValueError(
                 "batch and context say what memory= is to hold, and no memory is given; generate takes any number of"

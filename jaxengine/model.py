@@ -25,7 +25,7 @@ from jaxtyping import Array, Float
 from checkpoints.output import output_folder
 from jaxengine import engine, export, placement, sampling
 from jaxengine.architecture import Architecture
-from jaxengine.plan import DTYPES, Plan, activation_bytes, device_bytes, show_bytes
+from jaxengine.plan import DTYPES, Plan, activation_bytes, cache_bytes, device_bytes, show_bytes
 from jaxengine.sources import Origin
 from jaxengine.text import Detokenizer, StopStrings, Tokenizer
 
@@ -96,7 +96,7 @@ class Model:
                 f"logits: ids are {rows.dtype} of shape {rows.shape}; they must be integers [T] or [B, T], T > 0"
             )
         B, T = rows.shape
-        self._check_budget(B, B, engine.bucket(T), 1)
+        self._check_score_budget(B, engine.bucket(T))
         own = np.full(B, T) if lengths is None else np.asarray(lengths)
         if own.shape != (B,) or own.min() < 1 or own.max() > T:
             raise ValueError(f"logits: lengths are {lengths!r}; they must be {B} numbers from 1 to {T}")
@@ -177,11 +177,16 @@ class Model:
         if self.budget is None:
             return
 
+        arch, plan, at = self.architecture, self.plan, self.architecture.reread_at
+
         def needs(prompts: int, rows: int, tokens: int, length: int) -> int:
-            standing = device_bytes(self.architecture, self.plan, batch=rows, length=length)
-            return standing + activation_bytes(
-                self.architecture, self.plan, batch=prompts, tokens=tokens, length=length
-            )
+            working = activation_bytes(arch, plan, batch=prompts, tokens=tokens, length=length)
+            if rows > prompts:  # the prompts' cache stands until each has been copied to its samples
+                working += cache_bytes(arch, plan, batch=prompts, length=length)
+            if at is not None and length > at:  # every row read anew, in one piece
+                again = activation_bytes(arch, plan, batch=rows, tokens=engine.bucket(at + 1), length=length)
+                working = max(working, again)
+            return device_bytes(arch, plan, batch=rows, length=length) + working
 
         if (asked := needs(prompts, rows, tokens, length)) > self.budget:
             each = rows // prompts
@@ -192,6 +197,20 @@ class Model:
             raise ValueError(
                 f"{rows} rows of {length} tokens need {show_bytes(asked)} of device memory, and the model was loaded for"
                 f" memory={show_bytes(self.budget)}: {nearest}, or load it with a larger batch or context"
+            )
+
+    def _check_score_budget(self, rows: int, tokens: int) -> None:
+        """The same for `logits`, which keeps no cache, reads in one piece, and gives all logits in float32."""
+        if self.budget is None:
+            return
+        whole = dataclasses.replace(self.plan, chunk=0)
+        standing = device_bytes(self.architecture, self.plan, batch=0, length=1)
+        working = activation_bytes(self.architecture, whole, batch=rows, tokens=tokens, length=tokens)
+        asked = standing + working + 8 * rows * tokens * self.config.vocab_size
+        if asked > self.budget:
+            raise ValueError(
+                f"logits of {rows} rows of {tokens} tokens need {show_bytes(asked)} of device memory, and the model was"
+                f" loaded for memory={show_bytes(self.budget)}: score fewer or shorter rows at a time"
             )
 
     # --- saving ----------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jaxengine import technique
 from jaxengine.architecture import Architecture, Segment, Spec, segments
 from jaxengine.cache.base import Caching, empty
+from jaxengine.engine import bucket
 from jaxengine.homes.base import Part, home
 from sharding.rules import RULES, Rules
 
@@ -292,7 +293,7 @@ def choose(architecture: Architecture, plan: Plan, memory: str | int, *, batch: 
     Counts parameters, streamed layers, the cache (`device_bytes`) and what reading a prompt of `length` tokens holds.
     Raises ValueError, before anything is allocated, if nothing fits, with the bytes that are short and what would help.
     """
-    budget = parse_bytes(memory)
+    budget, length = parse_bytes(memory), bucket(length, least=64)  # as a call pads it
 
     def needs(candidate: Plan) -> int:
         working = activation_bytes(architecture, candidate, batch=batch, tokens=length, length=length)
@@ -301,14 +302,12 @@ def choose(architecture: Architecture, plan: Plan, memory: str | int, *, batch: 
     plan = dataclasses.replace(plan, home="device", form="", resident=0)
     chunks = [plan.chunk] if plan.chunk or length <= CHUNK else [0, CHUNK]
     counts = range(architecture.num_layers - 1, 0, -1)
-    homes = [[plan], [dataclasses.replace(plan, home="split", resident=r) for r in counts]]
-    homes.append([dataclasses.replace(plan, home="host")])
-    for candidates in homes:
+    homes = [plan, *(dataclasses.replace(plan, home="split", resident=r) for r in counts)]
+    for candidate in (*homes, dataclasses.replace(plan, home="host")):
         for chunk in chunks:
-            for candidate in candidates:
-                candidate = dataclasses.replace(candidate, chunk=chunk)
-                if needs(candidate) <= budget:
-                    return candidate
+            candidate = dataclasses.replace(candidate, chunk=chunk)
+            if needs(candidate) <= budget:
+                return candidate
     host = dataclasses.replace(plan, home="host", chunk=chunks[-1])
     least, working = needs(host), activation_bytes(architecture, host, batch=batch, tokens=length, length=length)
     cache = cache_bytes(architecture, plan, batch=batch, length=length)

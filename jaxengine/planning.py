@@ -13,6 +13,7 @@ import math
 from typing import Any
 
 from jaxengine.architecture import Architecture
+from jaxengine.engine import bucket
 from jaxengine.homes.base import home
 from jaxengine.plan import (
     CHUNK,
@@ -143,6 +144,7 @@ def candidates(
     chunks = [0, CHUNK] if plan.chunk == 0 and context > CHUNK else [plan.chunk]
     for chunk in chunks:
         found.append(of(home="device", form="", resident=0, chunk=chunk))
+    splits = []
     for chunk in chunks:
         split = None
         low, high = 1, architecture.num_layers - 1
@@ -154,7 +156,8 @@ def candidates(
             else:
                 split, high = split if split and split.need.device <= memory else tried, middle - 1
         if split is not None:
-            found.append(split)
+            splits.append(split)
+    found += sorted(splits, key=lambda c: -c.plan.resident)
     for chunk in chunks:
         found.append(of(home="host", form="", resident=0, chunk=chunk))
     return found
@@ -174,12 +177,19 @@ def changes(
             single.append((f"batch {batch // divisor}", {}, {"batch": batch // divisor}))
         if context // divisor >= 64:
             single.append((f"context {context // divisor}", {}, {"context": context // divisor}))
-    pairs = [(f"{a[0]} and {b[0]}", a[1] | b[1], a[2] | b[2]) for i, a in enumerate(single) for b in single[i + 1 :]]
+    pairs = [
+        (f"{a[0]} and {b[0]}", a[1] | b[1], a[2] | b[2])
+        for i, a in enumerate(single)
+        for b in single[i + 1 :]
+        if not a[2].keys() & b[2].keys()
+    ]
     found = []
     for said, given, sizes in (*single, *pairs):
+        if len(found) == 3:
+            break
         asked = {"memory": memory, "ram": ram, "batch": batch, "context": context} | sizes
         fit = [c for c in candidates(architecture, dataclasses.replace(plan, **given), card, **asked) if c.fits]
-        if fit and len(found) < 3:
+        if fit:
             found.append((said, fit[0]))
     return found
 
@@ -253,13 +263,14 @@ def plan_for(
     memory: int | None = None,
     ram: int | None = None,
     batch: int = 1,
-    context: int = 2048,
+    context: int | None = None,
     task: str = "generate",
 ) -> Outcome:
     """The nearest plan that fits, every one that was looked at, and what would fit where none does.
 
     plan: the choices that stand (dtype, weights, cache; a chunk if it has one); home, form and resident layers are chosen.
-    memory: bytes of the card to use (all that a process can have, if not given); ram: bytes of host memory for layers.
+    memory: bytes of the card to use (all that a process can have, if not given); ram: bytes of host memory for layers;
+    context: tokens of a row (2048, or what the model can at most), padded as a call pads them.
     Raises ValueError for a task that is not done, or a budget larger than the card.
     """
     if task not in TASKS:
@@ -274,12 +285,14 @@ def plan_for(
             f" or less"
         )
     most = architecture.config.max_position_embeddings
+    context = min(2048, most) if context is None else context
     if batch < 1 or not 1 <= context <= most:
         raise ValueError(
             f"batch {batch} and context {context}; they are at least 1, and this model's context at most {most}"
         )
     asked: dict[str, Any] = {
-        "memory": card.usable if memory is None else memory, "ram": ram, "batch": batch, "context": context,
+        "memory": card.usable if memory is None else memory, "ram": ram, "batch": batch,
+        "context": bucket(context, least=64),  # as a call pads it
     }  # fmt: skip
     found = tuple(candidates(architecture, plan, card, **asked))
     fits = any(c.fits for c in found)

@@ -59,15 +59,19 @@ def programs(
     }
 
 
-def prove(architecture: Architecture, plan: Plan, card: Card, *, batch: int, length: int) -> tuple[Proof, ...]:
-    """Compile what generating runs for one such card. Raises RuntimeError where XLA's GPU compiler is not installed."""
+def prove(
+    architecture: Architecture, plan: Plan, card: Card, *, batch: int, length: int, memory: int | None = None
+) -> tuple[Proof, ...]:
+    """Compile what generating runs for one such card; a program over `memory` bytes has that among its problems.
+
+    Raises RuntimeError where XLA's GPU compiler is not installed."""
     proofs = []
     with aot.target(card) as target:
         found = programs(architecture, plan, cast(Any, target.mesh), batch=batch, length=length)
         for name, (program, static, abstract) in found.items():
             start = time.perf_counter()
             compiled = target.compile(program.on("gpu"), *static, *target.place(abstract))
-            report = audit(compiled, in_place=home(plan.home).MEMORY is not None)
+            report = audit(compiled, device_limit=memory, in_place=home(plan.home).MEMORY is not None)
             temporaries = compiled.memory_analysis().temp_size_in_bytes
             proofs.append(
                 Proof(

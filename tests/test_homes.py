@@ -126,3 +126,14 @@ def test_a_prompt_read_in_chunks(family: str, given: dict[str, Any]) -> None:
     ):
         assert a.tokens == b.tokens
         np.testing.assert_allclose(a.logprobs, b.logprobs, atol=2 * ATOL, rtol=0)
+
+
+def test_int8_keys_give_a_row_what_it_gives_alone_however_its_neighbours_are_read() -> None:
+    """A short row beside a long one is read in chunks, alone in one piece."""
+    rng = np.random.default_rng(5)
+    short, long = rng.integers(3, 90, 16).tolist(), rng.integers(3, 90, 50).tolist()
+    model = load("llama", plan=Plan(chunk=16, kv_codec="int8"))
+    beside = model.generate([short, long], max_new_tokens=4, stop_ids=(), logprobs=0)[0]
+    alone = model.generate(short, max_new_tokens=4, stop_ids=(), logprobs=0)[0]
+    assert beside.tokens == alone.tokens
+    np.testing.assert_allclose(beside.logprobs, alone.logprobs, atol=2 * ATOL, rtol=0)

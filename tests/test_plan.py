@@ -107,7 +107,7 @@ def test_memory_chooses_the_home() -> None:
     model.generate([[1, 2, 3]], max_new_tokens=T - 3)
     with pytest.raises(ValueError, match=r"2 rows of 64 tokens need .* at most 1 prompts of this length"):
         model.generate([[1, 2, 3] * 20] * 2, max_new_tokens=T - 60, stop_ids=())
-    with pytest.raises(ValueError, match=r"of device memory, and the model was loaded for"):
+    with pytest.raises(ValueError, match=r"logits of 20 rows of 64 tokens need .* score fewer"):
         model.logits([[1] * 60] * 20)
 
 

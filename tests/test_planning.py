@@ -133,3 +133,15 @@ def test_arithmetic_against_the_compiled_programs(plan: Plan) -> None:
     assert prefill.host == decode.host == pytest.approx(counted.host, rel=0.01)
     assert decode.device < prefill.device
     assert prefill.report.problems == decode.report.problems == ()
+
+
+@pytest.mark.parametrize("context", [600, 3000, 10000])
+def test_contexts_are_counted_as_calls_pad_them(context: int) -> None:
+    """So a context that is no multiple of a chunk is read in chunks all the same, and a call of that length is held."""
+    found = outcome(memory=16 * 10**9, context=context)
+    assert found.chosen is not None
+    assert found.context >= context
+    assert found.context & (found.context - 1) == 0 or found.context % 2048 == 0
+    assert choose(architecture(LLAMA_3_8B), BF16, 16 * 10**9, length=context) == found.chosen.plan
+    resident = [c.plan.resident for c in found.candidates if c.plan.home == "split" and c.fits]
+    assert not resident or found.chosen.plan.resident in (0, max(resident))

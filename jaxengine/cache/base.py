@@ -90,13 +90,14 @@ class CachedAttend:
         def stored(slots: Any) -> dict[str, Array]:
             return {n: codec.decode(store.read(slots[n]), q.dtype) for n in slots}
 
+        # new tokens as they will be read back: what a row gives must not hang on how many are read at a time
+        read_back = {n: codec.decode(codec.encode(new[n]), q.dtype) for n in new}
         if self.fresh:
-            seen, at = new, self.positions
+            seen, at = read_back, self.positions
         elif layout.holds(T, S, attention.window):
             seen, at = stored(written), layout.positions(after, S)
         else:
-            # the new tokens as they will be read back, so that several at once are what one at a time would be
-            old, read_back = stored(kv), {n: codec.decode(codec.encode(new[n]), q.dtype) for n in new}
+            old = stored(kv)
             seen = {n: jnp.concatenate([old[n], read_back[n]], axis=2) for n in new}
             at = jnp.concatenate([layout.positions(self.lengths, S), self.positions], axis=1)
         out = attention_kernel(
