@@ -149,7 +149,7 @@ class _Layout:
         return -(-self.kind(layer).length // self.block)
 
     def head(self) -> bytes:
-        """Everything before the first record. As long with placeholders for the sums as with the real ones."""
+        """Everything before the first record. As long before the sums are known (zeros stand for them) as after."""
         sums = self.sums or [[0] * self.blocks(i) for i in range(len(self.kind_of))]
         text = json.dumps(
             {

@@ -178,7 +178,8 @@ def abstract_leaf(format_name: str, shape: tuple[int, ...], out: int | None, dty
     return jax.eval_shape(lambda w: encode(w, out=out), w)
 
 
-def _size(plan: Plan, name: str, spec: Spec) -> int:
+def parameter_bytes(plan: Plan, name: str, spec: Spec) -> int:
+    """Bytes of one parameter in the format that the plan stores it in."""
     leaf = abstract_leaf(plan.format_of(name, spec), spec.shape, spec.out, plan.dtype)
     return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(leaf))
 
@@ -186,14 +187,14 @@ def _size(plan: Plan, name: str, spec: Spec) -> int:
 def layer_bytes(architecture: Architecture, plan: Plan) -> list[int]:
     """Bytes of each layer's stored parameters."""
     return [
-        sum(_size(plan, f"layers.{i}.{n}", s) for n, s in architecture.block(kind)[1].items())
+        sum(parameter_bytes(plan, f"layers.{i}.{n}", s) for n, s in architecture.block(kind)[1].items())
         for i, kind in enumerate(architecture.kinds)
     ]
 
 
 def weight_bytes(architecture: Architecture, plan: Plan) -> dict[str, int]:
     """Bytes of the stored parameters, by part: 'outer' (before and after the layers), 'layers', 'largest_layer'."""
-    outer = sum(_size(plan, n, s) for n, s in architecture.outer()[1].items())
+    outer = sum(parameter_bytes(plan, n, s) for n, s in architecture.outer()[1].items())
     each = layer_bytes(architecture, plan)
     return {"outer": outer, "layers": sum(each), "largest_layer": max(each, default=0)}
 
@@ -214,14 +215,14 @@ def device_bytes(architecture: Architecture, plan: Plan, *, batch: int, length: 
 
     Activations and temporaries are not counted: they are the compiler's to say.
     """
-    each, w = layer_bytes(architecture, plan), weight_bytes(architecture, plan)
-    standing = sum(
-        sum(each[p.start : p.start + p.num_layers])
-        for p in plan.parts(architecture)
-        if home(p.home).MEMORY is None
-    )  # fmt: skip
-    cache = cache_bytes(architecture, plan, batch=batch, length=length)
-    return w["outer"] + standing + streamed_bytes(architecture, plan) + cache
+    w, cache = weight_bytes(architecture, plan), cache_bytes(architecture, plan, batch=batch, length=length)
+    return w["outer"] + resident_bytes(architecture, plan) + streamed_bytes(architecture, plan) + cache
+
+
+def resident_bytes(architecture: Architecture, plan: Plan) -> int:
+    """Bytes of the layers that stand on the device."""
+    each, parts = layer_bytes(architecture, plan), plan.parts(architecture)
+    return sum(sum(each[p.start : p.start + p.num_layers]) for p in parts if home(p.home).MEMORY is None)
 
 
 def streamed_bytes(architecture: Architecture, plan: Plan) -> int:

@@ -14,13 +14,13 @@ from typing import Any
 
 from jaxengine.architecture import Architecture
 from jaxengine.engine import bucket
-from jaxengine.homes.base import home
 from jaxengine.plan import (
     CHUNK,
     Plan,
     activation_bytes,
     cache_bytes,
-    layer_bytes,
+    parameter_bytes,
+    resident_bytes,
     show_bytes,
     streamed_bytes,
     weight_bytes,
@@ -84,17 +84,14 @@ class Candidate:
 
 def need(architecture: Architecture, plan: Plan, *, batch: int, context: int) -> Need:
     """What a plan needs to generate: `batch` rows of up to `context` tokens, their prompts as long as that."""
-    parts, each = plan.parts(architecture), layer_bytes(architecture, plan)
-    on_device = sum(
-        sum(each[p.start : p.start + p.num_layers]) for p in parts if home(p.home).MEMORY is None
-    )  # fmt: skip
+    w, resident = weight_bytes(architecture, plan), resident_bytes(architecture, plan)
     return Need(
-        outer=weight_bytes(architecture, plan)["outer"],
-        resident=on_device,
+        outer=w["outer"],
+        resident=resident,
         streaming=streamed_bytes(architecture, plan),
         cache=cache_bytes(architecture, plan, batch=batch, length=context),
         activations=activation_bytes(architecture, plan, batch=batch, tokens=context, length=context),
-        host=sum(each) - on_device,
+        host=w["layers"] - resident,
     )
 
 
@@ -122,12 +119,10 @@ def judge(
 
 
 def _head_bytes(architecture: Architecture, plan: Plan) -> int:
-    """Of what stands outside the layers a step reads the head whole, and one row of the embedding."""
-    outer = weight_bytes(architecture, plan)["outer"]
-    names = architecture.outer()[1]
-    if names.get("lm_head") is None:
-        return outer
-    return outer // 2
+    """Of what stands outside the layers a step reads the head whole, and one row of the rest."""
+    outer = architecture.outer()[1]
+    name = "lm_head" if "lm_head" in outer else "embedding"
+    return parameter_bytes(plan, name, outer[name])
 
 
 def candidates(

@@ -1,6 +1,7 @@
 """Every test runs strict: no silent dtype or rank promotion, and eight simulated devices to shard over."""
 
 import os
+from collections.abc import Iterator
 
 flags = os.environ.get("XLA_FLAGS", "")
 if "xla_force_host_platform_device_count" not in flags:
@@ -10,6 +11,22 @@ if "xla_force_host_platform_device_count" not in flags:
 os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
 
 import jax  # noqa: E402  (the flag above must be set before the backend starts)
+import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="module")
+def one_quiet_torch_thread() -> Iterator[None]:
+    """One order of summation in torch, and no progress bars of transformers."""
+    import torch
+    import transformers
+
+    threads, verbosity = torch.get_num_threads(), transformers.logging.get_verbosity()
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    yield
+    torch.set_num_threads(threads)
+    transformers.logging.set_verbosity(verbosity)

@@ -457,13 +457,10 @@ def _compiled(card: str, form: Callable[..., Any], rows: int, donate: int | None
         return target.compile(jitted, *target.place(tuple(shapes[n] for n in names)), **dict(options))
 
 
-def told(report: Report, *words: str) -> None:
+def told(report: Report, *words: str) -> bool:
     """Every problem has one of the words, and every word a problem."""
-    assert report.problems, report
-    for problem in report.problems:
-        assert any(w in problem for w in words), problem
-    for word in words:
-        assert any(word in p for p in report.problems), (word, report.problems)
+    said = all(any(w in p for w in words) for p in report.problems)
+    return bool(report.problems) and said and all(any(w in p for p in report.problems) for w in words)
 
 
 @pytest.mark.parametrize("card", CARDS)
@@ -534,38 +531,38 @@ class TestBad:
 
     def test_a_stack_brought_whole(self, card: str) -> None:
         program = compiled(card, brought_whole)
-        told(audit(program), "brings a whole stack of 1.50 MiB to the device")
-        told(audit(program, device_limit=4 * LAYER), "brings a whole stack", "and the limit is 2.00 MiB")
+        assert told(audit(program), "brings a whole stack of 1.50 MiB to the device")
+        assert told(audit(program, device_limit=4 * LAYER), "brings a whole stack", "and the limit is 2.00 MiB")
 
     def test_a_stack_sliced_outside_the_loop(self, card: str) -> None:
         program = compiled(card, sliced_outside, rows=1)
-        told(audit(program), "host compute")
-        told(audit(program, in_place=True), "host compute", "of host memory for itself")
+        assert told(audit(program), "host compute")
+        assert told(audit(program, in_place=True), "host compute", "of host memory for itself")
 
     def test_an_index_out_of_an_array(self, card: str) -> None:
-        told(audit(compiled(card, carried_by_array, rows=1)), "from a kernel, not by DMA")
+        assert told(audit(compiled(card, carried_by_array, rows=1)), "from a kernel, not by DMA")
 
     def test_a_stack_read_ahead_while_it_is_written(self, card: str) -> None:
         program = compiled(card, updated_ahead, donate=0)
-        told(audit(program), "copies 1.50 MiB from host memory to host memory")
-        told(audit(program, in_place=True), "from host memory to host memory", "of host memory for itself")
+        assert told(audit(program), "copies 1.50 MiB from host memory to host memory")
+        assert told(audit(program, in_place=True), "from host memory to host memory", "of host memory for itself")
 
     def test_a_stack_that_is_not_donated(self, card: str) -> None:
         program = compiled(card, written)
-        told(audit(program, in_place=True), "from host memory to host memory", "only 0 B of 1.50 MiB of outputs")
+        assert told(audit(program, in_place=True), "from host memory to host memory", "only 0 B of 1.50 MiB of outputs")
 
     def test_a_list_without_order(self, card: str) -> None:
         program = compiled(card, unordered, rows=1)
         assert audit(program).problems == ()
-        told(audit(program, device_limit=4 * LAYER), "and the limit is 2.00 MiB")
+        assert told(audit(program, device_limit=4 * LAYER), "and the limit is 2.00 MiB")
 
     def test_nothing_beside_the_copies(self, card: str) -> None:
         program = compiled(card, carried, donate=0, options=UNSCHEDULED)
         assert audit(program).problems == ()
-        told(audit(program, overlap=True), "no matrix product runs while %dynamic-slice-start")
+        assert told(audit(program, overlap=True), "no matrix product runs while %dynamic-slice-start")
 
     def test_compute_on_the_host(self, card: str) -> None:
-        told(audit(compiled(card, doubled)), "host compute")
+        assert told(audit(compiled(card, doubled)), "host compute")
 
 
 SMALL = {

@@ -6,13 +6,13 @@ files are held to, and to the same tokens.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from oracles.golden import GOLDEN, golden
 
 import jaxengine
 from jaxengine import engine, technique
@@ -20,7 +20,6 @@ from jaxengine.homes.base import HOMES, home
 from jaxengine.plan import Plan
 
 ATOL = 2e-4  # as tests/test_models.py derives it
-GOLDEN = Path(__file__).parent / "golden"
 FAMILIES = ["gemma2", "gemma3_text", "gpt2", "llama", "mistral", "opt", "phi3", "qwen2", "qwen3"]
 PLACES: list[dict[str, Any]] = [
     {"home": name, "form": form, **({"resident": 1} if home(name).PARTIAL else {})}
@@ -35,13 +34,6 @@ CASES = [
     for place in PLACES
     if family in ("llama", "gemma2") or place["form"] == ("ahead" if place["home"] == "host" else "scan")
 ]
-
-
-def golden(case: str) -> tuple[list[list[int]], dict[str, np.ndarray]]:
-    """(the ragged prompts, everything in the file)."""
-    with np.load(GOLDEN / case / "golden.npz") as file:
-        data = dict(file)
-    return [row[:n].tolist() for row, n in zip(data["ids"], data["lengths"], strict=True)], data
 
 
 def load(case: str, **place: Any) -> jaxengine.Model:

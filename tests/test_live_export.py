@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ safetensors_torch = pytest.importorskip("safetensors.torch")
 import jaxengine  # noqa: E402
 from jaxengine.export import convert  # noqa: E402
 
-pytestmark = pytest.mark.oracle
+pytestmark = [pytest.mark.oracle, pytest.mark.usefixtures("one_quiet_torch_thread")]
 
 GOLDEN = Path(__file__).parent / "golden"
 ATOL = 2e-4  # on logits of order one, see test_models.py
@@ -41,18 +40,6 @@ CASES = {
     "qwen3": "model.embed_tokens.weight",
 }
 IDS = [3, 1, 4, 1, 5, 9, 2, 6]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_quiet_torch_thread() -> Iterator[None]:
-    """One order of summation, and no progress bars."""
-    threads, verbosity = torch.get_num_threads(), transformers.logging.get_verbosity()
-    torch.set_num_threads(1)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    yield
-    torch.set_num_threads(threads)
-    transformers.logging.set_verbosity(verbosity)
 
 
 def tied(case: str, to: Path, *, differs: bool) -> Path:

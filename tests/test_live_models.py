@@ -21,7 +21,7 @@ import shutil
 import sys
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ from jaxengine.architecture import architecture  # noqa: E402
 from jaxengine.config import FULL, SLIDING, ConfigError  # noqa: E402
 from jaxengine.export import convert  # noqa: E402
 
-pytestmark = pytest.mark.oracle
+pytestmark = [pytest.mark.oracle, pytest.mark.usefixtures("one_quiet_torch_thread")]
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = sorted(p.parent.name for p in GOLDEN.glob("*/golden.npz"))
@@ -67,18 +67,6 @@ DRAWN = settings(
     phases=(Phase.explicit, Phase.generate),
     suppress_health_check=list(HealthCheck),
 )
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_quiet_torch_thread() -> Iterator[None]:
-    """One order of summation, and no progress bars."""
-    threads, verbosity = torch.get_num_threads(), transformers.logging.get_verbosity()
-    torch.set_num_threads(1)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    yield
-    torch.set_num_threads(threads)
-    transformers.logging.set_verbosity(verbosity)
 
 
 # --- drawing configs -------------------------------------------------------------------------------------------------

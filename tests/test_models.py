@@ -8,24 +8,16 @@ no step whose two best logits are closer than 1e-3.
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
+from oracles.golden import GOLDEN, golden
 
 import jaxengine
 from jaxengine import technique
 
-GOLDEN = Path(__file__).parent / "golden"
 CASES = sorted(p.parent.name for p in GOLDEN.glob("*/golden.npz"))
 ATOL = 2e-4
-
-
-def golden(case: str) -> tuple[list[list[int]], dict[str, np.ndarray]]:
-    """(the ragged prompts, everything in the file)."""
-    with np.load(GOLDEN / case / "golden.npz") as file:
-        data = dict(file)
-    return [row[:n].tolist() for row, n in zip(data["ids"], data["lengths"], strict=True)], data
 
 
 def test_every_family_has_a_golden_case() -> None:
