@@ -23,6 +23,9 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import click
 
+from jaxengine import machine
+from jaxengine.paths import cache_folder
+
 if TYPE_CHECKING:
     from jaxengine.model import Model
     from jaxengine.plan import Plan
@@ -38,7 +41,8 @@ MENDED_OUTSIDE = (FileNotFoundError, FileExistsError, NotADirectoryError, Permis
 
 
 def start_jax() -> None:
-    """Settings of a process that we start: programs compiled once are kept for the next time."""
+    """Settings of a process that we start: programs compiled once are kept for the next time, and pinned host memory may
+    grow to most of what the machine has."""
     kept = {
         "jax_compilation_cache_dir": str(cache_folder() / "xla"),
         "jax_persistent_cache_min_compile_time_secs": "0.2",
@@ -49,11 +53,9 @@ def start_jax() -> None:
             if "jax" in sys.modules:  # it reads its environment when it is imported
                 sys.modules["jax"].config.update(name, float(value) if name.endswith("secs") else value)
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
-
-
-def cache_folder() -> Path:
-    """Where what can be made again is kept: $XDG_CACHE_HOME/jaxengine, ~/.cache/jaxengine."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxengine"
+    logging.getLogger("jaxengine").setLevel(logging.INFO)  # what takes long, or is done for the user, is said
+    with contextlib.suppress(ValueError):  # a system that does not say how much memory it has
+        machine.set_pool(os.environ, machine.available_ram())  # said where it is used: loading.py
 
 
 class reported(contextlib.ContextDecorator):  # noqa: N801  (used as a statement)
@@ -171,6 +173,10 @@ A_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 LOADING = (
     click.option("--plan", type=A_FILE, metavar="FILE", help="A plan as JSON; other options go before its fields."),
     click.option("--memory", metavar="SIZE", help="Device memory to use, e.g. 16GB; chooses where layers live."),
+    click.option(
+        "--ram", metavar="SIZE", show_default="what is free",
+        help="Host memory for layers that do not fit --memory; the rest is read from disk.",
+    ),
     click.option("--batch", metavar="N", type=click.IntRange(1), show_default="1", help="Rows that --memory is to hold."),
     click.option(
         "--context", metavar="N", type=click.IntRange(1), show_default="2048",
@@ -180,9 +186,16 @@ LOADING = (
     click.option(
         "--dtype", metavar="DTYPE", show_default="the checkpoint's", help="Compute in float32, bfloat16 or float16."
     ),
-    click.option("--home", metavar="HOME", show_default="device", help="Where layers live: device, host, split."),
-    click.option("--form", metavar="FORM", show_default="the home's own", help="How layers run: unrolled, scan, ahead."),
-    click.option("--resident", metavar="N", type=int, help="Layers of a split home that stay on the device."),
+    click.option("--home", metavar="HOME", show_default="device", help="Where layers live: device, host, split, disk."),
+    click.option(
+        "--form", metavar="FORM", show_default="the home's own", help="How layers run: unrolled, scan, ahead, python."
+    ),
+    click.option("--resident", metavar="N", type=int, help="Layers of a split or disk home that stay on the device."),
+    click.option("--kept", metavar="N", type=int, help="Layers of a disk home that stay in host memory."),
+    click.option(
+        "--disk", metavar="FOLDER", show_default="~/.cache/jaxengine/layers",
+        help="Folder for the packed layers of a disk home, as large as the model.",
+    ),
     click.option("--kv", metavar="CODEC", show_default="raw", help="How the KV cache is stored: raw, int8."),
     click.option(
         "--kv-layout", metavar="LAYOUT", show_default="window", help="Cache of sliding-window layers: window, full."
@@ -344,7 +357,18 @@ def from_stdin() -> str:
 @click.argument("folder")
 @click.option("--gpu", required=True, metavar="CARD", help="The card: rtx4090, h200, ... or its numbers.")
 @click.option("--memory", metavar="SIZE", show_default="all of the card", help="Device memory to use, e.g. 16GB.")
-@click.option("--ram", metavar="SIZE", show_default="no limit", help="Host memory for streamed layers, e.g. 64GB.")
+@click.option(
+    "--ram",
+    metavar="SIZE",
+    show_default="no limit",
+    help="Host memory for streamed layers, e.g. 64GB; the rest is read from disk.",
+)
+@click.option(
+    "--disk-rate",
+    metavar="SIZE",
+    default="3GB",
+    help="What the disk gives in a second (scripts/bench_disk.py measures it).",
+)
 @click.option("--task", default="generate", help="What to plan for: generate.")
 @click.option(
     "--context", metavar="N", type=click.IntRange(1), show_default="2048", help="Tokens of a row, prompt included."
@@ -355,12 +379,16 @@ def from_stdin() -> str:
 @click.option("--kv", metavar="CODEC", default="raw", help="How the KV cache is stored: raw, int8.")
 @click.option("--compile/--no-compile", "proved", default=True, help="Compile the chosen plan for the card as a proof.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option(
+    "--plot", metavar="FILE", type=click.Path(path_type=Path), help="Draw every plan's bytes into FILE.svg or FILE.png."
+)
 @reported()
 def plan(
     folder: str,
     gpu: str,
     memory: str | None,
     ram: str | None,
+    disk_rate: str,
     task: str,
     context: int | None,
     batch: int,
@@ -369,6 +397,7 @@ def plan(
     kv: str,
     proved: bool,
     as_json: bool,
+    plot: Path | None,
 ) -> None:
     """Say what runs in a card's memory, how, and how fast at best.
 
@@ -376,12 +405,16 @@ def plan(
     installed, the chosen plan is compiled for the card, and XLA's own bytes stand beside the arithmetic.
     """
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    from jaxengine import planning
+    import jax
+
+    from jaxengine import picture, planning
     from jaxengine.architecture import architecture
     from jaxengine.plan import DTYPES, Plan, parse_bytes
     from jaxengine.sources import read_config
     from pallas_kernels import aot, cards
 
+    if plot is not None:
+        picture.check(plot)
     raw = read_config(Path(resolve(folder)))
     named = dtype or raw.get("dtype") or raw.get("torch_dtype")
     if named not in DTYPES:
@@ -390,7 +423,11 @@ def plan(
     outcome = planning.plan_for(
         arch, Plan(dtype=named, weights=weights, kv_codec=kv), cards.find(gpu), batch=batch, context=context, task=task,
         memory=None if memory is None else parse_bytes(memory), ram=None if ram is None else parse_bytes(ram),
+        disk_rate=parse_bytes(disk_rate),
     )  # fmt: skip
+    jax.config.update(
+        "jax_enable_compilation_cache", False
+    )  # what is compiled for another machine cannot be loaded here
     proofs, why = (), aot.missing()
     if outcome.chosen is not None and proved and why is None:
         from jaxengine.proof import prove
@@ -413,44 +450,47 @@ def plan(
 
 
 def _show_outcome(outcome: Any, proofs: Any, why: str | None) -> None:
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
     from jaxengine.plan import show_bytes
     from jaxengine.planning import traps
 
-    console = Console()
-    o = outcome
-    console.print(f"{o.card.name}: {show_bytes(o.memory)} for {o.batch} x {o.context} tokens", highlight=False)
+    console, o = Console(), outcome
+    host = "" if o.ram is None else f" and {show_bytes(o.ram)} of host memory"
+    console.print(f"{o.card.name}: {show_bytes(o.memory)}{host} for {o.batch} x {o.context} tokens", highlight=False)
     if o.card.notes:
         console.print(f"({o.card.notes})", highlight=False)
-    names = (
-        "plan",
-        "device",
-        "outer",
-        "resident",
-        "streaming",
-        "KV cache",
-        "activations",
-        "host",
-        "tokens/s at most",
-        "",
-    )
-    table = Table(*names)
+    table = Table("plan", box=SIMPLE_HEAD, padding=(0, 1))
+    for tier in ("device", "host", "disk", "tokens/s"):
+        table.add_column(tier, justify="right", no_wrap=True)
+    table.add_column("")
     for c in o.candidates:
-        n = c.need
-        cells = (n.device, n.outer, n.resident, n.streaming, n.cache, n.activations, n.host)
-        speed = f"{c.passes_per_second * c.batch:.3g} ({c.limit})"
         verdict = "chosen" if c is o.chosen else c.refused or "fits, farther"
-        table.add_row(c.label(), *(show_bytes(x) for x in cells), speed, verdict)
+        speed = f"{c.passes_per_second * c.batch:.3g}"
+        table.add_row(c.label(), *(show_bytes(x) for x in (c.need.device, c.need.host, c.need.disk)), speed, verdict)
     console.print(table, highlight=False)
     if o.chosen is None:
         short = f"{show_bytes(o.short)} of device memory short. " if o.short else ""
+        short = f"{show_bytes(o.short_of_ram)} of host memory short. " if o.short_of_ram else short
         console.print(f"Nothing fits: {short}What would:", highlight=False)
         for said, c in o.changes:
             console.print(f"  {said}: {c.label()}, {show_bytes(c.need.device)}", highlight=False)
         return
-    console.print(f"chosen: {o.chosen.label()}", highlight=False)
+    c, n = o.chosen, o.chosen.need
+    console.print(f"chosen: {c.label()}", highlight=False)
+    parts = {
+        "embeddings and head": n.outer, "resident layers": n.resident, "streamed layers": n.streaming,
+        "KV cache": n.cache, "activations": n.activations,
+    }  # fmt: skip
+    held = ", ".join(f"{show_bytes(x)} {what}" for what, x in parts.items() if x)
+    console.print(f"on the device: {held}", highlight=False)
+    console.print(
+        f"decoding: at most {c.passes_per_second * c.batch:.3g} tokens/s, by the {c.limit}:"
+        f" {', '.join(f'{what} {s * 1000:.3g} ms' for what, s in c.seconds)} a step",
+        highlight=False,
+    )
     for said in traps(o.chosen, o.card):
         console.print(f"note: {said}", highlight=False)
     for p in proofs:

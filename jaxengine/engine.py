@@ -1,5 +1,8 @@
 """The compiled functions: a forward pass, prefill, and a number of decode steps. Pure functions of (params, cache, tokens).
 
+Each is what comes before the layers, the layers, and what comes after. Here the three are one program; `outside.py` has
+the same functions for layers that a program cannot reach.
+
 What is compiled is keyed on an Engine (family, config, cache, dtype, sharding), which is frozen and hashes, and on shapes.
 What goes from one call to the next is laid out over the mesh by name in each of them: left to the compiler, a cache comes
 out of prefill split in one way and out of decode in another, and the next call compiles again.
@@ -22,9 +25,8 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxengine import sampling
 from jaxengine.architecture import Architecture, merge
 from jaxengine.cache.base import CachedAttend, Caching, PlainAttend, empty
-from jaxengine.homes.base import Bank
 from jaxengine.nn import Attention
-from jaxengine.walk import lay_out, walk
+from jaxengine.walk import Body, lay_out, walk
 from pallas_kernels.aot import OPTIONS
 from sharding.rules import Rules, constrain
 
@@ -101,12 +103,18 @@ def program(*static: int, donate: tuple[int, ...] = ()) -> Callable[[Callable[..
 def placed_cache(engine: Engine, banks: Any, cache: Any) -> Any:
     """The cache, laid out over the mesh as the rules for its dims say."""
 
-    def one(bank: Bank, x: Array) -> Array:
-        lead = ("cache_layers",) if bank.stacked else ()
+    return tuple(placed_slots(engine, kv, stacked=bank.stacked) for bank, kv in zip(banks, cache, strict=True))
+
+
+def placed_slots(engine: Engine, kv: Any, *, stacked: bool) -> Any:
+    """The cache of a layer, or of several, or a stack of them."""
+
+    def one(x: Array) -> Array:
+        lead = ("cache_layers",) if stacked else ()
         axes = (*lead, "cache_batch", "cache_kv_heads", "cache_slots", "cache_head_dim")[: x.ndim]
         return constrain(x, engine.rules, engine.mesh, (*axes, *((None,) * (x.ndim - len(axes)))))
 
-    return tuple(jax.tree.map(functools.partial(one, bank), states) for bank, states in zip(banks, cache, strict=True))
+    return jax.tree.map(one, kv)
 
 
 def placed_state(engine: Engine, banks: Any, now: Decoding) -> Decoding:
@@ -123,20 +131,28 @@ def placed_state(engine: Engine, banks: Any, now: Decoding) -> Decoding:
 
 
 def forward(
-    engine: Engine,
-    params: Any,
-    tokens: Int[Array, "B T"],
-    positions: Int[Array, "B T"],
-    attend: Any,
-    layers: Any,
-    chunk: int = 0,
+    engine: Engine, params: Any, tokens: Int[Array, "B T"], attend: Any, layers: Any, chunk: int = 0
 ) -> tuple[Float[Array, "B T D"], Any]:
     """Tokens through the embedding and every layer; gives the residual stream and the layers' new caches.
 
-    chunk: each layer takes so many tokens at a time into its (empty) cache, so that its temporaries are those of a chunk;
-    T must be a multiple. The chunks are inside the layer, not the layers inside a chunk: weights are fetched once.
+    attend: how a layer sees the tokens, and the positions that they stand at. chunk: each layer takes so many tokens at a
+    time into its (empty) cache, so that its temporaries are those of a chunk; T must be a multiple. The chunks are inside
+    the layer, not the layers inside a chunk: weights are fetched once.
     """
-    architecture = engine.architecture
+    x = embed(engine, params, tokens, attend)
+    return walk(layer_body(engine, attend, chunk), x, params["banks"], layers)
+
+
+def embed(engine: Engine, params: Any, tokens: Int[Array, "B T"], attend: Any) -> Float[Array, "B T D"]:
+    """Tokens to the residual stream."""
+    outer = merge(engine.architecture.outer()[0], params["outer"])
+    x = outer.embed(tokens, attend.positions, jnp.dtype(engine.dtype))
+    return constrain(x, engine.rules, engine.mesh, ("batch", "sequence", "act_embed"))
+
+
+def layer_body(engine: Engine, attend: Any, chunk: int = 0) -> Body:
+    """The body of the walk over layers: see `forward`."""
+    positions = attend.positions
 
     def on_mesh(x: Array, *axes: str) -> Array:
         return constrain(x, engine.rules, engine.mesh, ("batch", "sequence", *axes))
@@ -151,7 +167,7 @@ def forward(
         return on_mesh(out, "act_heads", "act_head_dim"), kv
 
     def body(kind: Any, weights: Any, x: Array, kv: Any) -> tuple[Array, Any]:
-        block = merge(architecture.block(kind)[0], weights)
+        block = merge(engine.architecture.block(kind)[0], weights)
         if not chunk:
             x, kv = block(x, positions, functools.partial(placed_attend, attend), kv)
             return placed(x), kv
@@ -167,9 +183,7 @@ def forward(
         x, kv = lax.fori_loop(0, x.shape[1] // chunk, part, (x, kv))
         return placed(x), kv
 
-    outer = merge(architecture.outer()[0], params["outer"])
-    x = outer.embed(tokens, positions, jnp.dtype(engine.dtype))
-    return walk(body, placed(x), params["banks"], layers)
+    return body
 
 
 def head(engine: Engine, params: Any, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
@@ -187,12 +201,26 @@ def empty_cache(engine: Engine, params: Any, batch: int, length: int) -> Any:
     return placed_cache(engine, params["banks"], lay_out(params["banks"], make))
 
 
+def plain(tokens: Int[Array, "B T"], lengths: Int[Array, "B"]) -> PlainAttend:
+    """For rows that are scored: each token sees those before it, and nothing is kept."""
+    return PlainAttend(row_positions(tokens.shape[1], lengths))
+
+
+def fresh(engine: Engine, tokens: Int[Array, "B T"], lengths: Int[Array, "B"]) -> CachedAttend:
+    """For rows that are read from their first token on, right-padded to T, into an empty cache."""
+    return CachedAttend(engine.caching, row_positions(tokens.shape[1], lengths), jnp.zeros_like(lengths), fresh=True)
+
+
+def following(engine: Engine, now: Decoding) -> CachedAttend:
+    """For one token further: each row's last token goes into the cache; rows that are done write nothing."""
+    return CachedAttend(engine.caching, jnp.where(now.done, -1, now.lengths)[:, None], now.lengths, fresh=False)
+
+
 @program(0)
 def score(engine: Engine, params: Any, tokens: Int[Array, "B T"], lengths: Int[Array, "B"]) -> Float[Array, "B T V"]:
     """Logits of every position, float32, keeping no cache; rows are padded on the right to T."""
-    positions = row_positions(tokens.shape[1], lengths)
     nothing = lay_out(params["banks"], lambda kind: ())
-    x, _ = forward(engine, params, tokens, positions, PlainAttend(positions), nothing)
+    x, _ = forward(engine, params, tokens, plain(tokens, lengths), nothing)
     return head(engine, params, x)
 
 
@@ -215,14 +243,32 @@ def prefill(
     Each prompt becomes `samples` rows next to each other; `values` and `keys` are of those B * samples rows.
     """
     B, T = tokens.shape
-    positions = row_positions(T, lengths)
-    attend = CachedAttend(engine.caching, positions, jnp.zeros_like(lengths), fresh=True)
+    empty = empty_cache(engine, params, B, length)
     chunk = engine.architecture.chunk(engine.chunk, T)
-    x, cache = forward(engine, params, tokens, positions, attend, empty_cache(engine, params, B, length), chunk)
+    x, cache = forward(engine, params, tokens, fresh(engine, tokens, lengths), empty, chunk)
+    return first_tokens(engine, steps, samples, top, params, x, cache, tokens, lengths, values, keys, stop_ids)
+
+
+def first_tokens(
+    engine: Engine,
+    steps: sampling.Steps,
+    samples: int,
+    top: int,
+    params: Any,
+    x: Float[Array, "B T D"],
+    cache: Any,
+    tokens: Int[Array, "B T"],
+    lengths: Int[Array, "B"],
+    values: Any,
+    keys: Array,
+    stop_ids: Int[Array, "E"],
+) -> tuple[Decoding, Chosen]:
+    """What comes after the layers in `prefill`."""
+    B, T = tokens.shape
     last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)
     logits = head(engine, params, last)[:, 0]
     rows = jnp.repeat(jnp.arange(B, dtype=jnp.int32), samples)
-    counts = sampling.init_counts(steps, tokens[rows], positions[rows] >= 0, logits.shape[-1])
+    counts = sampling.init_counts(steps, tokens[rows], row_positions(T, lengths)[rows] >= 0, logits.shape[-1])
     batch_dim = [1 if bank.stacked else 0 for bank in params["banks"]]
     cache = tuple(
         jax.tree.map(lambda a, d=d: jnp.take(a, rows, axis=d), c) for c, d in zip(cache, batch_dim, strict=True)
@@ -241,18 +287,13 @@ def reread(engine: Engine, params: Any, now: Decoding, tokens: Int[Array, "B T"]
     token stands at that position, every token is turned as in a long row. `now.token` is written ahead of its step,
     which writes it again.
     """
-    positions = row_positions(tokens.shape[1], jnp.where(rows, now.lengths + 1, 0))
-    attend = CachedAttend(engine.caching, positions, jnp.zeros_like(now.lengths), fresh=True)
-    _, cache = forward(engine, params, tokens, positions, attend, now.cache)
+    _, cache = forward(engine, params, tokens, anew(engine, now, tokens, rows), now.cache)
     return placed_state(engine, params["banks"], dataclasses.replace(now, cache=cache))
 
 
-def step(engine: Engine, params: Any, now: Decoding) -> tuple[Float[Array, "B V"], Any]:
-    """One token further: put each row's last token into the cache; gives the next token's logits and the cache."""
-    positions = jnp.where(now.done, -1, now.lengths)[:, None]
-    attend = CachedAttend(engine.caching, positions, now.lengths, fresh=False)
-    x, cache = forward(engine, params, now.token[:, None], positions, attend, now.cache)
-    return head(engine, params, x)[:, 0], cache
+def anew(engine: Engine, now: Decoding, tokens: Int[Array, "B T"], rows: Bool[Array, "B"]) -> CachedAttend:
+    """For rows that are read anew; the others have no tokens."""
+    return fresh(engine, tokens, jnp.where(rows, now.lengths + 1, 0))
 
 
 @program(0, 1, 2, donate=(4,))
@@ -286,17 +327,34 @@ def decode(
 
     def once(loop: Any) -> Any:
         i, now, out = loop
-        logits, cache = step(engine, params, now)
-        lengths = jnp.where(now.done, now.lengths, now.lengths + 1)
-        chosen, counts = choose(steps, top, values, logits, now.counts, now.keys, lengths)
-        chosen = dataclasses.replace(chosen, token=jnp.where(now.done, now.token, chosen.token))
-        done = now.done | (chosen.token[:, None] == stop_ids[None, :]).any(-1)
+        x, cache = forward(engine, params, now.token[:, None], following(engine, now), now.cache)
+        now, chosen = next_tokens(engine, steps, top, params, x, cache, now, values, stop_ids)
         out = jax.tree.map(lambda all_, x: lax.dynamic_update_index_in_dim(all_, x, i, 0), out, chosen)
-        now = Decoding(cache, chosen.token, lengths, done, counts, now.keys)
-        return i + 1, placed_state(engine, params["banks"], now), out
+        return i + 1, now, out
 
     made, now, out = lax.while_loop(going, once, (jnp.int32(0), now, jax.tree.map(slot, blank)))
     return placed_state(engine, params["banks"], now), jax.tree.map(lambda a: a.swapaxes(0, 1), out), made
+
+
+def next_tokens(
+    engine: Engine,
+    steps: sampling.Steps,
+    top: int,
+    params: Any,
+    x: Float[Array, "B 1 D"],
+    cache: Any,
+    now: Decoding,
+    values: Any,
+    stop_ids: Int[Array, "E"],
+) -> tuple[Decoding, Chosen]:
+    """What comes after the layers in a step of `decode`."""
+    logits = head(engine, params, x)[:, 0]
+    lengths = jnp.where(now.done, now.lengths, now.lengths + 1)
+    chosen, counts = choose(steps, top, values, logits, now.counts, now.keys, lengths)
+    chosen = dataclasses.replace(chosen, token=jnp.where(now.done, now.token, chosen.token))
+    done = now.done | (chosen.token[:, None] == stop_ids[None, :]).any(-1)
+    now = Decoding(cache, chosen.token, lengths, done, counts, now.keys)
+    return placed_state(engine, params["banks"], now), chosen
 
 
 def choose(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import fnmatch
+import logging
+import math
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -19,11 +21,18 @@ from checkpoints.errors import CheckpointError
 from jaxengine import placement
 from jaxengine.architecture import Architecture, architecture
 from jaxengine.export import one_dtype
+from jaxengine.homes.base import home as find_home
+from jaxengine.machine import POOL, available_ram, pool_limit_bytes
 from jaxengine.model import Model
-from jaxengine.plan import Plan, choose, parse_bytes
-from jaxengine.sources import Origin, open_source, read_config
+from jaxengine.packing import Place, files_of
+from jaxengine.paths import cache_folder
+from jaxengine.plan import Plan, choose, parameter_bytes, parse_bytes, show_bytes, tier_bytes
+from jaxengine.selftest import check_streaming
+from jaxengine.sources import Origin, Source, open_source, read_config
 from jaxengine.text import Tokenizer
 from sharding.mesh import make_mesh
+
+log = logging.getLogger("jaxengine")
 
 
 def load(
@@ -40,6 +49,9 @@ def load(
     home: str | None = None,
     form: str | None = None,
     resident: int | None = None,
+    kept: int | None = None,
+    ram: str | int | None = None,
+    disk: str | os.PathLike[str] | None = None,
     kv: str | None = None,
     kv_layout: str | None = None,
     progress: Callable[[str, int, int], None] | None = None,
@@ -48,11 +60,15 @@ def load(
 
     plan: every choice at once; the other arguments go before its fields. memory: a budget of device memory such as
     '16GB', which chooses the home for `batch` rows (1) of up to `context` tokens each (2048, or what the model can at most);
-    a call that would need more is refused. weights: the format of matrices ('dense', 'int8'). dtype: 'float32', 'bfloat16'
+    a call that would need more is refused. ram: host memory for layers that do not fit there (what is free, if not given);
+    what fits neither is read from disk in every pass. disk: the folder for such layers, packed once
+    (~/.cache/jaxengine/layers). weights: the format of matrices ('dense', 'int8'). dtype: 'float32', 'bfloat16'
     or 'float16' (the checkpoint's own if not given). mesh: e.g. 'data=2,tensor=4' over all devices, or a jax Mesh;
-    sharding: the table of rules. home: 'device', 'host', or 'split', of which the first `resident` layers are on the
-    device; form: 'unrolled', 'scan' or 'ahead'. kv: the cache's codec ('raw', 'int8'); kv_layout: the layout of
-    sliding-window layers ('window', 'full'). progress: called with (name, bytes read, bytes in all).
+    sharding: the table of rules. home: 'device', 'host', 'split', of which the first `resident` layers are on the device,
+    or 'disk', of which the first `resident` are there and the next `kept` in host memory; form: 'unrolled', 'scan',
+    'ahead' or 'python'. kv: the cache's codec ('raw', 'int8'); kv_layout: the layout of
+    sliding-window layers ('window', 'full'). progress: called with (name, bytes read, bytes in all),
+    and for layers that are packed first in the same way, from zero.
 
     Of the plan that an orbax folder was saved with, only what its bytes are decides here too, where no plan is given:
     weights, weight_rules and dtype. Home, form, cache, sharding and mesh were that machine's; here they are the defaults
@@ -70,17 +86,17 @@ def load(
         named = mesh if mesh is None or isinstance(mesh, str) else ",".join(f"{k}={v}" for k, v in mesh.shape.items())
         given = {
             "weights": weights, "dtype": dtype, "mesh": named, "sharding": sharding, "home": home, "form": form,
-            "resident": resident, "kv_codec": kv, "kv_layout": kv_layout,
+            "resident": resident, "kept": kept, "kv_codec": kv, "kv_layout": kv_layout,
         }  # fmt: skip
         start = plan or _as_stored(source.plan)
         chosen = dataclasses.replace(start, **{k: v for k, v in given.items() if v is not None})
         if not chosen.dtype:
             chosen = dataclasses.replace(chosen, dtype=one_dtype(arch, source.dtype, raw))
         if memory is not None:
-            if home is not None or form is not None or resident is not None:
+            if any(x is not None for x in (home, form, resident, kept)):
                 raise ValueError(
-                    f"memory={memory!r} chooses the home, its form and how many layers are resident, and one of these was"
-                    f" given too: give one or the other"
+                    f"memory={memory!r} chooses the home, its form and how many layers are resident or kept, and one of"
+                    f" these was given too: give one or the other"
                 )
             if chosen.mesh:
                 raise ValueError(
@@ -91,11 +107,12 @@ def load(
                 if size is not None and size < 1:
                     raise ValueError(f"{what} is {size}; it is at least 1")
             longest = min(2048, arch.config.max_position_embeddings) if context is None else context
-            chosen = choose(arch, chosen, memory, batch=1 if batch is None else batch, length=longest)
-        elif context is not None or batch is not None:
+            room = available_ram() if ram is None else parse_bytes(ram)
+            chosen = choose(arch, chosen, memory, batch=1 if batch is None else batch, length=longest, ram=room)
+        elif context is not None or batch is not None or ram is not None:
             raise ValueError(
-                "batch and context say what memory= is to hold, and no memory is given; generate takes any number of"
-                " prompts of any length without them"
+                "batch, context and ram say what memory= is to hold and where the rest may stand, and no memory is given;"
+                " generate takes any number of prompts of any length without them"
             )
         over = mesh if isinstance(mesh, Mesh) else make_mesh(chosen.mesh or None)
         if over.size > 1 and chosen.sharding == "single" and not chosen.rules:
@@ -107,20 +124,71 @@ def load(
             raise ValueError(
                 f"sharding is {chosen.sharding!r} and there is one device in the mesh: say mesh='tensor=4' or the like"
             )
+        _check_host(arch, chosen, over)
         _check_rules(arch, chosen)
         _check_formats(arch, source.plan, chosen)
-        done = 0
+        done, total = 0, source.nbytes - _left_on_disk(arch, chosen, source)
 
         def track(name: str, size: int) -> None:
             nonlocal done
             done += size
             if progress is not None:
-                progress(name, done, source.nbytes)
+                progress(name, done, total)
 
-        params = placement.place(arch, chosen, over, source.read, track)
+        place = Place(
+            cache_folder() / "layers" if disk is None else Path(disk), files_of(folder), progress or _untracked
+        )
+        params = placement.place(arch, chosen, over, source.read, track, place)
         origin = source.origin(raw)
     budget = None if memory is None else parse_bytes(memory)
     return Model(arch, chosen, over, params, origin, tokenizer(folder), budget)
+
+
+def _check_host(arch: Architecture, plan: Plan, mesh: Mesh) -> None:
+    """Refuse more pinned memory than XLA will give, and a card on which streaming goes wrong; say where memory lacks."""
+    pinned, device = tier_bytes(arch, plan)["host"], mesh.devices.flat[0]
+    if not pinned:
+        return
+    try:
+        room = available_ram()
+    except ValueError:  # a system that does not say
+        room = pinned
+    if pinned > room:
+        log.warning(
+            "home=%r keeps %s of layers in host memory, and %s are free: memory= with ram= leaves the rest on disk, and so"
+            " does home='disk' with kept=", plan.home, show_bytes(pinned), show_bytes(room),
+        )  # fmt: skip
+    if device.platform != "gpu":
+        return
+    if pinned > (limit := pool_limit_bytes()):
+        raise ValueError(
+            f"home={plan.home!r} keeps {show_bytes(pinned)} of layers in pinned host memory, and XLA's pool stops at"
+            f" {show_bytes(limit)}: set {POOL}={-(-pinned * 5 // 4 // 2**30)} (GiB) in the environment before jax starts"
+        )
+    if pinned > pool_limit_bytes({}):
+        log.info("%s: XLA's pool of pinned memory may grow to %s (%s)", show_bytes(pinned), show_bytes(limit), POOL)
+    check_streaming(device, folder=cache_folder())
+
+
+def _left_on_disk(arch: Architecture, plan: Plan, source: Source) -> int:
+    """Bytes of the parameters that are not read into memory."""
+    left = 0
+    for part in plan.parts(arch):
+        if find_home(part.home).TIER == "disk":
+            for i in range(part.start, part.start + part.num_layers):
+                for n, spec in arch.block(arch.kinds[i])[1].items():
+                    name = f"layers.{i}.{n}"
+                    stored = source.dtype(name)
+                    left += (
+                        math.prod(spec.shape) * stored.itemsize
+                        if source.plan is None
+                        else parameter_bytes(source.plan, name, spec)
+                    )
+    return left
+
+
+def _untracked(name: str, done: int, total: int) -> None:
+    """Nobody asked."""
 
 
 def _as_stored(plan: Plan | None) -> Plan:

@@ -23,7 +23,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from checkpoints.output import output_folder
-from jaxengine import engine, export, placement, sampling
+from jaxengine import engine, export, outside, placement, sampling
 from jaxengine.architecture import Architecture
 from jaxengine.plan import DTYPES, Plan, activation_bytes, cache_bytes, device_bytes, show_bytes
 from jaxengine.sources import Origin
@@ -68,6 +68,8 @@ class Model:
         self.budget = budget  # bytes of device memory that no call may need more than
         self.origin, self.tokenizer = origin, tokenizer
         self.engine = engine.Engine(architecture, plan.caching, plan.dtype, plan.sharding_rules(), mesh, plan.chunk)
+        # the module whose functions run it: compiled as a whole, or driven from Python layer by layer
+        self.runs: Any = outside if any(bank.outside for bank in params["banks"]) else engine
 
     def __repr__(self) -> str:
         c = self.architecture
@@ -103,7 +105,7 @@ class Model:
         self._check_ids([row[:n].tolist() for row, n in zip(rows, own, strict=True)], 0)
         padded = np.zeros((B, engine.bucket(T)), np.int32)
         padded[:, :T] = np.where(np.arange(T) < own[:, None], rows, 0)
-        found = engine.score(self.engine, self.params, self._put(padded), self._put(own.astype(np.int32)))
+        found = self.runs.score(self.engine, self.params, self._put(padded), self._put(own.astype(np.int32)))
         return found[:, :T]
 
     # --- generation ------------------------------------------------------------------------------------------------
@@ -416,7 +418,7 @@ class _Run:
         model._check_budget(len(ids), len(owners), tokens.shape[1], length)
         for row, given in zip(tokens, ids, strict=True):
             row[: len(given)] = given
-        self.now, chosen = engine.prefill(
+        self.now, chosen = model.runs.prefill(
             model.engine, self.steps, length, n, self.top, model.params,
             model._put(tokens), model._put(np.asarray([len(i) for i in ids], np.int32)), self.values,
             sampling.row_keys(seed, [j for _ in ids for j in range(n)]), self.stop_ids,
@@ -432,7 +434,7 @@ class _Run:
         """Make up to `steps` more tokens in each row that has not ended."""
         limit = min(steps, self.limit - self.made, engine.CHUNK, self._steps_before_reread())
         m = self.model
-        self.now, chosen, made = engine.decode(
+        self.now, chosen, made = m.runs.decode(
             m.engine, self.steps, self.top, m.params, self.now, self.values, self.stop_ids, jnp.int32(limit)
         )
         self.made += limit
@@ -450,7 +452,7 @@ class _Run:
             for i in np.flatnonzero(turning):
                 tokens[i, : at + 1] = rows[i]
             m = self.model
-            self.now = engine.reread(m.engine, m.params, self.now, m._put(tokens), m._put(turning))
+            self.now = m.runs.reread(m.engine, m.params, self.now, m._put(tokens), m._put(turning))
         return min((at + 1 - len(row) for row in rows if 0 < len(row) <= at), default=engine.CHUNK)
 
     def _keep(self, chosen: engine.Chosen, made: int) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding
 
-from jaxengine import technique
+from jaxengine import packing, technique
 from jaxengine.architecture import Architecture, Spec
 from jaxengine.homes.base import Bank, Part, check_platform, home, place_in
 from jaxengine.plan import WEIGHTS, Plan, abstract_leaf
@@ -36,10 +36,19 @@ def check_sharding(architecture: Architecture, plan: Plan, mesh: Mesh) -> None:
 
 
 def place(
-    architecture: Architecture, plan: Plan, mesh: Mesh, read: Read, track: Track = lambda name, size: None
+    architecture: Architecture,
+    plan: Plan,
+    mesh: Mesh,
+    read: Read,
+    track: Track = lambda name, size: None,
+    disk: packing.Place | None = None,
 ) -> Any:
-    """All parameters in their places: {'outer': {name: weight}, 'banks': (Bank, ...)}."""
-    check_platform(plan.home, mesh.devices.flat[0].platform)
+    """All parameters in their places: {'outer': {name: weight}, 'banks': (Bank, ...)}.
+
+    disk: where a store of layers is written and found again, for a plan that reads some from there.
+    """
+    for where in {part.home for part in plan.parts(architecture)}:
+        check_platform(where, mesh.devices.flat[0].platform)
     check_sharding(architecture, plan, mesh)
     rules, parts = plan.sharding_rules(), plan.parts(architecture)
     _check_stacks(architecture, plan, parts)
@@ -51,16 +60,21 @@ def place(
         track(name, size)
         return leaf
 
+    layers = _on_disk(architecture, plan, mesh, read, parts, disk)
     outer = {name: one(name, spec, None) for name, spec in architecture.outer()[1].items()}
     banks = []
     for part in parts:
+        if home(part.home).TIER == "disk":
+            run = packing.Run(layers, part.start, part.num_layers)
+            banks.append(Bank((), part.kinds, part.repeats, part.home, part.form, run))
+            continue
         memory = home(part.home).MEMORY
-        weights: list[Any] = [{} for _ in (part.kinds if part.form != "unrolled" else range(part.num_layers))]
+        weights: list[Any] = [{} for _ in (part.kinds if part.stacked else range(part.num_layers))]
         for i, name, spec in _in_turn(architecture, part):
             turn, j = divmod(i, len(part.kinds))
             place, at = place_in(part.form, part.repeats, j, turn)
             full = f"layers.{part.start + i}.{name}"
-            into = weights[i if part.form == "unrolled" else j]
+            into = weights[j if part.stacked else i]
             into = into.setdefault(place, {}) if place else into
             if at is None:
                 into[name] = one(full, spec, memory)
@@ -82,10 +96,44 @@ def place(
     return {"outer": outer, "banks": tuple(banks)}
 
 
+def _on_disk(
+    architecture: Architecture, plan: Plan, mesh: Mesh, read: Read, parts: tuple[Part, ...], disk: packing.Place | None
+) -> Any:
+    """The layers that are read from disk; None where none are."""
+    first = next((part.start for part in parts if home(part.home).TIER == "disk"), None)
+    if first is None:
+        return None
+    if disk is None:
+        raise ValueError(
+            f"home={plan.home!r} reads layers from a store on disk, which is made of a checkpoint folder: use"
+            f" jaxengine.load, or home='host'"
+        )
+    rules = plan.sharding_rules()
+
+    def encoded(name: str) -> Any:
+        spec = architecture.specs()[name]
+        return _encoded(read(name), plan.format_of(name, spec), spec, plan.dtype, rules, mesh, None)
+
+    @functools.cache  # asked for in every pass
+    def shardings(i: int) -> Any:
+        return layer_shardings(architecture, plan, mesh, i)
+
+    return packing.open_layers(architecture, plan, mesh, first, disk, encoded, shardings)
+
+
+def layer_shardings(architecture: Architecture, plan: Plan, mesh: Mesh, i: int) -> dict[str, Any]:
+    """{name: tree of NamedShardings} of layer i on the device, standing alone."""
+    rules, found = plan.sharding_rules(), {}
+    for name, spec in architecture.block(architecture.kinds[i])[1].items():
+        axes = _leaf_axes(plan.format_of(f"layers.{i}.{name}", spec), spec.axes, spec)
+        found[name] = jax.tree.map(lambda a: named_sharding(rules, mesh, a), axes)
+    return found
+
+
 def _in_turn(architecture: Architecture, part: Part) -> Iterator[tuple[int, str, Spec]]:
     """A part's parameters as they are read: layer by layer, and one whole stack after another where there are stacks, so
     that no stack stands before its time."""
-    if part.form == "unrolled":
+    if not part.stacked:
         for i, kind in enumerate(part.kinds * part.repeats):
             for name, spec in architecture.block(kind)[1].items():
                 yield i, name, spec
@@ -99,7 +147,7 @@ def _in_turn(architecture: Architecture, part: Part) -> Iterator[tuple[int, str,
 def _check_stacks(architecture: Architecture, plan: Plan, parts: tuple[Part, ...]) -> None:
     """Layers that stand in one stack have one format; refuse, before anything is read, a plan that gives them several."""
     for part in parts:
-        if part.form == "unrolled":
+        if not part.stacked:
             continue
         for j, kind in enumerate(part.kinds):
             for name, spec in architecture.block(kind)[1].items():
@@ -195,7 +243,9 @@ def abstract(architecture: Architecture, plan: Plan, mesh: Mesh) -> Any:
             memory = home(part.home).MEMORY
             return {n: leaf(f"layers.{part.start + i}.{n}", s, memory, stack) for n, s in specs.items()}
 
-        if part.form == "unrolled":
+        if home(part.home).TIER == "disk":
+            weights = ()
+        elif not part.stacked:
             weights = tuple(layer(i) for i in range(part.num_layers))
         elif part.form == "scan":
             weights = tuple(layer(j, part.repeats) for j in range(len(part.kinds)))
@@ -217,6 +267,8 @@ def stored(architecture: Architecture, plan: Plan, params: Mapping[str, Any]) ->
 
 def _fetch(bank: Bank, i: int, name: str) -> Any:
     """One parameter of the bank's layer i, out of whatever it stands in."""
+    if bank.source is not None:
+        return bank.source.read(i, name)
     turn, j = divmod(i, len(bank.kinds))
     place, at = place_in(bank.form, bank.repeats, j, turn)
     held = bank.weights[j if bank.stacked else i]

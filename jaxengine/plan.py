@@ -6,25 +6,28 @@ checkpoint and result. `choose` makes one for a config and a memory budget, by a
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import fnmatch
 import functools
 import json
 import math
 import re
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxengine import technique
-from jaxengine.architecture import Architecture, Segment, Spec, segments
+from jaxengine.architecture import Architecture, Spec, segments
 from jaxengine.cache.base import Caching, empty
 from jaxengine.engine import bucket
 from jaxengine.homes.base import Part, home
 from sharding.rules import RULES, Rules
 
 WEIGHTS = "jaxengine.weights"
+RING = 3  # buffers that layers are read into from disk: one is used, one is copied, one is being filled
 CHUNK = 512  # tokens in which long prompts are read where one piece does not fit
 DTYPES = ("float32", "bfloat16", "float16")
 # A wide matrix that decides every token's logits and is read by row at the other end: full precision unless asked for.
@@ -38,8 +41,9 @@ class Plan:
     dtype: of activations and unquantised weights ('' is the checkpoint's own, which `load` fills in). weights: the
     format of matrices inside layers; weight_rules: (name pattern, format) pairs that go before it, first match wins,
     e.g. (("lm_head", "int8"), ("layers.*.down", "dense")).
-    home: where layers live; form: 'unrolled', 'scan' or 'ahead' ('' is the home's own); resident: under the home 'split',
-    the number of layers, from the first on, that stand on the device. kv_layout, kv_codec, kv_store: the cache.
+    home: where layers live; form: 'unrolled', 'scan', 'ahead' or 'python' ('' is the home's own); resident: under the homes
+    'split' and 'disk', the number of layers, from the first on, that stand on the device; kept: under the home 'disk', the
+    number of layers after those that stand in host memory. kv_layout, kv_codec, kv_store: the cache.
     sharding: a named table of rules; rules: (logical axis, mesh axis or None) pairs that go before it.
     mesh: e.g. 'data=2,tensor=4' ('' is one device). chunk: tokens of a prompt that each layer reads at a time, a power of
     two (0 is all of them): what is held while reading then grows with chunk x context, not with context x context.
@@ -51,6 +55,7 @@ class Plan:
     home: str = "device"
     form: str = ""
     resident: int = 0
+    kept: int = 0
     kv_layout: str = "window"
     kv_codec: str = "raw"
     kv_store: str = "device"
@@ -67,10 +72,16 @@ class Plan:
         forms = home(self.home).FORMS
         if self.form and self.form not in forms:
             raise ValueError(f"Plan: home {self.home!r} takes the form {' or '.join(forms)}, not {self.form!r}")
-        if (self.resident > 0) != home(self.home).PARTIAL:
+        least = home(self.home).RESIDENT
+        if self.resident < (least or 0) or (least is None and self.resident):
             raise ValueError(
                 f"Plan: home is {self.home!r} and resident is {self.resident}; home='split' takes at least 1 resident layer,"
-                f" and no other home takes any"
+                f" home='disk' any number, and no other home takes any"
+            )
+        if self.kept < 0 or (self.kept and home(self.home).KEPT is None):
+            raise ValueError(
+                f"Plan: home is {self.home!r} and kept is {self.kept}; layers are kept in host memory under home='disk', and"
+                f" under home='host' all are"
             )
         if self.sharding not in RULES:
             raise ValueError(f"Plan: sharding is {self.sharding!r}; the tables are {', '.join(RULES)}")
@@ -98,28 +109,30 @@ class Plan:
     def parts(self, architecture: Architecture) -> tuple[Part, ...]:
         """The banks that the layers make, in order: runs of like layers of one home.
 
-        Raises ValueError where more layers are to be resident than there are others beside them.
+        Raises ValueError where more layers are to be resident or kept than there are others beside them.
         """
-        kinds, r = architecture.kinds, self.resident
-        if r and r >= len(kinds):
+        kinds, r, k = architecture.kinds, self.resident, self.kept
+        if r + k and r + k >= len(kinds):
+            said = f"{r} of {len(kinds)} layers are resident" + (f" and {k} kept in host memory" if k else "")
             raise ValueError(
-                f"Plan: {r} of {len(kinds)} layers are resident, which leaves none to stream: say home='device', or at most"
-                f" resident={len(kinds) - 1}"
+                f"Plan: {said}, which leaves none to stream: say home={'host' if k else 'device'!r}, or at most"
+                f" {f'kept={len(kinds) - 1 - r}' if k and r < len(kinds) - 1 else f'resident={len(kinds) - 1}'}"
             )
-        rest = home(self.home).REST
 
-        def part(segment: Segment, offset: int, name: str, form: str) -> Part:
-            # a loop of one turn XLA takes apart, and then it cannot place its slices of host memory; 'ahead' loops over
-            # one turn less than there are
-            if segment.repeats == 1:
-                form = "unrolled"
-            elif segment.repeats == 2 and form == "ahead":
-                form = "scan"
-            return Part(segment.kinds, segment.repeats, offset + segment.start, name, form)
+        def parts(first: int, last: int, name: str, form: str) -> Iterator[Part]:
+            for s in segments(kinds[first:last]):
+                # a loop of one turn XLA takes apart, and then it cannot place its slices of host memory; 'ahead' loops
+                # over one turn less than there are
+                alone = s.repeats == 1 and form != "python"
+                taken = "unrolled" if alone else "scan" if s.repeats == 2 and form == "ahead" else form
+                yield Part(s.kinds, s.repeats, first + s.start, name, taken)
 
-        resident = [part(s, 0, "device", home("device").FORM) for s in segments(kinds[:r])]
-        streamed = [part(s, r, rest, self.resolved_form) for s in segments(kinds[r:])]
-        return (*resident, *streamed)
+        rest, kept = home(self.home).REST, home(self.home).KEPT
+        return (
+            *parts(0, r, "device", home("device").FORM),
+            *(parts(r, r + k, kept, home(kept).FORM) if k else ()),
+            *parts(r + k, len(kinds), rest, self.resolved_form),
+        )
 
     def sharding_rules(self) -> Rules:
         """The named table with this plan's own rules before it."""
@@ -153,7 +166,7 @@ class Plan:
             rows = name in ("weight_rules", "rules")
             if rows and not (isinstance(given, list) and all(isinstance(r, list) for r in given)):
                 raise ValueError(f"Plan: {name} is {given!r}; it is a list of lists, e.g. [['lm_head', 'int8']]")
-            number = name in ("resident", "chunk")
+            number = name in ("resident", "kept", "chunk")
             if number and (not isinstance(given, int) or isinstance(given, bool) or given < 0):
                 raise ValueError(f"Plan: {name} is {given!r}; it is a whole number")
             if not rows and not number and not isinstance(given, str):
@@ -186,26 +199,38 @@ def parameter_bytes(plan: Plan, name: str, spec: Spec) -> int:
 
 def layer_bytes(architecture: Architecture, plan: Plan) -> list[int]:
     """Bytes of each layer's stored parameters."""
-    return [
-        sum(parameter_bytes(plan, f"layers.{i}.{n}", s) for n, s in architecture.block(kind)[1].items())
-        for i, kind in enumerate(architecture.kinds)
-    ]
+    return list(_stored_bytes(architecture, _formats_alone(plan))[1])
 
 
 def weight_bytes(architecture: Architecture, plan: Plan) -> dict[str, int]:
     """Bytes of the stored parameters, by part: 'outer' (before and after the layers), 'layers', 'largest_layer'."""
-    outer = sum(parameter_bytes(plan, n, s) for n, s in architecture.outer()[1].items())
-    each = layer_bytes(architecture, plan)
+    outer, each = _stored_bytes(architecture, _formats_alone(plan))
     return {"outer": outer, "layers": sum(each), "largest_layer": max(each, default=0)}
+
+
+def _formats_alone(plan: Plan) -> Plan:
+    """What of a plan decides the bytes that are stored."""
+    return Plan(dtype=plan.dtype, weights=plan.weights, weight_rules=plan.weight_rules)
+
+
+@functools.cache  # a search for what fits asks for hundreds of plans of the same formats
+def _stored_bytes(architecture: Architecture, plan: Plan) -> tuple[int, tuple[int, ...]]:
+    """Of what stands outside the layers, and of each layer."""
+    outer = sum(parameter_bytes(plan, n, s) for n, s in architecture.outer()[1].items())
+    each = (
+        sum(parameter_bytes(plan, f"layers.{i}.{n}", s) for n, s in architecture.block(kind)[1].items())
+        for i, kind in enumerate(architecture.kinds)
+    )
+    return outer, tuple(each)
 
 
 def cache_bytes(architecture: Architecture, plan: Plan, *, batch: int, length: int) -> int:
     """Bytes of a KV cache for `batch` sequences of up to `length` tokens."""
     total = 0
-    for kind in architecture.kinds:
+    for kind, layers in collections.Counter(architecture.kinds).items():
         attention = architecture.attention(kind)
         made = jax.eval_shape(lambda a=attention: empty(plan.caching, a, batch, length, jnp.dtype(plan.dtype)))
-        total += sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(made))
+        total += layers * sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(made))
     return total
 
 
@@ -221,17 +246,24 @@ def device_bytes(architecture: Architecture, plan: Plan, *, batch: int, length: 
 
 def resident_bytes(architecture: Architecture, plan: Plan) -> int:
     """Bytes of the layers that stand on the device."""
-    each, parts = layer_bytes(architecture, plan), plan.parts(architecture)
-    return sum(sum(each[p.start : p.start + p.num_layers]) for p in parts if home(p.home).MEMORY is None)
+    return tier_bytes(architecture, plan)["device"]
+
+
+def tier_bytes(architecture: Architecture, plan: Plan) -> dict[str, int]:
+    """Bytes of the layers by where they stand between passes: on the device, in host memory, on disk."""
+    each, found = layer_bytes(architecture, plan), {"device": 0, "host": 0, "disk": 0}
+    for part in plan.parts(architecture):
+        found[home(part.home).TIER] += sum(each[part.start : part.start + part.num_layers])
+    return found
 
 
 def streamed_bytes(architecture: Architecture, plan: Plan) -> int:
     """Bytes of streamed layers that stand on the device at a time: see `device_bytes`."""
     each, most = layer_bytes(architecture, plan), 0
     for part in plan.parts(architecture):
-        if home(part.home).MEMORY is not None:
+        if home(part.home).TIER != "device":
             sizes = each[part.start : part.start + part.num_layers]
-            at_once = 2 if part.form == "ahead" or (part.form == "scan" and len(part.kinds) > 1) else 1
+            at_once = 2 if part.form in ("ahead", "python") or (part.form == "scan" and len(part.kinds) > 1) else 1
             most = max(most, min(at_once * max(sizes), sum(sizes)))
     return most
 
@@ -281,42 +313,130 @@ def parse_bytes(memory: str | int) -> int:
 
 def show_bytes(n: int) -> str:
     """12.3 GB, in powers of ten as a card's memory is sold."""
-    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+    for unit, size in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
         if n >= size:
             return f"{n / size:.3g} {unit}"
     return f"{n} B"
 
 
-def choose(architecture: Architecture, plan: Plan, memory: str | int, *, batch: int = 1, length: int = 2048) -> Plan:
-    """The plan with the home that fits `memory`: the device if all of it fits, else as many layers of it as do, else none;
-    each with prompts read in one piece, or in chunks if only that fits.
+@dataclasses.dataclass(frozen=True)
+class Need:
+    """Bytes by what they are for. Device: embeddings and head, resident layers, streamed layers while they are there, KV
+    cache, activations (of reading a prompt). Host: streamed layers, pinned, and the buffers that a disk is read into.
+    Disk: the layers that are read from it."""
+
+    outer: int
+    resident: int
+    streaming: int
+    cache: int
+    activations: int
+    host: int
+    disk: int
+
+    @property
+    def device(self) -> int:
+        return self.outer + self.resident + self.streaming + self.cache + self.activations
+
+
+def need(architecture: Architecture, plan: Plan, *, batch: int, context: int) -> Need:
+    """What a plan needs to generate: `batch` rows of up to `context` tokens, their prompts as long as that."""
+    tiers = tier_bytes(architecture, plan)
+    ring = RING * max(layer_bytes(architecture, plan)) if tiers["disk"] else 0
+    return Need(
+        outer=weight_bytes(architecture, plan)["outer"],
+        resident=tiers["device"],
+        streaming=streamed_bytes(architecture, plan),
+        cache=cache_bytes(architecture, plan, batch=batch, length=context),
+        activations=activation_bytes(architecture, plan, batch=batch, tokens=context, length=context),
+        host=tiers["host"] + ring,
+        disk=tiers["disk"],
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """A plan, what it needs, and why that is too much ('': it fits)."""
+
+    plan: Plan
+    need: Need
+    refused: str
+
+
+def variants(
+    architecture: Architecture, plan: Plan, *, memory: int, ram: int | None, batch: int, context: int
+) -> list[Variant]:
+    """A plan with its layers in other homes, from the nearest to the farthest: all on the device, as many as fit, all
+    streamed from host memory and, under a limit on that, from disk what does not fit there; each with prompts read in one
+    piece and in chunks.
+
+    Where layers are divided, it stands for the most resident layers that fit, or the fewest if none do, and then for the
+    most that `ram` keeps.
+    """
+
+    def of(**given: Any) -> Variant:
+        made = dataclasses.replace(plan, **({"form": "", "resident": 0, "kept": 0} | given))
+        n = need(architecture, made, batch=batch, context=context)
+        refused = ""
+        if n.device > memory:
+            refused = f"{show_bytes(n.device - memory)} over on the device"
+        elif ram is not None and n.host > ram:
+            refused = f"{show_bytes(n.host - ram)} over in host memory"
+        return Variant(made, n, refused)
+
+    def most(fits: Callable[[int], bool], low: int, high: int) -> int:
+        """The largest number that fits, of those where larger ones never need less; `low` if none does."""
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if fits(middle) else (low, middle - 1)
+        return low
+
+    L, chunks = architecture.num_layers, [plan.chunk] if plan.chunk or context <= CHUNK else [0, CHUNK]
+    on_device = [of(home="device", chunk=c) for c in chunks]
+    split, disk = [], []
+    for c in chunks if L > 1 else []:
+        r = most(lambda r, c=c: of(home="split", resident=r, chunk=c).need.device <= memory, 1, L - 1)
+        split.append(of(home="split", resident=r, chunk=c))
+    for c in [] if ram is None else chunks:
+        r = most(lambda r, c=c: of(home="disk", resident=r, chunk=c).need.device <= memory, 0, L - 1)
+        k = most(lambda k, c=c, r=r: of(home="disk", resident=r, kept=k, chunk=c).need.host <= (ram or 0), 0, L - 1 - r)
+        disk.append(of(home="disk", resident=r, kept=k, chunk=c))
+    for divided in (split, disk):
+        divided.sort(key=lambda v: -v.plan.resident)
+    return [*on_device, *split, *(of(home="host", chunk=c) for c in chunks), *disk]
+
+
+def choose(
+    architecture: Architecture,
+    plan: Plan,
+    memory: str | int,
+    *,
+    batch: int = 1,
+    length: int = 2048,
+    ram: int | None = None,
+) -> Plan:
+    """The nearest of a plan's `variants` that fits `memory` bytes of the device and `ram` bytes of the host (None: any).
 
     Counts parameters, streamed layers, the cache (`device_bytes`) and what reading a prompt of `length` tokens holds.
     Raises ValueError, before anything is allocated, if nothing fits, with the bytes that are short and what would help.
     """
     budget, length = parse_bytes(memory), bucket(length, least=64)  # as a call pads it
-
-    def needs(candidate: Plan) -> int:
-        working = activation_bytes(architecture, candidate, batch=batch, tokens=length, length=length)
-        return device_bytes(architecture, candidate, batch=batch, length=length) + working
-
-    plan = dataclasses.replace(plan, home="device", form="", resident=0)
-    chunks = [plan.chunk] if plan.chunk or length <= CHUNK else [0, CHUNK]
-    counts = range(architecture.num_layers - 1, 0, -1)
-    homes = [plan, *(dataclasses.replace(plan, home="split", resident=r) for r in counts)]
-    for candidate in (*homes, dataclasses.replace(plan, home="host")):
-        for chunk in chunks:
-            candidate = dataclasses.replace(candidate, chunk=chunk)
-            if needs(candidate) <= budget:
-                return candidate
-    host = dataclasses.replace(plan, home="host", chunk=chunks[-1])
-    least, working = needs(host), activation_bytes(architecture, host, batch=batch, tokens=length, length=length)
-    cache = cache_bytes(architecture, plan, batch=batch, length=length)
-    w = weight_bytes(architecture, plan)
+    found = variants(architecture, plan, memory=budget, ram=ram, batch=batch, context=length)
+    for variant in found:
+        if not variant.refused:
+            return variant.plan
+    least = min(found, key=lambda v: v.need.device)
+    n = least.need
+    if n.device <= budget and ram is not None:
+        ring = min(v.need.host for v in found)
+        raise ValueError(
+            f"Layers that do not fit {show_bytes(budget)} of device memory are streamed, and even from disk that takes"
+            f" {show_bytes(ring)} of host memory, where there are {show_bytes(ram)}: more memory of either kind, or"
+            f" weights='int8'"
+        )
     raise ValueError(
-        f"memory={memory!r} is {show_bytes(budget)}; the smallest plan, home 'host', needs {show_bytes(least)}:"
-        f" {show_bytes(w['outer'])} of embeddings and head, {show_bytes(least - w['outer'] - cache - working)} for layers as"
-        f" they are streamed, {show_bytes(cache)} of KV cache for {batch} x {length} tokens and {show_bytes(working)} to read"
-        f" so many at once. {show_bytes(least - budget)} short. Nearest: weights='int8', kv='int8', a smaller context or"
-        f" batch, or memory={show_bytes(least).replace(' ', '')!r}"
+        f"memory={memory!r} is {show_bytes(budget)}; the smallest plan, home {least.plan.home!r}, needs"
+        f" {show_bytes(n.device)}: {show_bytes(n.outer)} of embeddings and head, {show_bytes(n.resident + n.streaming)} for"
+        f" layers as they are streamed, {show_bytes(n.cache)} of KV cache for {batch} x {length} tokens and"
+        f" {show_bytes(n.activations)} to read so many at once. {show_bytes(n.device - budget)} short. Nearest:"
+        f" weights='int8', kv='int8', a smaller context or batch, or memory={show_bytes(n.device).replace(' ', '')!r}"
     )

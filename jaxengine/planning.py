@@ -12,40 +12,14 @@ import dataclasses
 import math
 from typing import Any
 
+from jaxengine import machine
 from jaxengine.architecture import Architecture
 from jaxengine.engine import bucket
-from jaxengine.plan import (
-    CHUNK,
-    Plan,
-    activation_bytes,
-    cache_bytes,
-    parameter_bytes,
-    resident_bytes,
-    show_bytes,
-    streamed_bytes,
-    weight_bytes,
-)
+from jaxengine.plan import Need, Plan, Variant, parameter_bytes, show_bytes, tier_bytes, variants
 from pallas_kernels.cards import Card
 
-POOL = 64 * 10**9  # XLA's pool of pinned memory stops here unless it is told otherwise
+DISK_RATE = 3e9  # bytes/s: a PCIe 3 x4 NVMe drive reading in sequence, where nothing is said
 TASKS = ("generate",)
-
-
-@dataclasses.dataclass(frozen=True)
-class Need:
-    """Bytes by what they are for. Device: embeddings and head, resident layers, streamed layers while they are there, KV
-    cache, activations (of reading a prompt). Host: streamed layers, pinned."""
-
-    outer: int
-    resident: int
-    streaming: int
-    cache: int
-    activations: int
-    host: int
-
-    @property
-    def device(self) -> int:
-        return self.outer + self.resident + self.streaming + self.cache + self.activations
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,46 +50,31 @@ class Candidate:
     def label(self) -> str:
         """'split, 12 resident, ahead, chunk 512, int8'."""
         p = self.plan
-        said = [p.home, f"{p.resident} resident" if p.resident else "", p.resolved_form if p.home != "device" else ""]
+        said = [p.home, f"{p.resident} resident" if p.resident else "", p.form]
+        said += [f"{p.kept} kept" if p.kept else ""]
         said += [f"chunk {p.chunk}" if p.chunk else "", p.weights if p.weights != "dense" else ""]
         said += [f"kv {p.kv_codec}" if p.kv_codec != "raw" else ""]
         return ", ".join(s for s in said if s)
 
 
-def need(architecture: Architecture, plan: Plan, *, batch: int, context: int) -> Need:
-    """What a plan needs to generate: `batch` rows of up to `context` tokens, their prompts as long as that."""
-    w, resident = weight_bytes(architecture, plan), resident_bytes(architecture, plan)
-    return Need(
-        outer=w["outer"],
-        resident=resident,
-        streaming=streamed_bytes(architecture, plan),
-        cache=cache_bytes(architecture, plan, batch=batch, length=context),
-        activations=activation_bytes(architecture, plan, batch=batch, tokens=context, length=context),
-        host=w["layers"] - resident,
-    )
-
-
 def judge(
-    architecture: Architecture, plan: Plan, card: Card, *, memory: int, ram: int | None, batch: int, context: int
+    architecture: Architecture, variant: Variant, card: Card, *, batch: int, disk_rate: float = DISK_RATE
 ) -> Candidate:
     """One plan on one card: its bytes, whether they fit, its limits."""
-    n = need(architecture, plan, batch=batch, context=context)
-    refused = ""
-    if n.device > memory:
-        refused = f"{show_bytes(n.device)} on the device, {show_bytes(n.device - memory)} over"
-    elif ram is not None and n.host > ram:
-        refused = f"{show_bytes(n.host)} of pinned host memory, {show_bytes(n.host - ram)} over"
-    weights = n.resident + n.host + _head_bytes(architecture, plan)
+    plan, n = variant.plan, variant.need
+    tiers = tier_bytes(architecture, plan)
     # every stored weight is used once a row; two operations for each, whatever its format
-    layers = sum(math.prod(s.shape) for n, s in architecture.specs().items() if n.startswith("layers.") and s.out)
+    layers = sum(math.prod(s.shape) for name, s in architecture.specs().items() if name.startswith("layers.") and s.out)
     elements = layers + math.prod(architecture.specs()["embedding"].shape)
     seconds = [
-        ("device memory", (weights - n.host + n.cache) / card.bandwidth),
+        ("device memory", (sum(tiers.values()) + _head_bytes(architecture, plan) + n.cache) / card.bandwidth),
         ("matmuls", 2 * elements * batch / card.tensor),
     ]
-    if n.host:
-        seconds.append(("host link", n.host / card.link))
-    return Candidate(plan, n, refused, tuple(seconds), batch)
+    if streamed := tiers["host"] + tiers["disk"]:
+        seconds.append(("host link", streamed / card.link))
+    if tiers["disk"]:
+        seconds.append(("disk", tiers["disk"] / disk_rate))
+    return Candidate(plan, n, variant.refused, tuple(seconds), batch)
 
 
 def _head_bytes(architecture: Architecture, plan: Plan) -> int:
@@ -126,40 +85,31 @@ def _head_bytes(architecture: Architecture, plan: Plan) -> int:
 
 
 def candidates(
-    architecture: Architecture, plan: Plan, card: Card, *, memory: int, ram: int | None, batch: int, context: int
+    architecture: Architecture,
+    plan: Plan,
+    card: Card,
+    *,
+    memory: int,
+    ram: int | None,
+    batch: int,
+    context: int,
+    disk_rate: float = DISK_RATE,
 ) -> list[Candidate]:
-    """From the nearest to the farthest: all on the device, as many layers as fit, all streamed; each in one piece and in
-    chunks. A split home stands for the most resident layers that fit, or one if none do."""
-
-    def of(**given: Any) -> Candidate:
-        made = dataclasses.replace(plan, **given)
-        return judge(architecture, made, card, memory=memory, ram=ram, batch=batch, context=context)
-
-    found = []
-    chunks = [0, CHUNK] if plan.chunk == 0 and context > CHUNK else [plan.chunk]
-    for chunk in chunks:
-        found.append(of(home="device", form="", resident=0, chunk=chunk))
-    splits = []
-    for chunk in chunks:
-        split = None
-        low, high = 1, architecture.num_layers - 1
-        while low <= high:  # more resident layers never need less
-            middle = (low + high) // 2
-            tried = of(home="split", form="", resident=middle, chunk=chunk)
-            if tried.need.device <= memory:
-                split, low = tried, middle + 1
-            else:
-                split, high = split if split and split.need.device <= memory else tried, middle - 1
-        if split is not None:
-            splits.append(split)
-    found += sorted(splits, key=lambda c: -c.plan.resident)
-    for chunk in chunks:
-        found.append(of(home="host", form="", resident=0, chunk=chunk))
-    return found
+    """The plan's variants on a card, from the nearest to the farthest."""
+    found = variants(architecture, plan, memory=memory, ram=ram, batch=batch, context=context)
+    return [judge(architecture, v, card, batch=batch, disk_rate=disk_rate) for v in found]
 
 
 def changes(
-    architecture: Architecture, plan: Plan, card: Card, *, memory: int, ram: int | None, batch: int, context: int
+    architecture: Architecture,
+    plan: Plan,
+    card: Card,
+    *,
+    memory: int,
+    ram: int | None,
+    batch: int,
+    context: int,
+    disk_rate: float = DISK_RATE,
 ) -> list[tuple[str, Candidate]]:
     """What would make it fit, where nothing does: each change alone, then two together, the first three that fit."""
     single: list[tuple[str, dict[str, Any], dict[str, int]]] = []
@@ -183,7 +133,8 @@ def changes(
         if len(found) == 3:
             break
         asked = {"memory": memory, "ram": ram, "batch": batch, "context": context} | sizes
-        fit = [c for c in candidates(architecture, dataclasses.replace(plan, **given), card, **asked) if c.fits]
+        tried = candidates(architecture, dataclasses.replace(plan, **given), card, disk_rate=disk_rate, **asked)
+        fit = [c for c in tried if c.fits]
         if fit:
             found.append((said, fit[0]))
     return found
@@ -192,10 +143,11 @@ def changes(
 def traps(candidate: Candidate, card: Card) -> list[str]:
     """What to know before running it on this card."""
     said = []
-    if candidate.need.host > POOL:
+    if candidate.need.host > machine.pool_limit_bytes({}):
         said.append(
-            f"{show_bytes(candidate.need.host)} of pinned host memory: XLA's pool stops at 64 GB unless"
-            f" XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB={-(-candidate.need.host * 5 // 4 // 10**9)} is set before jax starts"
+            f"{show_bytes(candidate.need.host)} of pinned host memory: XLA's pool stops at 64 GiB unless"
+            f" {machine.POOL}={-(-candidate.need.host * 5 // 4 // 2**30)} (GiB) is set before jax starts; the"
+            f" `jaxengine` command sets it where it is not, for the memory that the machine has"
         )
     if candidate.need.host and card.capability not in ((9, 0), (10, 0)):
         said.append(
@@ -230,6 +182,12 @@ class Outcome:
         """Bytes of device memory that the smallest candidate lacks; 0 where something fits."""
         return 0 if self.chosen else max(0, min(c.need.device for c in self.candidates) - self.memory)
 
+    @property
+    def short_of_ram(self) -> int:
+        """Bytes of host memory that are lacking where the device would do; 0 where something fits."""
+        would = [c.need.host for c in self.candidates if c.need.device <= self.memory]
+        return 0 if self.chosen or self.ram is None or not would else min(would) - self.ram
+
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it: bytes and seconds."""
 
@@ -245,6 +203,7 @@ class Outcome:
             "card": self.card.name, "card_notes": self.card.notes, "memory": self.memory, "ram": self.ram,
             "batch": self.batch, "context": self.context, "chosen": None if chosen is None else one(chosen),
             "candidates": [one(c) for c in self.candidates], "short": self.short,
+            "short_of_ram": self.short_of_ram,
             "changes": [{"change": said, **one(c)} for said, c in self.changes],
             "traps": [] if chosen is None else traps(chosen, self.card),
         }  # fmt: skip
@@ -260,12 +219,14 @@ def plan_for(
     batch: int = 1,
     context: int | None = None,
     task: str = "generate",
+    disk_rate: float = DISK_RATE,
 ) -> Outcome:
     """The nearest plan that fits, every one that was looked at, and what would fit where none does.
 
     plan: the choices that stand (dtype, weights, cache; a chunk if it has one); home, form and resident layers are chosen.
-    memory: bytes of the card to use (all that a process can have, if not given); ram: bytes of host memory for layers;
-    context: tokens of a row (2048, or what the model can at most), padded as a call pads them.
+    memory: bytes of the card to use (all that a process can have, if not given); ram: bytes of host memory for layers, the
+    rest being read from a disk that gives disk_rate bytes a second (no limit, and no disk, if not given); context: tokens
+    of a row (2048, or what the model can at most), padded as a call pads them.
     Raises ValueError for a task that is not done, or a budget larger than the card.
     """
     if task not in TASKS:
@@ -289,8 +250,7 @@ def plan_for(
         "memory": card.usable if memory is None else memory, "ram": ram, "batch": batch,
         "context": bucket(context, least=64),  # as a call pads it
     }  # fmt: skip
-    found = tuple(candidates(architecture, plan, card, **asked))
+    found = tuple(candidates(architecture, plan, card, disk_rate=disk_rate, **asked))
     fits = any(c.fits for c in found)
-    return Outcome(
-        card, **asked, candidates=found, changes=() if fits else tuple(changes(architecture, plan, card, **asked))
-    )
+    others = () if fits else tuple(changes(architecture, plan, card, disk_rate=disk_rate, **asked))
+    return Outcome(card, **asked, candidates=found, changes=others)

@@ -2,23 +2,25 @@
 
 Nothing is allocated and no card is needed, only XLA's GPU compiler (pallas_kernels/aot.py). What is compiled is what
 `Model.generate` runs, on abstract parameters; the checker (pallas_kernels/audit.py) then reads the program for copies that
-are none, slices at wrong places and bytes over the plan.
+are none, slices at wrong places and bytes over the plan. Where layers are programs of their own (form 'python'), each
+piece is compiled, and what stands on the device beside it is added to its bytes.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 
-from jaxengine import engine, placement, sampling
+from jaxengine import engine, outside, packing, placement, sampling
 from jaxengine.architecture import Architecture
 from jaxengine.engine import Engine
 from jaxengine.homes.base import home
-from jaxengine.plan import Plan
+from jaxengine.plan import Plan, cache_bytes, layer_bytes, resident_bytes, weight_bytes
 from pallas_kernels import aot
 from pallas_kernels.audit import Report, audit
 from pallas_kernels.cards import Card
@@ -26,7 +28,8 @@ from pallas_kernels.cards import Card
 
 @dataclasses.dataclass(frozen=True)
 class Proof:
-    """What XLA says of one compiled program. device, host: bytes in all; temporaries: the device's, as one block."""
+    """What XLA says of one compiled program. device, host: bytes in all, of the device with what stands beside the
+    program; temporaries: the device's, as one block."""
 
     program: str
     device: int
@@ -36,11 +39,31 @@ class Proof:
     report: Report
 
 
-def programs(
-    architecture: Architecture, plan: Plan, mesh: Any, *, batch: int, length: int
-) -> dict[str, tuple[engine.Program, tuple[Any, ...], tuple[Any, ...]]]:
-    """Each program that generating runs, with its static arguments and its abstract ones, as `Model.generate` calls it
-    for `batch` greedy rows whose prompts fill a cache of `length` tokens."""
+@dataclasses.dataclass(frozen=True)
+class Called:
+    """A program with its static arguments and its abstract ones.
+
+    standing: of a piece, the bytes on the device that stand there whichever piece runs, and `brought` the rest of its
+    arguments; None: the program's arguments are all there is.
+    """
+
+    program: engine.Program
+    static: tuple[Any, ...]
+    abstract: tuple[Any, ...]
+    standing: int | None = None
+    brought: int = 0
+
+    def device_bytes(self, compiled: Any) -> int:
+        """Bytes on the device while the program runs. (XLA's sum of a piece's arguments lacks those it does not use.)"""
+        if self.standing is None:
+            return aot.device_bytes(compiled)
+        m = compiled.memory_analysis()
+        return self.standing + self.brought + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes
+
+
+def programs(architecture: Architecture, plan: Plan, mesh: Any, *, batch: int, length: int) -> dict[str, Called]:
+    """Each program that generating runs, as `Model.generate` calls it for `batch` greedy rows whose prompts fill a cache of
+    `length` tokens."""
     how = Engine(architecture, plan.caching, plan.dtype, plan.sharding_rules(), mesh, plan.chunk)
     params = placement.abstract(architecture, plan, mesh)
     rows = [sampling.Sampling()] * batch
@@ -51,12 +74,69 @@ def programs(
     def ints(*shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, jnp.int32)
 
-    prompts = (params, ints(batch, length), ints(batch), values, keys, ints(8))
-    state, _ = jax.eval_shape(lambda *a: engine.prefill.function(how, steps, length, 1, 0, *a), *prompts)
-    return {
-        "prefill": (engine.prefill, (how, steps, length, 1, 0), prompts),
-        "decode": (engine.decode, (how, steps, 0), (params, state, values, ints(8), ints())),
-    }
+    prompts = (ints(batch, length), ints(batch), values, keys, ints(8))
+    outer, tokens, lengths = outside.described(params), *prompts[:2]
+    fresh = jax.eval_shape(lambda *a: engine.fresh(how, *a), tokens, lengths)
+    cache = jax.eval_shape(lambda outer: engine.empty_cache(how, outer, batch, length), outer)
+    x = jax.eval_shape(lambda *a: engine.embed(how, *a), outer, tokens, fresh)
+    state, _ = jax.eval_shape(lambda *a: engine.first_tokens(how, steps, 1, 0, *a), outer, x, cache, *prompts)
+    if not any(bank.outside for bank in params["banks"]):
+        return {
+            "prefill": Called(engine.prefill, (how, steps, length, 1, 0), (params, *prompts)),
+            "decode": Called(engine.decode, (how, steps, 0), (params, state, values, ints(8), ints())),
+        }
+
+    chunk = architecture.chunk(plan.chunk, length)
+    first = next(i for i, bank in enumerate(params["banks"]) if bank.outside)
+    cache_size = cache_bytes(architecture, plan, batch=batch, length=length)
+    standing = weight_bytes(architecture, plan)["outer"] + resident_bytes(architecture, plan) + cache_size
+    each = layer_bytes(architecture, plan)
+    streamed = max(
+        max(each[p.start : p.start + p.num_layers])
+        for p in plan.parts(architecture)
+        if home(p.home).TIER == "disk" or p.form == "python"
+    )
+    last = dataclasses.replace(state, cache=())
+    following = jax.eval_shape(lambda now: engine.following(how, now), last)
+    found: dict[str, Called] = {}
+
+    def add(
+        name: str,
+        program: engine.Program,
+        static: tuple[Any, ...],
+        abstract: tuple[Any, ...],
+        new: Any,
+        layers: int = 1,
+    ) -> None:
+        """new: those of the arguments that do not stand; layers: the streamed ones that are there meanwhile."""
+        found[name] = Called(program, static, abstract, standing + layers * streamed, _size(new))
+
+    for phase, ids, attend, piece in (("prefill", tokens, fresh, chunk), ("decode", ints(batch, 1), following, 0)):
+        states = state.cache[:first]
+        add(f"{phase}, before", outside.enter, (how, piece), (outer, ids, attend, states), (ids, attend))
+        x = jax.eval_shape(lambda *a: engine.embed(how, *a), outer, ids, attend)
+        kinds: dict[Any, None] = {}
+        for bank, kv in zip(params["banks"][first:], state.cache[first:], strict=True):
+            for i, kind in enumerate(bank.kinds * bank.repeats):
+                if kind in kinds:
+                    continue
+                kinds[kind] = None
+                weights = packing.abstract_layer(architecture, plan, architecture.kinds.index(kind))
+                add(
+                    f"{phase}, a layer" + ("" if len(set(architecture.kinds)) == 1 else f" like {kind}"),
+                    outside.layer, (how, kind, piece), (weights, x, attend, kv[i]), (x, attend), 2,
+                )  # fmt: skip
+        if phase == "prefill":
+            after = (outer, x, state.cache, *prompts)
+            add("prefill, after", outside.first_tokens, (how, steps, 1, 0), after, (x, *prompts))
+        else:
+            after = (outer, x, state.cache, last, values, ints(8))
+            add("decode, after", outside.next_tokens, (how, steps, 0), after, (x, last, values))
+    return found
+
+
+def _size(tree: Any) -> int:
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def prove(
@@ -68,15 +148,13 @@ def prove(
     proofs = []
     with aot.target(card) as target:
         found = programs(architecture, plan, cast(Any, target.mesh), batch=batch, length=length)
-        for name, (program, static, abstract) in found.items():
+        for name, called in found.items():
             start = time.perf_counter()
-            compiled = target.compile(program.on("gpu"), *static, *target.place(abstract))
-            report = audit(compiled, device_limit=memory, in_place=home(plan.home).MEMORY is not None)
+            compiled = target.compile(called.program.on("gpu"), *called.static, *target.place(called.abstract))
+            device = called.device_bytes(compiled)
+            limit = None if memory is None else memory - (device - aot.device_bytes(compiled))
+            report = audit(compiled, device_limit=limit, in_place=home(plan.home).TIER != "device")
             temporaries = compiled.memory_analysis().temp_size_in_bytes
-            proofs.append(
-                Proof(
-                    name, aot.device_bytes(compiled), aot.host_bytes(compiled), temporaries, time.perf_counter() - start,
-                    report,
-                )
-            )  # fmt: skip
+            seconds = time.perf_counter() - start
+            proofs.append(Proof(name, device, aot.host_bytes(compiled), temporaries, seconds, report))
     return tuple(proofs)

@@ -7,11 +7,13 @@ technique, and the module's attributes are what the folder's contract (its `base
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib
 import pkgutil
 from types import ModuleType
 
 
+@functools.cache  # each call would list the folder, and every layer of every pass asks
 def names(package: str) -> tuple[str, ...]:
     """The techniques in a package such as 'jaxengine.weights', sorted."""
     found = pkgutil.iter_modules(importlib.import_module(package).__path__)

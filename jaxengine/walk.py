@@ -10,6 +10,8 @@ outputs they would stand twice.
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -32,15 +34,42 @@ def walk(body: Body, carry: Any, banks: Sequence[Bank], states: Sequence[Any]) -
     return carry, tuple(done)
 
 
+def drive(run: Body, carry: Any, banks: Sequence[Bank], states: Sequence[Any]) -> tuple[Any, tuple[Any, ...]]:
+    """`walk` from outside of a compiled program, over banks of the form 'python'; `run` is a program of one layer.
+
+    A layer's weights are brought while the one before it is computed. Programs are started without waiting for them, so
+    that without the wait here the copies would run ahead until all layers stood on the device.
+    """
+    coming = itertools.chain.from_iterable(home(bank.home).stream(bank) for bank in banks)
+    done, ahead, before = [], next(coming, None), carry
+    for bank, bank_states in zip(banks, states, strict=True):
+        new = []
+        for kind, state in zip(bank.kinds * bank.repeats, bank_states, strict=True):
+            weights, ahead = ahead, None
+            carry, state = run(kind, weights, carry, state)
+            del weights
+            new.append(state)
+            jax.block_until_ready(before)
+            before, ahead = carry, next(coming, None)
+        done.append(tuple(new))
+    return carry, tuple(done)
+
+
 def _unrolled(body: Body, carry: Any, bank: Bank, states: Any) -> tuple[Any, Any]:
-    fetch, streamed = home(bank.home).fetch, home(bank.home).MEMORY is not None
+    fetch, streamed = home(bank.home).fetch, home(bank.home).TIER != "device"
     new = []
     for kind, weights, state in zip(bank.kinds * bank.repeats, bank.weights, states, strict=True):
-        if streamed:  # or all copies start with the program
-            weights, carry = lax.optimization_barrier((weights, carry))
-        carry, state = body(kind, fetch(weights), carry, state)
+        layer = functools.partial(_fetched, body, fetch, kind)
+        if streamed:
+            weights, carry = lax.optimization_barrier((weights, carry))  # or all copies start with the program
+            layer = jax.checkpoint(layer)
+        carry, state = layer(weights, carry, state)
         new.append(state)
     return carry, tuple(new)
+
+
+def _fetched(body: Body, fetch: Any, kind: Hashable, weights: Any, carry: Any, state: Any) -> tuple[Any, Any]:
+    return body(kind, fetch(weights), carry, state)
 
 
 def _scanned(body: Body, carry: Any, bank: Bank, states: Any) -> tuple[Any, Any]:
@@ -58,6 +87,9 @@ def _scanned(body: Body, carry: Any, bank: Bank, states: Any) -> tuple[Any, Any]
             here = ahead
         return (i + 1, carry, tuple(new)), None
 
+    if home(bank.home).TIER != "device":
+        # backwards each layer is fetched again; kept, all of them would stand on the device. A scan is its own barrier
+        period = jax.checkpoint(period, prevent_cse=False)
     (_, carry, states), _ = lax.scan(period, (jnp.int32(0), carry, states), bank.weights, length=bank.repeats)
     return carry, states
 

@@ -19,6 +19,7 @@ import contextlib
 import dataclasses
 import importlib.util
 import os
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -63,11 +64,12 @@ class Target:
     concrete: Mesh
 
     def place(self, tree: Any) -> Any:
-        """ShapeDtypeStructs on `mesh`: those in device memory are moved to the compile-only devices."""
+        """ShapeDtypeStructs on `mesh`: those in device memory are moved to the compile-only devices, but for random keys,
+        which jax 0.11 takes apart on the mesh that they stand on."""
 
         def one(x: Any) -> jax.ShapeDtypeStruct:
             sharding = x.sharding or NamedSharding(self.mesh, jax.sharding.PartitionSpec())
-            if sharding.memory_kind not in (None, "device"):
+            if sharding.memory_kind not in (None, "device") or jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key):
                 return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
             return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(self.concrete, sharding.spec))
 
@@ -76,7 +78,10 @@ class Target:
     def compile(self, jitted: Any, *args: Any, **options: Any) -> Any:
         """Trace, lower for CUDA and compile, with the options that streaming needs."""
         lowered = jitted.trace(*args).lower(lowering_platforms=("cuda",))
-        return lowered.compile(compiler_options=OPTIONS | options)
+        with warnings.catch_warnings():
+            # what a persistent cache holds of such a program cannot be loaded without a card; it is compiled anew
+            warnings.filterwarnings("ignore", "Error reading persistent compilation cache entry", UserWarning)
+            return lowered.compile(compiler_options=OPTIONS | options)
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ from jaxengine.architecture import architecture
 from jaxengine.engine import Engine
 from jaxengine.plan import Plan, cache_bytes, weight_bytes
 from pallas_kernels import aot
+from pallas_kernels.audit import audit
 
 pytestmark = [pytest.mark.aot, pytest.mark.skipif(aot.missing() is not None, reason=str(aot.missing()))]
 
@@ -26,6 +27,7 @@ RAW = {
     "num_attention_heads": 16, "num_key_value_heads": 4, "max_position_embeddings": 4096,
 }  # fmt: skip
 BATCH, LENGTH = 4, 1024
+GENERATIONS = ["A100", "RTX 3090", "RTX 4090", "H200", "B200", "RTX 5090"]  # sm_80, 86, 89, 90, 100, 120
 CARDS = ["A100", "RTX 4090", "H200"]
 
 
@@ -60,7 +62,12 @@ def compiled_decode(card: str, plan: Plan, raw: dict = RAW) -> tuple[object, obj
         return target.compile(engine.decode.on("gpu"), how, steps, 0, *args), arch
 
 
-@pytest.mark.parametrize("card", CARDS)
+def test_generations_are_six() -> None:
+    found = [aot.CARDS[card].capability for card in GENERATIONS]
+    assert found == [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)]
+
+
+@pytest.mark.parametrize("card", GENERATIONS)
 def test_streamed_decode_holds_about_one_layer(card: str) -> None:
     plan = Plan(dtype="bfloat16", home="host")
     compiled, arch = compiled_decode(card, plan)
@@ -76,6 +83,38 @@ def test_streamed_decode_holds_about_one_layer(card: str) -> None:
     # a layer brought in, one layer's cache out of its stack and back, and small things
     assert memory.temp_size_in_bytes < 1.1 * size["largest_layer"] + 2 * cache / 6 + 64 * 2**20
     assert aot.device_bytes(compiled) < known + 2 * size["largest_layer"]
+    report = audit(compiled, in_place=True, streamed=size["layers"]).check()
+    assert {c.dma for c in report.copies} == {True}
+
+
+@pytest.mark.parametrize("card", ["RTX 3090", "H200"])
+@pytest.mark.parametrize("place", [{"home": "host"}, {"home": "split", "resident": 2}], ids=["host", "split"])
+@pytest.mark.parametrize("of", ["what stands before the layers", "the layers"])
+def test_a_gradient_brings_each_layer_again(card: str, place: dict, of: str) -> None:
+    """Forwards and backwards by DMA from the right places, about two layers on the device; kept from the forward pass they
+    would be all eight. Gradients of the layers go to host memory one by one."""
+    arch, plan = architecture(RAW | {"num_hidden_layers": 8}), Plan(dtype="bfloat16", **place)
+    with aot.target(aot.CARDS[card]) as target:
+        how = Engine(arch, plan.caching, plan.dtype, plan.sharding_rules(), target.mesh)  # pyright: ignore[reportArgumentType]
+        params = placement.abstract(arch, plan, target.mesh)  # pyright: ignore[reportArgumentType]
+
+        def loss(layers: object, scale: jax.Array, outer: dict, tokens: jax.Array, lengths: jax.Array) -> jax.Array:
+            outer = outer | {"embedding": outer["embedding"] * scale}
+            return engine.score.function(how, {"outer": outer, "banks": layers}, tokens, lengths).sum()
+
+        ints = [jax.ShapeDtypeStruct(s, jnp.int32) for s in ((1, 128), (1,))]
+        args = (params["banks"], jax.ShapeDtypeStruct((), jnp.bfloat16), params["outer"], *ints)
+        compiled = target.compile(jax.jit(jax.grad(loss, int(of != "the layers"))), *target.place(args))
+    memory, size = compiled.memory_analysis(), weight_bytes(arch, plan)
+    logits = 4 * 128 * RAW["vocab_size"]
+    assert memory.temp_size_in_bytes < 2 * size["largest_layer"] + 2 * logits + 64 * 2**20
+    assert memory.host_temp_size_in_bytes == 0
+    report = audit(compiled).check()
+    assert {c.dma for c in report.copies} == {True}
+    times = {c.turns for c in report.copies}
+    assert times == {8 - plan.resident}
+    # nine arrays a layer, brought twice; of gradients they go back once
+    assert len(report.copies) == (27 if of == "the layers" else 18)
 
 
 @pytest.mark.parametrize("card", ["RTX 4090", "H200"])

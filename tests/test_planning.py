@@ -78,9 +78,24 @@ def test_what_does_not_fit_is_told_with_what_would() -> None:
     for said, c in found.changes:
         assert said
         assert c.need.device <= 25 * 10**8
-    small = outcome(memory=8 * 10**9, ram=4 * 10**9)
+    small = outcome(memory=8 * 10**9, ram=10**9)  # less than three layers, which is what a disk is read into
     assert small.chosen is None
     assert all("over" in c.refused for c in small.candidates)
+    assert 0 < small.short_of_ram < 10**9
+
+
+def test_what_fits_neither_memory_is_read_from_disk() -> None:
+    found = outcome(memory=8 * 10**9, ram=4 * 10**9, disk_rate=2e9)
+    chosen = found.chosen
+    assert chosen is not None
+    assert chosen.plan.home == "disk"
+    layer = (8.03e9 - 2 * 128256 * 4096 - 4096) / 32 * 2
+    assert chosen.need.host <= 4 * 10**9 < chosen.need.host + layer  # one more layer would not be held
+    assert chosen.need.host == pytest.approx((chosen.plan.kept + 3) * layer, rel=1e-3)
+    assert chosen.need.disk == pytest.approx((32 - chosen.plan.resident - chosen.plan.kept) * layer, rel=1e-3)
+    assert chosen.limit == "disk"
+    assert chosen.passes_per_second == pytest.approx(2e9 / chosen.need.disk)
+    assert choose(architecture(LLAMA_3_8B), BF16, 8 * 10**9, length=2048, ram=4 * 10**9) == chosen.plan
 
 
 @pytest.mark.parametrize(
@@ -123,7 +138,7 @@ def test_the_command(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_arithmetic_against_the_compiled_programs(plan: Plan) -> None:
     """Prefill is what needs most; XLA's bytes for it are those of the plan within 5 %, and nothing is wrong with it."""
-    from jaxengine.planning import need
+    from jaxengine.plan import need
     from jaxengine.proof import prove
 
     arch = architecture(SMALL)
@@ -133,6 +148,31 @@ def test_arithmetic_against_the_compiled_programs(plan: Plan) -> None:
     assert prefill.host == decode.host == pytest.approx(counted.host, rel=0.01)
     assert decode.device < prefill.device
     assert prefill.report.problems == decode.report.problems == ()
+
+
+@pytest.mark.aot
+@pytest.mark.skipif(aot.missing() is not None, reason=str(aot.missing()))
+def test_the_pieces_of_a_plan_with_a_disk_against_its_arithmetic() -> None:
+    """Each piece with what stands beside it; the largest is what was counted, and a layer's cache is written in place."""
+    from jaxengine.plan import need
+    from jaxengine.proof import programs, prove
+
+    arch, plan = architecture(SMALL), dataclasses.replace(BF16, home="disk", resident=1, kept=3, chunk=512)
+    counted = need(arch, plan, batch=4, context=2048)
+    found = {p.program: p for p in prove(arch, plan, find("rtx4090"), batch=4, length=2048, memory=10**10)}
+    assert list(found) == [
+        f"{phase}, {piece}" for phase in ("prefill", "decode") for piece in ("before", "a layer", "after")
+    ]
+    assert max(p.device for p in found.values()) == pytest.approx(counted.device, rel=0.05)
+    layer = counted.streaming // 2
+    assert found["decode, before"].host == pytest.approx(3 * layer, rel=0.01)
+    assert all(p.host == 0 for name, p in found.items() if not name.endswith("before"))
+    assert not [p.report.problems for p in found.values() if p.report.problems]
+    cache = counted.cache // 6
+    with aot.target(find("rtx4090")) as target:
+        called = programs(arch, plan, target.mesh, batch=4, length=2048)["decode, a layer"]
+        compiled = target.compile(called.program.on("gpu"), *called.static, *target.place(called.abstract))
+    assert compiled.memory_analysis().alias_size_in_bytes >= cache
 
 
 @pytest.mark.parametrize("context", [600, 3000, 10000])

@@ -31,7 +31,12 @@ from sharding.mesh import make_mesh
 
 U = 2.0**-24
 B, D = 2, 4
-PLACES = [(name, form) for name in technique.names(HOMES) for form in home(name).FORMS if name == home(name).REST]
+PLACES = [  # those of one home inside a compiled program; tests/test_disk.py drives the others
+    (name, form)
+    for name in technique.names(HOMES)
+    for form in home(name).FORMS
+    if name == home(name).REST and form != "python"
+]
 KINDS = {
     "one": "a",
     "like": "aaaa",
@@ -373,9 +378,16 @@ def test_lay_out_makes_one_state_for_each_layer_of_its_kind() -> None:
 def test_a_home_keeps_its_contract(name: str) -> None:
     module = home(name)
     assert module.FORM in module.FORMS
-    assert set(module.FORMS) <= {"unrolled", "scan", "ahead"}
+    assert set(module.FORMS) <= {"unrolled", "scan", "ahead", "python"}
     assert home(module.REST).REST == module.REST
     assert module.MEMORY in (None, "pinned_host")
+    assert module.TIER in ("device", "host", "disk")
+    assert module.RESIDENT in (None, 0, 1)
+    assert module.KEPT in (None, *technique.names(HOMES))
+    if "python" in module.FORMS:
+        assert home(module.REST).stream
+    if module.FORMS == ("python",):
+        return
     layer = {"w": put(np.ones((2, 2), np.float32), module.MEMORY)}
     fetch = home(module.REST).fetch
     fetched = jax.jit(fetch)(layer)

@@ -64,6 +64,7 @@ def empty(caching: Caching, attention: Attention, batch: int, length: int, dtype
     return {"k": store.make(stored), "v": store.make(stored)}
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class CachedAttend:
     """Attend over the cache and the new tokens, and keep the new tokens: what the engine hands to a block.
@@ -72,10 +73,10 @@ class CachedAttend:
     known to be empty, so that the new tokens see only each other.
     """
 
-    caching: Caching
+    caching: Caching = dataclasses.field(metadata={"static": True})
     positions: Int[Array, "B T"]
     lengths: Int[Array, "B"]
-    fresh: bool
+    fresh: bool = dataclasses.field(metadata={"static": True})
 
     def __call__(self, attention: Attention, q: Array, k: Array, v: Array, kv: Any) -> tuple[Array, Any]:
         layout = self.caching.layout_for(attention)
@@ -107,6 +108,7 @@ class CachedAttend:
         return out, written
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PlainAttend:
     """Attend among the given tokens alone, and keep nothing: scoring a text, training."""

@@ -1,12 +1,15 @@
 """Where a bank of layers lives, and how one layer is brought to the device.
 
 A file in this folder is one home and has
-    MEMORY   the memory kind that its weights are placed in (None: the device's own)
-    FORM     the form it takes unless the plan says otherwise
-    FORMS    the forms it can take
-    REST     the home of its banks: its own name, or another's where it is made of several (split)
-    PARTIAL  whether the plan's first `resident` layers stand on the device beside it
+    MEMORY    the memory kind that its weights are placed in (None: the device's own, once they are there)
+    TIER      where their bytes are: device, host or disk; from the latter two they are brought layer by layer, in every pass
+    FORM      the form it takes unless the plan says otherwise
+    FORMS     the forms it can take
+    REST      the home of its banks: its own name, or another's where it is made of several (split)
+    RESIDENT  the least number of first layers that stand on the device beside it (None: none do)
+    KEPT      the home that the layers after those may be kept in (None: none are)
     fetch(weights) -> the same weights on the device; called inside the compiled program, once a layer (of REST)
+    stream(bank)   -> the weights of each layer on the device, in turn; called outside of it, once a pass (form 'python')
 
 Forms, and what XLA:GPU makes of them:
     unrolled  each layer's weights are arrays of their own and the loop over layers is written out in the program. For
@@ -14,6 +17,8 @@ Forms, and what XLA:GPU makes of them:
     scan      each weight is one stack [repeats, ...] and the loop is one `lax.scan`, which fetches a layer and uses it:
               one layer on the device (two where unlike layers alternate). A streamed layer that no other is like stands
               alone, as in 'unrolled', and waits for the one before it: otherwise XLA hoists every fetch.
+    python    each layer's weights are arrays of their own and each layer is a program of its own, called from Python: for
+              weights that a program cannot reach (a file's). Two layers on the device. No gradient goes through it.
     ahead     as scan, and each layer is fetched while the one before it is computed: two layers on the device, and all
               of a layer's matmuls beside the copy. For passes whose compute is not small beside the copy.
 """
@@ -42,6 +47,9 @@ def home(name: str) -> ModuleType:
 LEAST_JAX = (0, 11, 1)
 
 
+LISTED = ("unrolled", "python")  # forms in which each layer stands alone; the others have stacks
+
+
 def check_platform(name: str, platform: str, version: tuple[int, ...] = jax.__version_info__) -> None:
     """Refuse a home that this version of jax would get wrong on this platform."""
     if platform == "gpu" and home(name).MEMORY is not None and version < LEAST_JAX:
@@ -57,9 +65,10 @@ def check_platform(name: str, platform: str, version: tuple[int, ...] = jax.__ve
 class Bank:
     """A run of layers of one home: `kinds` in a row, `repeats` times.
 
-    weights: unrolled, a tuple with one {name: weight} for each layer, in order; scan, a tuple with one {name: stacked
+    weights: unrolled and python, a tuple with one {name: weight} for each layer, in order; scan, a tuple with one {name: stacked
     weight [repeats, ...]} for each kind; ahead, a tuple with one {'one': {name: weight}, 'rest': {name: stacked weight
     [repeats - 1, ...]}} for each kind, where the one is the first layer of the first kind and the last of the others.
+    source: where the layers are read from in every pass, if `weights` has none of them (home disk).
     """
 
     weights: tuple[dict[str, Any], ...]
@@ -67,17 +76,23 @@ class Bank:
     repeats: int = dataclasses.field(metadata={"static": True})
     home: str = dataclasses.field(metadata={"static": True})
     form: str = dataclasses.field(metadata={"static": True})
+    source: Any = dataclasses.field(default=None, metadata={"static": True})
 
     @property
     def stacked(self) -> bool:
         """Whether states are stacks, one for each kind, or one for each layer."""
-        return self.form != "unrolled"
+        return self.form not in LISTED
+
+    @property
+    def outside(self) -> bool:
+        """Whether its layers are brought from outside of compiled programs."""
+        return self.form == "python"
 
 
 def place_in(form: str, repeats: int, kind: int, turn: int) -> tuple[str, int | None]:
     """Where the layer of this kind (its number in the period) and turn stands in a bank's weights: ('', None) alone,
     ('', i) in a stack, and under form 'ahead' ('one', None) or ('rest', i)."""
-    if form == "unrolled":
+    if form in LISTED:
         return "", None
     if form == "scan":
         return "", turn
@@ -99,3 +114,8 @@ class Part:
     @property
     def num_layers(self) -> int:
         return len(self.kinds) * self.repeats
+
+    @property
+    def stacked(self) -> bool:
+        """Whether its weights are stacks."""
+        return self.form not in LISTED

@@ -8,7 +8,9 @@ MEMORY = None
 FORM = "unrolled"
 FORMS = ("unrolled", "scan")
 REST = "device"
-PARTIAL = False
+TIER = "device"
+RESIDENT = None
+KEPT = None
 
 
 def fetch(weights: Any) -> Any:

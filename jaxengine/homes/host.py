@@ -7,17 +7,28 @@ memory kind is a type only, which is how the placement is tested there.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 
+from jaxengine.homes.base import Bank
+
 MEMORY = "pinned_host"
 FORM = "scan"
-FORMS = ("scan", "ahead")
+FORMS = ("scan", "ahead", "python")
 REST = "host"
-PARTIAL = False
+TIER = "host"
+RESIDENT = None
+KEPT = None
 
 
 def fetch(weights: Any) -> Any:
     """Copy one layer's weights to the device."""
     return jax.tree.map(lambda a: jax.device_put(a, jax.memory.Space.Device), weights)
+
+
+def stream(bank: Bank) -> Iterator[dict[str, Any]]:
+    """Each layer's weights, copied as they are asked for."""
+    for weights in bank.weights:
+        yield jax.tree.map(lambda a: jax.device_put(a, a.sharding.with_memory_kind("device")), weights)

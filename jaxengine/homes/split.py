@@ -8,6 +8,8 @@ from __future__ import annotations
 
 MEMORY = "pinned_host"
 FORM = "scan"
-FORMS = ("scan", "ahead")
+FORMS = ("scan", "ahead", "python")
 REST = "host"
-PARTIAL = True
+TIER = "host"
+RESIDENT = 1
+KEPT = None

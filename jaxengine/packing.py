@@ -1,0 +1,190 @@
+"""A model's layers packed on disk, to be read in every pass: the home disk.
+
+A checkpoint's own files are made for exchange: a layer's tensors are spread over them, at any offset, in a dtype and a
+layout of their own. All layers are therefore written once more, encoded in the plan's formats, into one store
+(checkpoints/packed.py). It is found again by what it was made of, so that a second load, with another budget too, only
+opens it. It takes the place of the whole model on disk, layers that this plan keeps in memory included.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import logging
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from checkpoints.errors import CheckpointError
+from checkpoints.packed import PackedReader, write_packed
+from jaxengine.architecture import Architecture
+from jaxengine.plan import RING, Plan, abstract_leaf, show_bytes
+
+log = logging.getLogger("jaxengine")
+
+Track = Callable[[str, int, int], None]  # (name, bytes packed, bytes in all)
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """The folder that stores stand in, and the checkpoint that this one is made of: whatever tells it from others."""
+
+    folder: Path
+    checkpoint: str
+    track: Track = lambda name, done, total: None
+
+
+def files_of(folder: Path) -> str:
+    """What tells the checkpoint in a folder from others, and from itself after it was changed: its files' paths, lengths
+    and times."""
+    found = [
+        (str(p.resolve()), s.st_size, s.st_mtime_ns)
+        for p in sorted(folder.rglob("*"))
+        if p.is_file() and (s := p.stat())
+    ]
+    return json.dumps(found)
+
+
+def fingerprint(architecture: Architecture, plan: Plan, checkpoint: str) -> str:
+    """Of all that decides a store's bytes."""
+    formats = {n: plan.format_of(n, s) for n, s in architecture.specs().items() if n.startswith("layers.")}
+    said = json.dumps(
+        [1, architecture.family, dataclasses.asdict(architecture.config), plan.dtype, formats, checkpoint],
+        sort_keys=True,
+        default=str,
+    )
+    return hashlib.sha256(said.encode()).hexdigest()
+
+
+def abstract_layer(architecture: Architecture, plan: Plan, i: int) -> dict[str, Any]:
+    """{name: tree of ShapeDtypeStructs} of layer i in the plan's formats."""
+    specs = architecture.block(architecture.kinds[i])[1]
+    return {
+        n: abstract_leaf(plan.format_of(f"layers.{i}.{n}", s), s.shape, s.out, plan.dtype) for n, s in specs.items()
+    }
+
+
+def arrays_of(layer: Mapping[str, Any]) -> dict[str, Any]:
+    """A layer's arrays by a name each: 'q' where that is one array, 'q.codes' where it is several."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(dict(layer))
+    return {path[0].key + "".join(map(str, path[1:])): leaf for path, leaf in flat}
+
+
+class Layers:
+    """The packed layers, from layer `first` on, taken in order, pass after pass."""
+
+    def __init__(self, reader: PackedReader, architecture: Architecture, plan: Plan, first: int, shardings: Any):
+        self._reader, self._first, self._shardings = reader, first, shardings
+        self._trees = [jax.tree.structure(abstract_layer(architecture, plan, i)) for i in range(reader.layers)]
+        self._names = [list(arrays_of(abstract_layer(architecture, plan, i))) for i in range(reader.layers)]
+        self._following: int | None = None  # the layer that the reader gives next
+        self._lock = threading.Lock()
+        self._last: tuple[int, dict[str, Any]] | None = None
+
+    def take(self, i: int) -> dict[str, Any]:
+        """Layer i on the device."""
+        with self._lock:
+            if i != self._following:
+                again = itertools.cycle(range(self._first, self._reader.layers))
+                self._reader.order(itertools.chain(range(i, self._reader.layers), again))
+            self._following = None  # if this one fails, the next pass begins anew
+            with self._reader.layer() as arrays:
+                leaves = [arrays[name] for name in self._names[i]]
+                weights = jax.device_put(jax.tree.unflatten(self._trees[i], leaves), self._shardings(i))
+                jax.block_until_ready(weights)  # the buffer is filled anew
+            self._following = i + 1 if i + 1 < self._reader.layers else self._first
+            return weights
+
+    def read(self, i: int, name: str) -> Any:
+        """One parameter of layer i: an array, or a Weight of numpy arrays. The layer stays, for its other parameters."""
+        with self._lock:
+            if self._last is None or self._last[0] != i:
+                self._last, self._following = None, None
+                self._reader.order([i])
+                with self._reader.layer() as arrays:
+                    leaves = [np.array(arrays[n]) for n in self._names[i]]
+                self._last = i, jax.tree.unflatten(self._trees[i], leaves)
+            return self._last[1][name]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Run:
+    """The layers of one bank: a bank's `source`."""
+
+    layers: Layers
+    start: int
+    count: int
+
+    def stream(self) -> Iterator[dict[str, Any]]:
+        """Each layer on the device, in turn."""
+        return map(self.layers.take, range(self.start, self.start + self.count))
+
+    def read(self, i: int, name: str) -> Any:
+        """One parameter of the bank's layer i."""
+        return self.layers.read(self.start + i, name)
+
+
+def open_layers(
+    architecture: Architecture,
+    plan: Plan,
+    mesh: Mesh,
+    first: int,
+    place: Place,
+    encoded: Callable[[str], Any],
+    shardings: Callable[[int], Any],
+) -> Layers:
+    """The store of this model's layers, written if there is none yet, and read from layer `first` on.
+
+    encoded(name): a parameter in its format, as `arrays_of` takes it apart; shardings(i): of layer i on the device.
+    Raises CheckpointError where the disk has too little room.
+    """
+    wanted = fingerprint(architecture, plan, place.checkpoint)
+    path = place.folder / f"{wanted[:32]}.layers"
+
+    def opened() -> PackedReader:
+        # on CPU jax takes an aligned array as it is, and the ring would be written over what it computes with
+        on_cpu = mesh.devices.flat[0].platform == "cpu"
+        return PackedReader(path, fingerprint=wanted, depth=RING, copy_out=on_cpu)
+
+    try:
+        reader = opened()
+    except CheckpointError as error:
+        if path.exists():
+            log.warning("%s; it is written anew", error)
+        _pack(architecture, plan, path, wanted, encoded, place.track)
+        reader = opened()
+    return Layers(reader, architecture, plan, first, shardings)
+
+
+def _pack(
+    architecture: Architecture, plan: Plan, path: Path, wanted: str, encoded: Callable[[str], Any], track: Track
+) -> None:
+    layers = [abstract_layer(architecture, plan, i) for i in range(architecture.num_layers)]
+    specs = [{n: (x.shape, x.dtype) for n, x in arrays_of(layer).items()} for layer in layers]
+    total = sum(x.size * np.dtype(x.dtype).itemsize for layer in layers for x in jax.tree.leaves(layer))
+    log.info("packing %s of layers into %s, once", show_bytes(total), path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    held: dict[str, Any] = {}  # the arrays of one parameter
+    done, now = 0, ""
+
+    def read(i: int, array: str) -> np.ndarray:
+        nonlocal held, now
+        if array not in held:
+            name = next(n for n in layers[i] if array in arrays_of({n: layers[i][n]}))
+            now = f"layers.{i}.{name}"
+            held = {n: np.asarray(x) for n, x in arrays_of({name: encoded(now)}).items()}
+        return held.pop(array)
+
+    def progress(size: int) -> None:
+        nonlocal done
+        done += size
+        track(now, done, total)
+
+    write_packed(path, len(layers), specs, read, fingerprint=wanted, overwrite=True, progress=progress)

@@ -1,0 +1,327 @@
+"""Layers that a program cannot reach: the walk driven from Python, and the home that reads them from disk.
+
+That every family gives what resident layers give is in tests/test_homes.py; here: order, what is held, what is written to
+disk and found again, what is chosen under limits of memory, and what happens when files are damaged or space runs out.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from oracles.golden import GOLDEN, golden
+
+import jaxengine
+from checkpoints.errors import CheckpointError
+from jaxengine import outside
+from jaxengine import walk as walking
+from jaxengine.homes.base import Bank
+from jaxengine.loading import from_arrays
+from jaxengine.plan import RING, Plan, choose, layer_bytes, need
+from jaxengine.walk import drive
+
+IDS = [3, 1, 4, 1, 5, 9, 2, 6]
+
+
+def copied(tmp_path: Path, case: str = "gemma2") -> Path:
+    return Path(shutil.copytree(GOLDEN / case, tmp_path / case))
+
+
+def load(folder: Path, tmp_path: Path, **given: Any) -> jaxengine.Model:
+    return jaxengine.load(folder, **{"dtype": "float32", "home": "disk", "disk": tmp_path / "disk"} | given)
+
+
+def stores(tmp_path: Path) -> list[Path]:
+    return sorted((tmp_path / "disk").iterdir())
+
+
+# --- the walk driven from Python --------------------------------------------------------------------------------------
+
+
+class Weight:
+    """What a layer's weights are here: a thing that can be seen to be gone."""
+
+    def __init__(self, value: int):
+        self.value = value
+
+
+class Started:
+    """The outcome of a program that was started: it holds what it computes with until it is waited for."""
+
+    def __init__(self, said: tuple[str, ...], before: Started | None, weights: Weight | None):
+        self.said, self._held = said, (before, weights)
+
+    def block_until_ready(self) -> Started:
+        if self._held[0] is not None:
+            self._held[0].block_until_ready()
+        self._held = (None, None)
+        return self
+
+
+def test_a_driven_walk_holds_two_layers_and_keeps_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    alive: list[weakref.ref[Weight]] = []
+    counts: list[int] = []
+
+    def stream(bank: Bank) -> Iterator[Weight]:
+        for i in range(len(bank.kinds) * bank.repeats):
+            made = Weight(10 * len(bank.kinds) + i)
+            alive.append(weakref.ref(made))
+            counts.append(sum(w() is not None for w in alive))
+            yield made
+            del made
+
+    monkeypatch.setattr(walking, "home", lambda name: SimpleNamespace(stream=stream))
+    banks = [Bank((), ("a",), 5, "disk", "python"), Bank((), ("b", "c"), 2, "disk", "python")]
+
+    def run(kind: Any, weights: Weight, carry: Started, state: int) -> tuple[Started, str]:
+        return Started((*carry.said, f"{kind}{weights.value}"), carry, weights), f"{kind}{state}"
+
+    last, states = drive(run, Started((), None, None), banks, [(0, 1, 2, 3, 4), (5, 6, 7, 8)])
+    assert last.said == ("a10", "a11", "a12", "a13", "a14", "b20", "c21", "b22", "c23")
+    assert states == (("a0", "a1", "a2", "a3", "a4"), ("b5", "c6", "b7", "c8"))
+    assert counts == [1, *[2] * 8]  # each is brought while the one before it is computed, and no earlier
+
+
+def test_the_next_calls_compile_nothing(tmp_path: Path) -> None:
+    model = load(GOLDEN / "gemma2", tmp_path)
+    model.generate([IDS], max_new_tokens=3, stop_ids=())
+    programs = [p.on("cpu") for p in (outside.enter, outside.layer, outside.first_tokens, outside.next_tokens)]
+    before = [p._cache_size() for p in programs]
+    model.generate([IDS[:5]], max_new_tokens=9, stop_ids=())
+    assert [p._cache_size() for p in programs] == before
+
+
+@pytest.mark.parametrize(
+    "place", [{"home": "disk"}, {"home": "host", "form": "python"}, {"home": "disk", "kept": 1, "resident": 1}]
+)
+def test_over_a_mesh(place: dict[str, Any], tmp_path: Path) -> None:
+    prompts, data = golden("gemma2")
+    whole = Plan(rules=(("vocab", None),))  # 103 tokens
+    model = load(GOLDEN / "gemma2", tmp_path, plan=whole, **place, mesh="data=4,tensor=2", sharding="tensor")
+    found = [c.tokens for c in model.generate(prompts, max_new_tokens=16, stop_ids=())]
+    assert found == [data[f"generated_{i}"].tolist() for i in range(len(prompts))]
+    layer = next(iter(model.params["banks"][-1].source.stream())) if place["home"] == "disk" else None
+    if layer is not None:
+        assert layer["gate"].sharding.spec == jax.sharding.PartitionSpec("tensor")
+
+
+def test_samples_penalties_and_logprobs(tmp_path: Path) -> None:
+    """What comes after the layers is the same program text; what goes into it must be too."""
+    prompts, _ = golden("llama")
+    asked: dict[str, Any] = {"max_new_tokens": 6, "n": 3, "temperature": 0.7, "top_k": 9, "seed": 5, "logprobs": 2,
+                             "repetition_penalty": 1.2, "stop_ids": (7,)}  # fmt: skip
+    wanted = jaxengine.load(GOLDEN / "llama", dtype="float32").generate(prompts, **asked)
+    found = load(GOLDEN / "llama", tmp_path).generate(prompts, **asked)
+    assert [c.tokens for c in found] == [c.tokens for c in wanted]
+    assert [c.finish_reason for c in found] == [c.finish_reason for c in wanted]
+    for a, b in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(a.logprobs, b.logprobs, atol=4e-4, rtol=0)
+
+
+# --- the store ----------------------------------------------------------------------------------------------------
+
+
+def test_a_store_is_written_once_and_made_anew_when_its_checkpoint_changes(tmp_path: Path) -> None:
+    folder = copied(tmp_path)
+    wanted = load(folder, tmp_path).logits(IDS)
+    (store,) = stores(tmp_path)
+    written = store.stat().st_mtime_ns
+    # another budget's division of the layers reads the same store
+    np.testing.assert_allclose(load(folder, tmp_path, resident=1, kept=2).logits(IDS), wanted, atol=1e-5)
+    assert stores(tmp_path) == [store]
+    assert store.stat().st_mtime_ns == written
+    load(folder, tmp_path, weights="int8")
+    assert len(stores(tmp_path)) == 2
+    file = folder / "model.safetensors"
+    os.utime(file, ns=(0, file.stat().st_mtime_ns + 10**9))
+    np.testing.assert_array_equal(load(folder, tmp_path).logits(IDS), wanted)
+    assert len(stores(tmp_path)) == 3
+
+
+def test_a_damaged_index_is_written_anew_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = copied(tmp_path)
+    wanted = load(folder, tmp_path).logits(IDS)
+    (store,) = stores(tmp_path)
+    store.write_bytes(b"\0" * 100)
+    with caplog.at_level(logging.WARNING):
+        np.testing.assert_array_equal(load(folder, tmp_path).logits(IDS), wanted)
+    assert str(store) in caplog.text
+    assert "written anew" in caplog.text
+
+
+def test_a_damaged_layer_is_named_and_a_mended_one_read_again(tmp_path: Path) -> None:
+    folder = copied(tmp_path)
+    wanted = load(folder, tmp_path).logits(IDS)
+    (store,) = stores(tmp_path)
+    good = store.read_bytes()
+    bad = bytearray(good)
+    bad[-2000] ^= 1  # in the last layer's last array
+    model = load(folder, tmp_path)
+    store.write_bytes(bad)
+    with pytest.raises(CheckpointError, match=r"layer 3 is damaged"):
+        model.logits(IDS)
+    store.write_bytes(good)
+    np.testing.assert_array_equal(model.logits(IDS), wanted)
+
+
+def test_a_store_that_shrinks_while_it_is_read(tmp_path: Path) -> None:
+    model = load(copied(tmp_path), tmp_path)
+    wanted = model.logits(IDS)
+    (store,) = stores(tmp_path)
+    good = store.read_bytes()
+    os.truncate(store, len(good) // 2)
+    with pytest.raises(CheckpointError, match=r"layer \d is cut off: the file became shorter"):
+        model.generate([IDS], max_new_tokens=2 + RING, stop_ids=())  # those read ahead already are good
+    store.write_bytes(good)
+    np.testing.assert_array_equal(model.logits(IDS), wanted)
+
+
+def test_a_full_disk_is_told_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.statvfs
+    monkeypatch.setattr(os, "statvfs", lambda p: SimpleNamespace(f_bavail=3, f_frsize=real(p).f_frsize))
+    with pytest.raises(CheckpointError, match=r"needs \d+ bytes and its disk has \d+ free: \d+ too few"):
+        load(GOLDEN / "gemma2", tmp_path)
+    assert stores(tmp_path) == []
+
+
+def test_what_was_interrupted_is_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load(GOLDEN / "gemma2", tmp_path)
+    wanted = model.generate([IDS], max_new_tokens=4, stop_ids=())[0].tokens
+    layers, taken = model.params["banks"][-1].source.layers, 0
+    real = layers.take
+
+    def take(i: int) -> Any:
+        nonlocal taken
+        taken += 1
+        if taken == 7:
+            raise KeyboardInterrupt
+        return real(i)
+
+    monkeypatch.setattr(layers, "take", take)
+    with pytest.raises(KeyboardInterrupt):
+        model.generate([IDS], max_new_tokens=4, stop_ids=())
+    assert model.generate([IDS], max_new_tokens=4, stop_ids=())[0].tokens == wanted
+
+
+@pytest.mark.parametrize("weights", ["dense", "int8"])
+def test_saved_from_disk(weights: str, tmp_path: Path) -> None:
+    """What is read back from a store is what was put there: a dense model goes out byte for byte as it came in."""
+    model = load(GOLDEN / "llama", tmp_path, weights=weights)
+    model.save(tmp_path / "saved", format="hf" if weights == "dense" else "orbax")
+    if weights == "dense":
+        for file in GOLDEN.glob("llama/*.safetensors"):
+            assert (tmp_path / "saved" / file.name).read_bytes() == file.read_bytes()
+    again = jaxengine.load(tmp_path / "saved", dtype="float32")
+    resident = jaxengine.load(GOLDEN / "llama", dtype="float32", weights=weights)
+    np.testing.assert_array_equal(again.logits(IDS), resident.logits(IDS))
+
+
+def test_arrays_in_memory_have_no_store() -> None:
+    model = jaxengine.load(GOLDEN / "llama", dtype="float32")
+    arrays = {n: np.zeros(s.shape, np.float32) for n, s in model.architecture.specs().items()}
+    with pytest.raises(
+        ValueError, match=r"home='disk' reads layers from a store .* use jaxengine.load, or home='host'"
+    ):
+        from_arrays(model.architecture, Plan(dtype="float32", home="disk"), arrays)
+
+
+# --- what is chosen -----------------------------------------------------------------------------------------------
+
+
+def test_under_limits_of_both_kinds_of_memory_the_rest_is_on_disk() -> None:
+    arch = jaxengine.load(GOLDEN / "gemma3_text", dtype="float32").architecture
+    base = Plan(dtype="float32")
+    layer = max(layer_bytes(arch, base))
+    host = need(arch, Plan(dtype="float32", home="host"), batch=1, context=64)
+    wide = choose(arch, base, host.device + layer, length=64, ram=host.host)
+    assert wide.home in ("host", "split")
+    room = (RING + 2) * layer
+    chosen = choose(arch, base, host.device + layer, length=64, ram=room)
+    assert (chosen.home, chosen.kept) == ("disk", 2)
+    n = need(arch, chosen, batch=1, context=64)
+    assert n.device <= host.device + layer
+    assert n.host <= room
+    assert n.disk == sum(layer_bytes(arch, base)[chosen.resident + chosen.kept :])
+    with pytest.raises(ValueError, match=r"even from disk that takes .* of host memory, where there are"):
+        choose(arch, base, host.device + layer, length=64, ram=layer)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"home": "host", "kept": 1}, "home is 'host' and kept is 1"), ({"home": "disk", "kept": -1}, "kept is -1"),
+        ({"home": "disk", "form": "scan"}, "takes the form python, not 'scan'"),
+        ({"home": "disk", "resident": 1, "kept": 3}, r"1 of 4 layers are resident and 3 kept .* at most kept=2"),
+        ({"ram": "1GB"}, "no memory is given"),
+    ],
+)  # fmt: skip
+def test_refused(given: dict[str, Any], said: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=said):
+        jaxengine.load(GOLDEN / "gemma2", disk=tmp_path / "disk", **given)
+    assert not (tmp_path / "disk").exists()
+
+
+# --- memory -------------------------------------------------------------------------------------------------------
+
+UNDER_A_LIMIT = """
+    import json, resource, sys
+    import jax, jax.numpy as jnp
+    import jaxengine
+    jaxengine.load(sys.argv[2], dtype="float32", home="disk", disk=sys.argv[3]).generate([1, 2], max_new_tokens=2, stop_ids=())
+    held = {l.split(":")[0]: int(l.split()[1]) * 1024 for l in open("/proc/self/status") if l.startswith("VmData")}["VmData"]
+    limit = held + int(sys.argv[4])
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    model = jaxengine.load(sys.argv[1], home=sys.argv[5], **({"disk": sys.argv[3]} if sys.argv[5] == "disk" else {}))
+    print(json.dumps(model.generate([1, 2, 3], max_new_tokens=3, stop_ids=())[0].tokens))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of a process's memory are Linux's")
+def test_a_checkpoint_larger_than_the_memory_there_is(tmp_path: Path) -> None:
+    """Under a limit on what the process may hold, half of the layers' bytes, disk generates and host cannot."""
+    raw = {
+        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 256, "hidden_size": 512,
+        "intermediate_size": 2048, "num_hidden_layers": 24, "num_attention_heads": 8, "num_key_value_heads": 8,
+        "max_position_embeddings": 256, "torch_dtype": "float32",
+    }  # fmt: skip
+    from jaxengine.architecture import architecture
+
+    arch, rng = architecture(raw), np.random.default_rng(0)
+
+    class Drawn(dict[str, Any]):
+        def __missing__(self, name: str) -> np.ndarray:
+            return rng.standard_normal(arch.specs()[name].shape, dtype=np.float32) * np.float32(0.02)
+
+    model = from_arrays(arch, Plan(dtype="float32"), Drawn(), raw)
+    model.save(tmp_path / "large")
+    wanted = model.generate([1, 2, 3], max_new_tokens=3, stop_ids=())[0].tokens
+    sizes = layer_bytes(arch, model.plan)
+    del model
+    load(tmp_path / "large", tmp_path)  # packs it
+    limit = sum(sizes) // 2
+    assert (RING + 3) * max(sizes) < limit  # the ring, two layers and room for what jax holds besides
+
+    def run(home: str) -> subprocess.CompletedProcess[str]:
+        words = [tmp_path / "large", GOLDEN / "llama", tmp_path / "disk", limit, home]
+        return subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(UNDER_A_LIMIT), *map(str, words)],
+            env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+
+    done = run("disk")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout.splitlines()[-1]) == wanted
+    assert run("host").returncode != 0

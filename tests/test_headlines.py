@@ -1,0 +1,130 @@
+"""The papers' claims as rows of data: the models are those that were published, the figures those that the papers give
+where they give one, and what is said to fit does.
+
+From outside: parameter counts (FlexGen's OPT-175B: arXiv:2205.01068, table 1; MT-NLG: arXiv:2201.11990; Llama 3 8B:
+8.03e9, its model card; Llama 2 70B: 68.98e9, the sum over its files), HeadInfer's KV cache of 128 GB for 1M tokens
+(arXiv:2502.12574, abstract), and "from 1TB to 10GB" for MT-NLG in half precision (DeepSpeed, "ZeRO-Inference:
+Democratizing massive model inference", 2022).
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from jaxengine.architecture import architecture
+from pallas_kernels import aot
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
+headlines = importlib.import_module("headlines")
+
+PARAMETERS = {"OPT-175B": 175e9, "MT-NLG 530B": 530e9, "Llama 3 8B": 8.03e9, "Llama 2 70B": 68.98e9}
+
+# bytes of the device, in the words of the claims
+BOUNDS = {
+    "flexgen": 16 * 2**30,
+    "superpipeline": 0.4 * 2 * (8.03e9 + 2 * 32 * 8 * 128 * 1024) * 1.05,  # weights and cache; temporaries are few
+    "mom": 80 * 2**30,
+    "deepspeed-inference": 48 * 2**30,
+    "tpi-llm": 3.1e9,
+}
+
+NAMES = [h.name for h in headlines.HEADLINES]
+
+
+@pytest.fixture(scope="module")
+def claims() -> dict[str, Any]:
+    """The command's own JSON by name, by arithmetic alone."""
+    found = CliRunner().invoke(headlines.main, ["--no-compile", "--json"])
+    assert found.exit_code == 0, found.output
+    said = json.loads(found.stdout)
+    assert "arithmetic alone" in said["made_by"]
+    return {c["name"]: c for c in said["claims"]}
+
+
+def test_every_paper_is_there(claims: dict[str, Any]) -> None:
+    assert list(claims) == NAMES
+    assert len(set(NAMES)) == len(NAMES)
+    papers = {"2303.06865", "2410.08791", "2207.00032", "2504.12526", "2502.12574", "2410.00531"}
+    assert {c["arxiv"] for c in claims.values()} == papers
+
+
+@pytest.mark.parametrize("headline", headlines.HEADLINES, ids=NAMES)
+def test_models_are_the_published_ones(headline: Any) -> None:
+    found = sum(math.prod(s.shape) for s in architecture(headline.model).specs().values())
+    assert found == pytest.approx(PARAMETERS[headline.model_name], rel=0.02)
+    assert headline.model.get("max_position_embeddings", 2048) >= headline.context
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_fits_waits_for_nothing_and_the_rest_says_for_what(name: str, claims: dict[str, Any]) -> None:
+    c = claims[name]
+    assert c["fits"] == (not c["needs"])
+    assert c["fits_device"] == (c["arithmetic"]["device"] <= c["budget"])
+    assert c["fits_host"] == (c["ram"] is None or c["arithmetic"]["host"] <= c["ram"])
+    assert not re.search(r"[{}]", c["note"])
+    assert c["compiled"] == []
+
+
+def test_what_fits_is_within_the_words_of_the_claim(claims: dict[str, Any]) -> None:
+    assert {n for n, c in claims.items() if c["fits"]} == set(BOUNDS)
+    for name, bound in BOUNDS.items():
+        assert claims[name]["arithmetic"]["device"] <= bound
+        assert claims[name]["budget"] <= bound
+    # 175e9 weights of a byte, in the RAM of the paper's machine
+    assert claims["flexgen"]["arithmetic"]["host"] == pytest.approx(175e9, rel=0.02)
+
+
+def test_figures_that_the_papers_give(claims: dict[str, Any]) -> None:
+    assert claims["headinfer-1m"]["arithmetic"]["cache"] == 128 * 2**30
+    assert claims["headinfer-4m"]["arithmetic"]["cache"] == 4 * 128 * 2**30
+    deepspeed = claims["deepspeed-inference"]["arithmetic"]
+    # of the 1060 GB of layers in float16 three stand in RAM twice: where they are kept, or on the way from disk
+    assert deepspeed["host"] + deepspeed["disk"] - 3 * 10e9 == pytest.approx(2 * 530e9, rel=0.02)
+    assert deepspeed["streaming"] == pytest.approx(2 * 10e9, rel=0.02)  # "1TB to 10GB", and one ahead
+    # a query against every token of the context, for 32 heads and a chunk of 64 of them, in 4 bytes
+    assert f"{4 * 32 * 64 * 2**20 / 1e9:.3g} GB for a chunk of 64" in claims["headinfer-1m"]["note"]
+    # keys and values, layers, kv heads, dims, bytes, tokens as they are padded
+    assert claims["mom"]["arithmetic"]["cache"] == 2 * 32 * 8 * 128 * 2 * (-(-455_000 // 2048) * 2048)
+
+
+def test_the_table() -> None:
+    shown = CliRunner().invoke(headlines.main, ["--no-compile", "--only", "headinfer-1m", "--only", "flexgen"])
+    assert shown.exit_code == 0, shown.output
+    said = " ".join(shown.stdout.split())
+    assert "2502.12574" in said
+    assert "2303.06865" in said
+    assert "Needs a KV cache on the host" in said
+    assert "MOM" not in said
+
+
+def test_a_claim_that_is_not_there() -> None:
+    refused = CliRunner().invoke(headlines.main, ["--no-compile", "--only", "headinfer-2m"])
+    assert refused.exit_code == 2
+    assert "the nearest is 'headinfer-" in refused.stderr
+    assert refused.stdout == ""
+
+
+@pytest.mark.aot
+@pytest.mark.skipif(aot.missing() is not None, reason=str(aot.missing()))
+def test_a_claim_compiled() -> None:
+    """The arithmetic against XLA's bytes, within the 5 % that a plan promises."""
+    found = CliRunner().invoke(headlines.main, ["--json", "--only", "tpi-llm"])
+    assert found.exit_code == 0, found.output
+    said = json.loads(found.stdout)
+    assert "nothing run on a GPU" in said["made_by"]
+    (claim,) = said["claims"]
+    assert [p["program"] for p in claim["compiled"]] == ["prefill", "decode"]
+    most = max(p["device"] for p in claim["compiled"])
+    assert most == pytest.approx(claim["arithmetic"]["device"], rel=0.05)
+    assert all(p["host"] == pytest.approx(claim["arithmetic"]["host"], rel=0.01) for p in claim["compiled"])
+    assert claim["fits_device"] == (most <= claim["budget"] == 3.1e9)
+    assert claim["problems"] == []
