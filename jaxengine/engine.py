@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +26,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxengine import sampling
 from jaxengine.architecture import Architecture, merge
 from jaxengine.cache.base import CachedAttend, Caching, PlainAttend, empty
+from jaxengine.homes.base import Bank, home
 from jaxengine.nn import Attention
 from jaxengine.walk import Body, lay_out, walk
 from pallas_kernels.aot import OPTIONS
@@ -135,12 +137,49 @@ def forward(
 ) -> tuple[Float[Array, "B T D"], Any]:
     """Tokens through the embedding and every layer; gives the residual stream and the layers' new caches.
 
-    attend: how a layer sees the tokens, and the positions that they stand at. chunk: each layer takes so many tokens at a
-    time into its (empty) cache, so that its temporaries are those of a chunk; T must be a multiple. The chunks are inside
-    the layer, not the layers inside a chunk: weights are fetched once.
+    attend: how a layer sees the tokens, and the positions that they stand at. chunk: tokens are taken so many at a time
+    into the (empty) caches, so that temporaries are those of a chunk; T must be a multiple. Where layers are streamed the
+    chunks are inside the layer, not the layers inside a chunk: weights are fetched once.
     """
     x = embed(engine, params, tokens, attend)
-    return walk(layer_body(engine, attend, chunk), x, params["banks"], layers)
+    return through(engine, params["banks"], x, attend, layers, chunk)
+
+
+def through(
+    engine: Engine, banks: Any, x: Float[Array, "B T D"], attend: Any, layers: Any, chunk: int
+) -> tuple[Float[Array, "B T D"], Any]:
+    """The residual stream through banks inside a program: see `forward`."""
+
+    def listed(bank: Bank) -> bool:
+        return bank.form == "unrolled" and home(bank.home).TIER == "device"
+
+    first = len(list(itertools.takewhile(listed, banks))) if chunk else 0
+    done: tuple[Any, ...] = ()
+    if first:  # one loop over chunks through all of them: a loop in each layer takes XLA minutes for 40 layers
+
+        def body(x: Array, attend: Any, states: Any) -> tuple[Array, Any]:
+            return walk(layer_body(engine, attend), x, banks[:first], states)
+
+        x, done = in_chunks(engine, attend.positions, chunk, body, x, tuple(layers[:first]))
+    x, rest = walk(layer_body(engine, attend, chunk), x, banks[first:], layers[first:])
+    return x, (*done, *rest)
+
+
+def in_chunks(
+    engine: Engine, positions: Int[Array, "B T"], chunk: int, body: Any, x: Float[Array, "B T D"], states: Any
+) -> tuple[Float[Array, "B T D"], Any]:
+    """body(x, attend, states) for each `chunk` tokens of x in turn, into caches that are empty before."""
+    before = (positions >= 0).sum(-1, dtype=jnp.int32)
+
+    def part(i: Array, loop: Any) -> Any:
+        x, states = loop
+        here, at = (lax.dynamic_slice_in_dim(a, i * chunk, chunk, axis=1) for a in (x, positions))
+        here = constrain(here, engine.rules, engine.mesh, ("batch", "sequence", "act_embed"))
+        attend = CachedAttend(engine.caching, at, jnp.minimum(before, i * chunk), fresh=False)
+        here, states = body(here, attend, states)
+        return lax.dynamic_update_slice_in_dim(x, here, i * chunk, axis=1), states
+
+    return lax.fori_loop(0, x.shape[1] // chunk, part, (x, states))
 
 
 def embed(engine: Engine, params: Any, tokens: Int[Array, "B T"], attend: Any) -> Float[Array, "B T D"]:
@@ -152,13 +191,9 @@ def embed(engine: Engine, params: Any, tokens: Int[Array, "B T"], attend: Any) -
 
 def layer_body(engine: Engine, attend: Any, chunk: int = 0) -> Body:
     """The body of the walk over layers: see `forward`."""
-    positions = attend.positions
 
     def on_mesh(x: Array, *axes: str) -> Array:
         return constrain(x, engine.rules, engine.mesh, ("batch", "sequence", *axes))
-
-    def placed(x: Array) -> Array:
-        return on_mesh(x, "act_embed")
 
     def placed_attend(attend: Any, attention: Attention, q: Array, k: Array, v: Array, kv: Any) -> tuple[Array, Any]:
         q = on_mesh(q, "act_heads", "act_head_dim")
@@ -168,20 +203,12 @@ def layer_body(engine: Engine, attend: Any, chunk: int = 0) -> Body:
 
     def body(kind: Any, weights: Any, x: Array, kv: Any) -> tuple[Array, Any]:
         block = merge(engine.architecture.block(kind)[0], weights)
-        if not chunk:
-            x, kv = block(x, positions, functools.partial(placed_attend, attend), kv)
-            return placed(x), kv
 
-        def part(i: Array, loop: Any) -> Any:
-            x, kv = loop
-            here, at = (lax.dynamic_slice_in_dim(a, i * chunk, chunk, axis=1) for a in (x, positions))
-            before = (positions >= 0).sum(-1, dtype=jnp.int32)
-            into = CachedAttend(engine.caching, at, jnp.minimum(before, i * chunk), fresh=False)
-            here, kv = block(placed(here), at, functools.partial(placed_attend, into), kv)
-            return lax.dynamic_update_slice_in_dim(x, here, i * chunk, axis=1), kv
+        def whole(x: Array, attend: Any, kv: Any) -> tuple[Array, Any]:
+            return block(x, attend.positions, functools.partial(placed_attend, attend), kv)
 
-        x, kv = lax.fori_loop(0, x.shape[1] // chunk, part, (x, kv))
-        return placed(x), kv
+        x, kv = in_chunks(engine, attend.positions, chunk, whole, x, kv) if chunk else whole(x, attend, kv)
+        return on_mesh(x, "act_embed"), kv
 
     return body
 

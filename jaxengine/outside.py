@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxengine import engine as inside
 from jaxengine import sampling
 from jaxengine.engine import Chosen, Decoding, Engine, program
-from jaxengine.walk import drive, lay_out, walk
+from jaxengine.walk import drive, lay_out
 
 
 @program(0, 1, donate=(5,))
@@ -30,7 +30,7 @@ def enter(
     """Tokens through the embedding and the banks that are inside, which stand before those that are not."""
     x = inside.embed(engine, params, tokens, attend)
     banks = tuple(bank for bank in params["banks"] if not bank.outside)
-    x, states = walk(inside.layer_body(engine, attend, chunk), x, banks, states)
+    x, states = inside.through(engine, banks, x, attend, states, chunk)
     return x, inside.placed_cache(engine, banks, states)
 
 
