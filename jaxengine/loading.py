@@ -27,9 +27,11 @@ from jaxengine.model import Model
 from jaxengine.packing import Place, files_of
 from jaxengine.paths import cache_folder
 from jaxengine.plan import Plan, choose, parameter_bytes, parse_bytes, show_bytes, tier_bytes
+from jaxengine.planning import streamed_form
 from jaxengine.selftest import check_streaming
 from jaxengine.sources import Origin, Source, open_source, read_config
 from jaxengine.text import Tokenizer
+from pallas_kernels.cards import CARDS
 from sharding.mesh import make_mesh
 
 log = logging.getLogger("jaxengine")
@@ -108,7 +110,10 @@ def load(
                     raise ValueError(f"{what} is {size}; it is at least 1")
             longest = min(2048, arch.config.max_position_embeddings) if context is None else context
             room = available_ram() if ram is None else parse_bytes(ram)
-            chosen = choose(arch, chosen, memory, batch=1 if batch is None else batch, length=longest, ram=room)
+            rows, device = 1 if batch is None else batch, jax.devices()[0]
+            card = next((c for c in CARDS.values() if c.kind == device.device_kind), None)
+            streamed = "" if card is None else streamed_form(arch, chosen, card, rows)
+            chosen = choose(arch, chosen, memory, batch=rows, length=longest, ram=room, form=streamed)
         elif context is not None or batch is not None or ram is not None:
             raise ValueError(
                 "batch, context and ram say what memory= is to hold and where the rest may stand, and no memory is given;"

@@ -26,6 +26,7 @@ from checkpoints.errors import CheckpointError
 from checkpoints.packed import PackedReader, write_packed
 from jaxengine.architecture import Architecture
 from jaxengine.plan import RING, Plan, abstract_leaf, show_bytes
+from jaxengine.sources import ORBAX
 
 log = logging.getLogger("jaxengine")
 
@@ -42,13 +43,10 @@ class Place:
 
 
 def files_of(folder: Path) -> str:
-    """What tells the checkpoint in a folder from others, and from itself after it was changed: its files' paths, lengths
-    and times."""
-    found = [
-        (str(p.resolve()), s.st_size, s.st_mtime_ns)
-        for p in sorted(folder.rglob("*"))
-        if p.is_file() and (s := p.stat())
-    ]
+    """What tells the checkpoint in a folder from others, and from itself after it was changed: the paths, lengths and times
+    of the files that hold its arrays."""
+    arrays = [*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json"), *(folder / ORBAX).rglob("*")]
+    found = [(str(p.resolve()), s.st_size, s.st_mtime_ns) for p in sorted(arrays) if p.is_file() and (s := p.stat())]
     return json.dumps(found)
 
 

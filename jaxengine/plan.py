@@ -363,14 +363,14 @@ class Variant:
 
 
 def variants(
-    architecture: Architecture, plan: Plan, *, memory: int, ram: int | None, batch: int, context: int
+    architecture: Architecture, plan: Plan, *, memory: int, ram: int | None, batch: int, context: int, form: str = ""
 ) -> list[Variant]:
     """A plan with its layers in other homes, from the nearest to the farthest: all on the device, as many as fit, all
     streamed from host memory and, under a limit on that, from disk what does not fit there; each with prompts read in one
     piece and in chunks.
 
-    Where layers are divided, it stands for the most resident layers that fit, or the fewest if none do, and then for the
-    most that `ram` keeps.
+    form: that streamed layers take inside a program. Where layers are divided, it stands for the most resident layers that
+    fit, or the fewest if none do, and then for the most that `ram` keeps.
     """
 
     def of(**given: Any) -> Variant:
@@ -394,15 +394,15 @@ def variants(
     on_device = [of(home="device", chunk=c) for c in chunks]
     split, disk = [], []
     for c in chunks if L > 1 else []:
-        r = most(lambda r, c=c: of(home="split", resident=r, chunk=c).need.device <= memory, 1, L - 1)
-        split.append(of(home="split", resident=r, chunk=c))
+        r = most(lambda r, c=c: of(home="split", form=form, resident=r, chunk=c).need.device <= memory, 1, L - 1)
+        split.append(of(home="split", form=form, resident=r, chunk=c))
     for c in [] if ram is None else chunks:
         r = most(lambda r, c=c: of(home="disk", resident=r, chunk=c).need.device <= memory, 0, L - 1)
         k = most(lambda k, c=c, r=r: of(home="disk", resident=r, kept=k, chunk=c).need.host <= (ram or 0), 0, L - 1 - r)
         disk.append(of(home="disk", resident=r, kept=k, chunk=c))
     for divided in (split, disk):
         divided.sort(key=lambda v: -v.plan.resident)
-    return [*on_device, *split, *(of(home="host", chunk=c) for c in chunks), *disk]
+    return [*on_device, *split, *(of(home="host", form=form, chunk=c) for c in chunks), *disk]
 
 
 def choose(
@@ -413,14 +413,16 @@ def choose(
     batch: int = 1,
     length: int = 2048,
     ram: int | None = None,
+    form: str = "",
 ) -> Plan:
-    """The nearest of a plan's `variants` that fits `memory` bytes of the device and `ram` bytes of the host (None: any).
+    """The nearest of a plan's `variants` that fits `memory` bytes of the device and `ram` bytes of the host (None: any),
+    streamed in this form ('': the home's own).
 
     Counts parameters, streamed layers, the cache (`device_bytes`) and what reading a prompt of `length` tokens holds.
     Raises ValueError, before anything is allocated, if nothing fits, with the bytes that are short and what would help.
     """
     budget, length = parse_bytes(memory), bucket(length, least=64)  # as a call pads it
-    found = variants(architecture, plan, memory=budget, ram=ram, batch=batch, context=length)
+    found = variants(architecture, plan, memory=budget, ram=ram, batch=batch, context=length, form=form)
     for variant in found:
         if not variant.refused:
             return variant.plan

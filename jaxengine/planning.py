@@ -15,10 +15,14 @@ from typing import Any
 from jaxengine import machine
 from jaxengine.architecture import Architecture
 from jaxengine.engine import bucket
-from jaxengine.plan import Need, Plan, Variant, parameter_bytes, show_bytes, tier_bytes, variants
+from jaxengine.plan import Need, Plan, Variant, parameter_bytes, show_bytes, tier_bytes, variants, weight_bytes
 from pallas_kernels.cards import Card
 
 DISK_RATE = 3e9  # bytes/s: a PCIe 3 x4 NVMe drive reading in sequence, where nothing is said
+AHEAD = (
+    0.3,
+    10,
+)  # copy over compute: outside, a scan that fetches each layer just before its use loses a tenth at most
 TASKS = ("generate",)
 
 
@@ -84,6 +88,17 @@ def _head_bytes(architecture: Architecture, plan: Plan) -> int:
     return parameter_bytes(plan, name, outer[name])
 
 
+def streamed_form(architecture: Architecture, plan: Plan, card: Card, batch: int) -> str:
+    """'ahead' where a decoding step's compute is worth hiding behind the copies, at the price of a second layer on the
+    device; '' (a plain scan) where either is so much longer than the other that there is nothing to gain."""
+    size = weight_bytes(architecture, plan)["layers"]
+    elements = sum(
+        math.prod(s.shape) for name, s in architecture.specs().items() if name.startswith("layers.") and s.out
+    )
+    compute = max(2 * elements * batch / card.tensor, size / card.bandwidth)
+    return "ahead" if AHEAD[0] < size / card.link / compute < AHEAD[1] else ""
+
+
 def candidates(
     architecture: Architecture,
     plan: Plan,
@@ -96,7 +111,8 @@ def candidates(
     disk_rate: float = DISK_RATE,
 ) -> list[Candidate]:
     """The plan's variants on a card, from the nearest to the farthest."""
-    found = variants(architecture, plan, memory=memory, ram=ram, batch=batch, context=context)
+    form = streamed_form(architecture, plan, card, batch)
+    found = variants(architecture, plan, memory=memory, ram=ram, batch=batch, context=context, form=form)
     return [judge(architecture, v, card, batch=batch, disk_rate=disk_rate) for v in found]
 
 

@@ -139,6 +139,16 @@ def _size(tree: Any) -> int:
     return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
+def exposed(report: Report) -> list[str]:
+    """The problems of a program that is to copy each layer beside the computation of the one before it: slices of a stack
+    that nothing runs beside. (The first layer of a pass is no slice, and norms are too short to matter.)"""
+    return [
+        f"no matrix product runs while {c.name} copies {c.bytes} bytes of a layer, which form='ahead' promises"
+        for c in report.copies
+        if c.stride and c.bytes >= 2**20 and not c.matmuls
+    ]
+
+
 def prove(
     architecture: Architecture, plan: Plan, card: Card, *, batch: int, length: int, memory: int | None = None
 ) -> tuple[Proof, ...]:
@@ -154,6 +164,8 @@ def prove(
             device = called.device_bytes(compiled)
             limit = None if memory is None else memory - (device - aot.device_bytes(compiled))
             report = audit(compiled, device_limit=limit, in_place=home(plan.home).TIER != "device")
+            if plan.resolved_form == "ahead":
+                report = dataclasses.replace(report, problems=(*report.problems, *exposed(report)))
             temporaries = compiled.memory_analysis().temp_size_in_bytes
             seconds = time.perf_counter() - start
             proofs.append(Proof(name, device, aot.host_bytes(compiled), temporaries, seconds, report))

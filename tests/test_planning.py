@@ -185,3 +185,36 @@ def test_contexts_are_counted_as_calls_pad_them(context: int) -> None:
     assert choose(architecture(LLAMA_3_8B), BF16, 16 * 10**9, length=context) == found.chosen.plan
     resident = [c.plan.resident for c in found.candidates if c.plan.home == "split" and c.fits]
     assert not resident or found.chosen.plan.resident in (0, max(resident))
+
+
+def test_the_form_is_chosen_by_copy_over_compute() -> None:
+    """A scan where the copies take all the time, one ahead where compute is not small beside them."""
+    arch, card = architecture(LLAMA_3_8B), find("rtx4090")
+    layers = 8.03e9 - 2 * 128256 * 4096 - 4096
+
+    def ratio(batch: int) -> float:
+        return (2 * layers / card.link) / max(2 * layers * batch / card.tensor, 2 * layers / card.bandwidth)
+
+    assert ratio(1) > ratio(256) > 10 > ratio(1024) > 0.3
+    few = plan_for(arch, BF16, card, memory=6 * 10**9, batch=1, context=64)
+    many = plan_for(arch, BF16, card, memory=20 * 10**9, batch=1024, context=64)
+    assert {c.plan.form for c in few.candidates} == {""}
+    assert {c.plan.form for c in many.candidates if c.plan.home in ("split", "host")} == {"ahead"}
+    assert {c.plan.form for c in many.candidates if c.plan.home == "device"} == {""}
+    one = next(c for c in few.candidates if c.plan.home == "host")
+    two = next(c for c in many.candidates if c.plan.home == "host")
+    assert two.need.streaming == 2 * one.need.streaming
+
+
+@pytest.mark.aot
+@pytest.mark.skipif(aot.missing() is not None, reason=str(aot.missing()))
+@pytest.mark.parametrize("card", ["rtx3090", "h200"])
+def test_what_is_brought_ahead_is_brought_beside_compute(card: str) -> None:
+    """And a scan's copies are not all hidden, which is what the check is for."""
+    from jaxengine.proof import exposed, prove
+
+    small = architecture(SMALL)
+    ahead = prove(small, dataclasses.replace(BF16, home="host", form="ahead"), find(card), batch=512, length=64)
+    assert [p.report.problems for p in ahead] == [(), ()]
+    scan = prove(small, dataclasses.replace(BF16, home="host"), find(card), batch=512, length=64)
+    assert exposed(scan[1].report)
