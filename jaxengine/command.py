@@ -407,34 +407,28 @@ def plan(
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     import jax
 
-    from jaxengine import picture, planning
-    from jaxengine.architecture import architecture
-    from jaxengine.plan import DTYPES, Plan, parse_bytes
-    from jaxengine.sources import read_config
-    from pallas_kernels import aot, cards
+    from jaxengine import picture
+    from jaxengine.planning import plan_folder
+    from pallas_kernels import aot
 
     if plot is not None:
         picture.check(plot)
-    raw = read_config(Path(resolve(folder)))
-    named = dtype or raw.get("dtype") or raw.get("torch_dtype")
-    if named not in DTYPES:
-        raise ValueError(f"dtype is {named!r} in config.json or --dtype; say --dtype {', '.join(DTYPES)}")
-    arch = architecture(raw)
-    outcome = planning.plan_for(
-        arch, Plan(dtype=named, weights=weights, kv_codec=kv), cards.find(gpu), batch=batch, context=context, task=task,
-        memory=None if memory is None else parse_bytes(memory), ram=None if ram is None else parse_bytes(ram),
-        disk_rate=parse_bytes(disk_rate),
+    outcome = plan_folder(
+        resolve(folder), gpu=gpu, memory=memory, ram=ram, batch=batch, context=context, task=task, weights=weights,
+        dtype=dtype, kv=kv, disk_rate=disk_rate,
     )  # fmt: skip
-    jax.config.update(
-        "jax_enable_compilation_cache", False
-    )  # what is compiled for another machine cannot be loaded here
+    if plot is not None:
+        picture.draw(outcome, plot)
+    # what is compiled for another machine cannot be loaded here
+    jax.config.update("jax_enable_compilation_cache", False)
     proofs, why = (), aot.missing()
     if outcome.chosen is not None and proved and why is None:
         from jaxengine.proof import prove
 
         proofs = prove(
-            arch, outcome.chosen.plan, outcome.card, batch=batch, length=outcome.context, memory=outcome.memory
-        )
+            outcome.architecture, outcome.chosen.plan, outcome.card, batch=batch, length=outcome.context,
+            memory=outcome.memory,
+        )  # fmt: skip
     if as_json:
         found = outcome.to_dict()
         found["compiled"] = [

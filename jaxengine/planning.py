@@ -10,13 +10,27 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
+from pathlib import Path
 from typing import Any
 
 from jaxengine import machine
-from jaxengine.architecture import Architecture
+from jaxengine.architecture import Architecture, architecture
 from jaxengine.engine import bucket
-from jaxengine.plan import Need, Plan, Variant, parameter_bytes, show_bytes, tier_bytes, variants, weight_bytes
-from pallas_kernels.cards import Card
+from jaxengine.plan import (
+    DTYPES,
+    Need,
+    Plan,
+    Variant,
+    parameter_bytes,
+    parse_bytes,
+    show_bytes,
+    tier_bytes,
+    variants,
+    weight_bytes,
+)
+from jaxengine.sources import read_config
+from pallas_kernels.cards import Card, find
 
 DISK_RATE = 3e9  # bytes/s: a PCIe 3 x4 NVMe drive reading in sequence, where nothing is said
 AHEAD = (
@@ -181,6 +195,7 @@ def traps(candidate: Candidate, card: Card) -> list[str]:
 class Outcome:
     """What `plan` found: every candidate in order, the chosen one (None: nothing fits) and then what would fit."""
 
+    architecture: Architecture
     card: Card
     memory: int
     ram: int | None
@@ -269,4 +284,34 @@ def plan_for(
     found = tuple(candidates(architecture, plan, card, disk_rate=disk_rate, **asked))
     fits = any(c.fits for c in found)
     others = () if fits else tuple(changes(architecture, plan, card, disk_rate=disk_rate, **asked))
-    return Outcome(card, **asked, candidates=found, changes=others)
+    return Outcome(architecture, card, **asked, candidates=found, changes=others)
+
+
+def plan_folder(
+    folder: str | os.PathLike[str],
+    *,
+    gpu: str,
+    memory: str | int | None = None,
+    ram: str | int | None = None,
+    batch: int = 1,
+    context: int | None = None,
+    task: str = "generate",
+    weights: str = "dense",
+    dtype: str | None = None,
+    kv: str = "raw",
+    disk_rate: str | int = int(DISK_RATE),
+) -> Outcome:
+    """`plan_for` a checkpoint folder, of which only config.json is read, and a card by its name or numbers ('rtx4090').
+
+    Sizes as `jaxengine.load` takes them; dtype: the config's, if not given. `picture.figure` draws the outcome, and
+    `proof.prove` compiles what was chosen. Raises ValueError for what `plan_for` refuses and for an unknown card.
+    """
+    raw, card = read_config(Path(folder)), find(gpu)
+    named = dtype or raw.get("dtype") or raw.get("torch_dtype")
+    if named not in DTYPES:
+        raise ValueError(f"dtype is {named!r} in config.json and none is given; say dtype {', '.join(DTYPES)}")
+    return plan_for(
+        architecture(raw), Plan(dtype=named, weights=weights, kv_codec=kv), card, batch=batch, context=context, task=task,
+        memory=None if memory is None else parse_bytes(memory), ram=None if ram is None else parse_bytes(ram),
+        disk_rate=parse_bytes(disk_rate),
+    )  # fmt: skip

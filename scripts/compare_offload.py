@@ -63,12 +63,12 @@ class Side:
     def lines(self) -> list[str]:
         return "\n".join((self.imports, self.load, self.answer)).strip().splitlines()
 
-    @property
-    def ready(self) -> str:
-        """What imports would put off until later, when memory is counted."""
-        if "jaxengine" in self.imports:
-            return "import jax, jaxengine; jax.devices(); jaxengine.load"
-        return "import accelerate, torch, transformers.models.llama.modeling_llama"
+    def begin(self, given: dict[str, Any]) -> dict[str, Any]:
+        """The names that its lines see, all that is imported late imported now, before memory is counted."""
+        space, theirs = dict(given), "import accelerate, torch, transformers.models.llama.modeling_llama"
+        exec("import jax, jaxengine; jax.devices(); jaxengine.load" if "jaxengine" in self.imports else theirs, space)
+        exec(self.imports, space)
+        return space
 
 
 OFFLOAD = "from accelerate import disk_offload"
@@ -101,7 +101,7 @@ TOO_SMALL = [
 ]
 
 
-def make(folder: str, config: dict[str, Any]) -> dict[str, Any]:
+def make(folder: Path, config: dict[str, Any]) -> None:
     """A checkpoint of random weights."""
     from jaxengine.architecture import architecture, initialise
     from jaxengine.loading import from_arrays
@@ -109,7 +109,6 @@ def make(folder: str, config: dict[str, Any]) -> dict[str, Any]:
 
     arch = architecture(config)
     from_arrays(arch, Plan(dtype="float32"), initialise(arch, 0), config).save(folder)
-    return {}
 
 
 def counted(file: str, *names: str) -> list[int]:
@@ -149,9 +148,7 @@ def drop_cache(*folders: str) -> None:
 
 def measure(side: Side, given: dict[str, Any], answers: bool) -> dict[str, Any]:
     """Run a side's lines: its load alone, or its answers too."""
-    space: dict[str, Any] = dict(given)
-    exec(f"{side.ready}\n{side.imports}", space)
-    new, peak = space["new"], Peak()
+    space, new, peak = side.begin(given), given["new"], Peak()
 
     def timed(code: str, tokens: int = 1, cold: bool = False) -> float:
         if cold:
@@ -174,10 +171,8 @@ def measure(side: Side, given: dict[str, Any], answers: bool) -> dict[str, Any]:
 
 def ask(side: Side, given: dict[str, Any]) -> dict[str, Any]:
     """What comes of a budget that is too small: an answer, or else a load and tokens all the same."""
-    space: dict[str, Any] = given | {"new": 2}
-    exec(f"{side.ready}\n{side.imports}", space)
+    space = side.begin(given | {"new": 2})
     peak, printed, refused, start = Peak(), io.StringIO(), False, time.perf_counter()
-    (before,) = counted("io", "rchar")
     try:
         with contextlib.redirect_stdout(printed):
             exec(side.load, space)
@@ -185,32 +180,22 @@ def ask(side: Side, given: dict[str, Any]) -> dict[str, Any]:
         refused = True
         print(error if isinstance(error, Exception) else "", file=printed)
     found = {"refused": refused, "said": printed.getvalue().strip(), "seconds": time.perf_counter() - start}
-    found["read"] = counted("io", "rchar")[0] - before
-    found["runs"] = not refused and bool(side.answer)
-    if found["runs"]:
+    if runs := not refused and bool(side.answer):
         exec(side.answer, space)
-    return found | peak.read()
+    return found | {"runs": runs} | peak.read()
 
 
-def run(what: str, scratch: Path, **task: Any) -> dict[str, Any]:
-    """A task in a process of its own, without GPU and network. Caches are kept in `scratch`."""
-    own = {"XDG_CACHE_HOME": str(scratch), "JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, __file__, "--task", json.dumps({"what": what, **task})]
+def run(side: Side, scratch: Path, given: dict[str, Any], **how: Any) -> dict[str, Any]:
+    """`measure` or `ask` in a process of its own, without GPU and network. Caches are kept in `scratch`."""
+    own = {"XDG_CACHE_HOME": str(scratch), "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, __file__, "--task", json.dumps([side.name, {"given": given, **how}])]
     done = subprocess.run(command, env=os.environ | own, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise RuntimeError(f"{what} {task.get('side', '')} failed:\n{done.stderr[-4000:]}")
+        raise RuntimeError(f"{side.name} failed:\n{done.stderr[-4000:]}")
     found = json.loads(done.stdout.splitlines()[-1])
     if found.get("said") == "":  # what was logged
         found["said"] = "\n".join(line for line in done.stderr.splitlines() if "%|" not in line)
     return found
-
-
-def perform(what: str, **task: Any) -> dict[str, Any]:
-    """What `run` asks for."""
-    if what == "make":
-        return make(**task)
-    side = next(s for s in SIDES + TOO_SMALL if s.name == task.pop("side"))
-    return ask(side, **task) if what == "ask" else measure(side, **task)
 
 
 def shape(size: int) -> dict[str, Any]:
@@ -221,8 +206,8 @@ def shape(size: int) -> dict[str, Any]:
         if (layers := round((size - outer) / layer)) >= 8:
             return {
                 "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": VOCAB, "hidden_size": D,
-                "intermediate_size": F, "num_hidden_layers": layers, "num_attention_heads": D // 16, "head_dim": 16,
-                "num_key_value_heads": D // 64, "max_position_embeddings": 2048, "rms_norm_eps": 1e-5,
+                "intermediate_size": F, "num_hidden_layers": layers, "num_attention_heads": D // 64, "head_dim": 64,
+                "num_key_value_heads": max(1, D // 256), "max_position_embeddings": 2048, "rms_norm_eps": 1e-5,
                 "rope_theta": 10000.0, "tie_word_embeddings": False, "dtype": "float32",
                 "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,
             }  # fmt: skip
@@ -232,7 +217,7 @@ def shape(size: int) -> dict[str, Any]:
 def compare(place: Path, config: dict[str, Any], new: int, rounds: int) -> dict[str, Any]:
     """All that is measured; 'sides' and 'too_small' by name."""
     folder, alone, scratch = place / "model", place / "config", place / "scratch"
-    run("make", scratch, folder=str(folder), config=config)
+    make(folder, config)
     alone.mkdir()
     shutil.copy(folder / "config.json", alone)
     size = sum(p.stat().st_size for p in folder.iterdir())
@@ -244,10 +229,9 @@ def compare(place: Path, config: dict[str, Any], new: int, rounds: int) -> dict[
         for side in SIDES:
             shutil.rmtree(scratch, ignore_errors=True)
             scratch.mkdir()
-            first = run("measure", scratch, side=side.name, given=given, answers=False)
-            found = {f"first_{k}": v for k, v in first.items()}
+            found = {f"first_{k}": v for k, v in run(side, scratch, given, answers=False).items()}
             found["written"] = sum(p.stat().st_size for p in scratch.rglob("*") if p.is_file())
-            rows[side.name].append(found | run("measure", scratch, side=side.name, given=given, answers=True))
+            rows[side.name].append(found | run(side, scratch, given, answers=True))
     sides: dict[str, Any] = {}
     for side in SIDES:
         found, base = rows[side.name], [r["tokens_per_s"] for r in rows[BASE]]
@@ -257,15 +241,16 @@ def compare(place: Path, config: dict[str, Any], new: int, rounds: int) -> dict[
             "lines": side.lines,
             "rounds": found,
         }
-    asked = {s.name: run("ask", scratch, side=s.name, given=given) | {"lines": s.lines} for s in TOO_SMALL}
+    asked = {s.name: run(s, scratch, given) | {"lines": s.lines} for s in TOO_SMALL}
     machine = f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
-    return {"bytes": size, "config": config, "small": small, "machine": machine, "sides": sides, "too_small": asked}
+    about = {"bytes": size, "config": config, "small": small, "machine": machine, "rounds": rounds}
+    return about | {"sides": sides, "too_small": asked}
 
 
-def show(found: dict[str, Any], rounds: int) -> None:
+def show(found: dict[str, Any]) -> None:
     """Three tables: what a side needs, how fast it is, what it answers; then what is typed, and what is said."""
-    console = Console()
-    console.print(f"{found['bytes'] / 1e9:.2f} GB of float32; {found['machine']}; medians of {rounds} rounds, CPU only")
+    console, many = Console(), f"medians of {found['rounds']} rounds"
+    console.print(f"{found['bytes'] / 1e9:.2f} GB of float32; {found['machine']}; {many}; CPU only")
     needs = Table("side", "lines", "first load s", "load s", "MB written", "first peak MB", "peak MB", "anonymous MB")
     speed = Table("side", "first answer s", "pass s", "MB read", "tokens/s", f"of {BASE}", f"as {ORACLE}")
     for name, r in found["sides"].items():
@@ -274,10 +259,10 @@ def show(found: dict[str, Any], rounds: int) -> None:
         rates = [f"{r[k]:.2f}" for k in ("tokens_per_s", "of_base")]
         same = "yes" if r["same_tokens"] else "[red]no[/red]"
         speed.add_row(name, f"{r['first_answer_s']:.1f}", f"{r['pass_s']:.2f}", sizes[4], *rates, same)
-    asked = Table("asked for too little", "lines", "what comes", "s", "MB read", "peak MB", "anonymous MB")
+    asked = Table("asked for too little", "lines", "what comes", "s", "peak MB", "anonymous MB")
     for name, r in found["too_small"].items():
         comes = "refused" if r["refused"] else "it runs" if r["runs"] else "an answer, no refusal"
-        sizes = [f"{r[k] / 1e6:.0f}" for k in ("read", "peak", "peak_anonymous")]
+        sizes = [f"{r[k] / 1e6:.0f}" for k in ("peak", "peak_anonymous")]
         asked.add_row(name, str(len(r["lines"])), comes, f"{r['seconds']:.1f}", *sizes)
     console.print(needs, speed, f"A budget of {found['small'] / 1e6:.1f} MB:", asked)
     for name, r in (found["sides"] | found["too_small"]).items():
@@ -299,23 +284,23 @@ def show(found: dict[str, Any], rounds: int) -> None:
 def main(size: str, folder: Path, new: int, rounds: int, as_json: bool, task: str | None) -> None:
     """jaxengine's homes beside accelerate's offload: what each needs, how fast it is, and whether it answers first."""
     if task is not None:
-        print("\n" + json.dumps(perform(**json.loads(task))))
+        named, how = json.loads(task)
+        side = next(s for s in SIDES + TOO_SMALL if s.name == named)
+        print("\n" + json.dumps(ask(side, **how) if side in TOO_SMALL else measure(side, **how)))
         return
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
     from jaxengine.plan import parse_bytes
 
     if missing := [m for m in ("torch", "transformers", "accelerate") if importlib.util.find_spec(m) is None]:
         raise click.UsageError(f"{', '.join(missing)} cannot be imported: pip install {' '.join(missing)}")
     if not Path("/proc/self/io").exists():
         raise click.UsageError("memory and reads are counted in /proc, which this system has not: run it on Linux")
-    config, wanted = shape(parse_bytes(size)), parse_bytes(size)
-    if (free := free_disk(folder)) < 2.2 * wanted:  # the checkpoint, and one side's copy of it
-        raise click.UsageError(f"{folder} has {free} bytes free, and --size {size} takes {int(2.2 * wanted)} there")
+    config, room = shape(parse_bytes(size)), int(2.2 * parse_bytes(size))  # the checkpoint, and one side's copy of it
+    if (free := free_disk(folder)) < room:
+        raise click.UsageError(f"{folder} has {free} bytes free, and --size {size} takes {room} there")
     with tempfile.TemporaryDirectory(prefix=".compare_offload.", dir=folder) as place:
         found = compare(Path(place).absolute(), config, new, rounds)
-    if as_json:
-        print(json.dumps(found, indent=2))
-    else:
-        show(found, rounds)
+    print(json.dumps(found, indent=2)) if as_json else show(found)
 
 
 if __name__ == "__main__":

@@ -126,6 +126,18 @@ def test_the_command(tmp_path: Path) -> None:
     assert CliRunner().invoke(app, ["plan", str(tmp_path), "--gpu", "5xyz"]).exit_code == 2
 
 
+def test_the_command_draws(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_3_8B))
+    words = ["plan", str(tmp_path), "--gpu", "4090", "--memory", "8GB", "--no-compile", "--plot"]
+    shown = CliRunner().invoke(app, [*words, str(tmp_path / "plan.svg")])
+    assert shown.exit_code == 0, shown.output
+    assert "RTX 4090" in (tmp_path / "plan.svg").read_text()
+    refused = CliRunner().invoke(app, [*words, str(tmp_path / "plan.pdf")])
+    assert refused.exit_code == 2
+    assert not (tmp_path / "plan.pdf").exists()
+
+
 @pytest.mark.aot
 @pytest.mark.skipif(aot.missing() is not None, reason=str(aot.missing()))
 @pytest.mark.parametrize(
