@@ -411,6 +411,7 @@ class _Fill:
     check: bool
     left: int
     slot: int | None  # which buffer of the ring; None for a kept layer's own
+    first: int = 0  # the block that the buffer begins with
     unwanted: bool = False
     error: BaseException | None = None
 
@@ -457,7 +458,7 @@ class _Threads:
                     fill, block = self._blocks.popleft()
                 if not fill.unwanted and fill.error is None:
                     try:
-                        self._read(fill, block)
+                        self.read(fill, block)
                     except BaseException as error:
                         fill.error = fill.error or error  # for the consumer: take() raises it
                 with self.lock:
@@ -471,11 +472,12 @@ class _Threads:
                 if not self._alive:
                     self._file.close()
 
-    def _read(self, fill: _Fill, block: int) -> None:
+    def read(self, fill: _Fill, block: int) -> None:
+        """One block into its place, checked if it is to be."""
         file, layout = self._file, self._file.layout
-        first = block * layout.block
-        view = fill.buffer.data[first : first + layout.block]
-        start = file.starts[fill.layer] + first
+        at = (block - fill.first) * layout.block
+        view = fill.buffer.data[at : at + layout.block]
+        start = file.starts[fill.layer] + block * layout.block
         where = f"{file.path}: layer {fill.layer}"
         try:
             file.fill(view, start)
@@ -599,6 +601,21 @@ class PackedReader:
     def resident_bytes(self) -> int:
         """The memory of the ring and of the kept layers, once they have all been read."""
         return self.buffer_bytes + sum(self.nbytes(i) for i in range(self.keep))
+
+    def array(self, layer: int, name: str) -> np.ndarray:
+        """One array of a layer, in memory of its own, read now and out of turn: the blocks that it stands in, checked."""
+        self._refuse_closed()
+        layer, block = self._index(layer), self._layout.block
+        a = next((a for a in self._layout.kind(layer).arrays if a.name == name), None)
+        if a is None:
+            raise ValueError(f"Layer {layer} of {self.path} has no {name!r}; it has {', '.join(self.spec(layer))}.")
+        first, last = a.start // block, max(a.start, a.start + a.nbytes - 1) // block
+        length = min((last + 1) * block, self.nbytes(layer)) - first * block
+        fill = _Fill(layer, aligned_empty((length,), np.dtype(np.uint8)), self._verify != "never", 1, None, first=first)
+        for i in range(first, last + 1):
+            self._threads.read(fill, i)
+        start = a.start - first * block
+        return _own(fill.buffer[start : start + a.nbytes].view(a.dtype).reshape(a.shape))
 
     def _index(self, layer: int) -> int:
         layer = operator.index(layer)

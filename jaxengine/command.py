@@ -149,7 +149,7 @@ class Reading:
             )  # fmt: skip
             self._bar.start()
             self._task = self._bar.add_task(self._what, total=total)
-        self._bar.update(self._task, completed=done)
+        self._bar.update(self._task, completed=done, total=total)  # a total of its own for layers that are packed first
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -485,7 +485,7 @@ def _show_outcome(outcome: Any, proofs: Any, why: str | None) -> None:
         f" {', '.join(f'{what} {s * 1000:.3g} ms' for what, s in c.seconds)} a step",
         highlight=False,
     )
-    for said in traps(o.chosen, o.card):
+    for said in traps(o.architecture, o.chosen, o.card):
         console.print(f"note: {said}", highlight=False)
     for p in proofs:
         console.print(
@@ -521,7 +521,7 @@ def convert(source: str, target: Path, to: str, dtype: str | None, overwrite: bo
     from jaxengine import export
     from jaxengine.plan import parse_bytes
 
-    size = None if max_shard_size is None else parse_bytes(max_shard_size)
+    size = None if max_shard_size is None else parse_bytes(max_shard_size, "max-shard-size")
     with Reading("converting") as bar:
         export.convert(
             resolve(source), target, to=to, dtype=dtype, overwrite=overwrite, max_shard_bytes=size, track=bar

@@ -22,11 +22,11 @@ from jaxengine import placement
 from jaxengine.architecture import Architecture, architecture
 from jaxengine.export import one_dtype
 from jaxengine.homes.base import home as find_home
-from jaxengine.machine import POOL, available_ram, pool_limit_bytes
+from jaxengine.machine import POOL, POOL_SHARE, available_ram, pool_limit_bytes
 from jaxengine.model import Model
 from jaxengine.packing import Place, files_of
 from jaxengine.paths import cache_folder
-from jaxengine.plan import Plan, choose, parameter_bytes, parse_bytes, show_bytes, tier_bytes
+from jaxengine.plan import Plan, choose, parameter_bytes, parse_bytes, show_bytes
 from jaxengine.planning import streamed_form
 from jaxengine.selftest import check_streaming
 from jaxengine.sources import Origin, Source, open_source, read_config
@@ -109,7 +109,7 @@ def load(
                 if size is not None and size < 1:
                     raise ValueError(f"{what} is {size}; it is at least 1")
             longest = min(2048, arch.config.max_position_embeddings) if context is None else context
-            room = available_ram() if ram is None else parse_bytes(ram)
+            room = _room(parse_bytes(memory)) if ram is None else parse_bytes(ram, "ram")
             rows, device = 1 if batch is None else batch, jax.devices()[0]
             card = next((c for c in CARDS.values() if c.kind == device.device_kind), None)
             streamed = "" if card is None else streamed_form(arch, chosen, card, rows)
@@ -118,6 +118,10 @@ def load(
             raise ValueError(
                 "batch, context and ram say what memory= is to hold and where the rest may stand, and no memory is given;"
                 " generate takes any number of prompts of any length without them"
+            )
+        if disk is not None and memory is None and find_home(chosen.home).TIER != "disk":
+            raise ValueError(
+                f"disk is {os.fspath(disk)!r} and home {chosen.home!r}; only home='disk' reads layers from there"
             )
         over = mesh if isinstance(mesh, Mesh) else make_mesh(chosen.mesh or None)
         if over.size > 1 and chosen.sharding == "single" and not chosen.rules:
@@ -141,7 +145,9 @@ def load(
                 progress(name, done, total)
 
         place = Place(
-            cache_folder() / "layers" if disk is None else Path(disk), files_of(folder), progress or _untracked
+            cache_folder() / "layers" if disk is None else Path(disk).expanduser(),
+            files_of(folder),
+            progress or _untracked,
         )
         params = placement.place(arch, chosen, over, source.read, track, place)
         origin = source.origin(raw)
@@ -149,19 +155,34 @@ def load(
     return Model(arch, chosen, over, params, origin, tokenizer(folder), budget)
 
 
+def _room(memory: int) -> int:
+    """Bytes of host memory for layers where nobody says how many: four fifths of what is free, at most XLA's pool of
+    pinned memory on a GPU, and on CPU without what the device is given of it."""
+    room = int(POOL_SHARE * available_ram())
+    if jax.devices()[0].platform == "gpu":
+        return min(room, pool_limit_bytes())
+    return max(room - memory, 0)
+
+
 def _check_host(arch: Architecture, plan: Plan, mesh: Mesh) -> None:
     """Refuse more pinned memory than XLA will give, and a card on which streaming goes wrong; say where memory lacks."""
-    pinned, device = tier_bytes(arch, plan)["host"], mesh.devices.flat[0]
+    leaves, device = jax.tree.leaves(placement.abstract(arch, plan, mesh)), mesh.devices.flat[0]
+    pinned = sum(  # each device has a pool of its own
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+        for x in leaves
+        if x.sharding.memory_kind == "pinned_host"
+    )
     if not pinned:
         return
+    whole = pinned * len(mesh.local_devices)
     try:
         room = available_ram()
     except ValueError:  # a system that does not say
-        room = pinned
-    if pinned > room:
+        room = whole
+    if whole > room:
         log.warning(
-            "home=%r keeps %s of layers in host memory, and %s are free: memory= with ram= leaves the rest on disk, and so"
-            " does home='disk' with kept=", plan.home, show_bytes(pinned), show_bytes(room),
+            "home=%r keeps %s of layers in host memory, and %s are free: memory= leaves on disk what does not fit, and so"
+            " does home='disk' with kept=", plan.home, show_bytes(whole), show_bytes(room),
         )  # fmt: skip
     if device.platform != "gpu":
         return

@@ -8,6 +8,7 @@ opens it. It takes the place of the whole model on disk, layers that this plan k
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -44,9 +45,13 @@ class Place:
 
 def files_of(folder: Path) -> str:
     """What tells the checkpoint in a folder from others, and from itself after it was changed: the paths, lengths and times
-    of the files that hold its arrays."""
+    (of their change too, which copies do not keep) of the files that hold its arrays."""
     arrays = [*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json"), *(folder / ORBAX).rglob("*")]
-    found = [(str(p.resolve()), s.st_size, s.st_mtime_ns) for p in sorted(arrays) if p.is_file() and (s := p.stat())]
+    found = [
+        (str(p.resolve()), s.st_size, s.st_mtime_ns, s.st_ctime_ns)
+        for p in sorted(arrays)
+        if p.is_file() and (s := p.stat())
+    ]
     return json.dumps(found)
 
 
@@ -59,6 +64,11 @@ def fingerprint(architecture: Architecture, plan: Plan, checkpoint: str) -> str:
         default=str,
     )
     return hashlib.sha256(said.encode()).hexdigest()
+
+
+def _family(checkpoint: str) -> str:
+    """What stores of the checkpoints at one place have in common: of their files' paths alone."""
+    return hashlib.sha256(json.dumps([row[0] for row in json.loads(checkpoint)]).encode()).hexdigest()[:12]
 
 
 def abstract_layer(architecture: Architecture, plan: Plan, i: int) -> dict[str, Any]:
@@ -80,11 +90,11 @@ class Layers:
 
     def __init__(self, reader: PackedReader, architecture: Architecture, plan: Plan, first: int, shardings: Any):
         self._reader, self._first, self._shardings = reader, first, shardings
-        self._trees = [jax.tree.structure(abstract_layer(architecture, plan, i)) for i in range(reader.layers)]
-        self._names = [list(arrays_of(abstract_layer(architecture, plan, i))) for i in range(reader.layers)]
+        self._abstract = [abstract_layer(architecture, plan, i) for i in range(reader.layers)]
+        self._trees = [jax.tree.structure(layer) for layer in self._abstract]
+        self._names = [list(arrays_of(layer)) for layer in self._abstract]
         self._following: int | None = None  # the layer that the reader gives next
         self._lock = threading.Lock()
-        self._last: tuple[int, dict[str, Any]] | None = None
 
     def take(self, i: int) -> dict[str, Any]:
         """Layer i on the device."""
@@ -93,7 +103,7 @@ class Layers:
                 again = itertools.cycle(range(self._first, self._reader.layers))
                 self._reader.order(itertools.chain(range(i, self._reader.layers), again))
             self._following = None  # if this one fails, the next pass begins anew
-            with self._reader.layer() as arrays:
+            with _told(self._reader.path), self._reader.layer() as arrays:
                 leaves = [arrays[name] for name in self._names[i]]
                 weights = jax.device_put(jax.tree.unflatten(self._trees[i], leaves), self._shardings(i))
                 jax.block_until_ready(weights)  # the buffer is filled anew
@@ -101,15 +111,20 @@ class Layers:
             return weights
 
     def read(self, i: int, name: str) -> Any:
-        """One parameter of layer i: an array, or a Weight of numpy arrays. The layer stays, for its other parameters."""
-        with self._lock:
-            if self._last is None or self._last[0] != i:
-                self._last, self._following = None, None
-                self._reader.order([i])
-                with self._reader.layer() as arrays:
-                    leaves = [np.array(arrays[n]) for n in self._names[i]]
-                self._last = i, jax.tree.unflatten(self._trees[i], leaves)
-            return self._last[1][name]
+        """One parameter of layer i: an array, or a Weight of numpy arrays."""
+        tree = self._abstract[i][name]
+        with _told(self._reader.path):
+            leaves = [self._reader.array(i, n) for n in arrays_of({name: tree})]
+        return jax.tree.unflatten(jax.tree.structure(tree), leaves)
+
+
+@contextlib.contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """What to do about a store that cannot be read."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"{error} Delete {path}: the next load of the checkpoint packs it anew.") from error
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -144,7 +159,7 @@ def open_layers(
     Raises CheckpointError where the disk has too little room.
     """
     wanted = fingerprint(architecture, plan, place.checkpoint)
-    path = place.folder / f"{wanted[:32]}.layers"
+    path = place.folder / f"{_family(place.checkpoint)}-{wanted[:32]}.layers"
 
     def opened() -> PackedReader:
         # on CPU jax takes an aligned array as it is, and the ring would be written over what it computes with
@@ -169,6 +184,13 @@ def _pack(
     total = sum(x.size * np.dtype(x.dtype).itemsize for layer in layers for x in jax.tree.leaves(layer))
     log.info("packing %s of layers into %s, once", show_bytes(total), path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    others = [p for p in path.parent.glob(f"{path.name.partition('-')[0]}-*.layers") if p != path]
+    if others:
+        log.info(
+            "%s of other packed layers of this checkpoint are there, of other formats or of files that have changed since;"
+            " delete those that are not needed: %s",
+            show_bytes(sum(p.stat().st_size for p in others)), ", ".join(map(str, others)),
+        )  # fmt: skip
     held: dict[str, Any] = {}  # the arrays of one parameter
     done, now = 0, ""
 

@@ -10,6 +10,7 @@ import collections
 import dataclasses
 import fnmatch
 import functools
+import itertools
 import json
 import math
 import re
@@ -296,16 +297,16 @@ def activation_bytes(architecture: Architecture, plan: Plan, *, batch: int, toke
     return widest
 
 
-def parse_bytes(memory: str | int) -> int:
-    """'16GB' -> 16 * 10**9, '16GiB' -> 16 * 2**30; an int is bytes."""
-    if isinstance(memory, int):
-        if memory <= 0:
-            raise ValueError(f"memory is {memory}; it must be more than 0 bytes")
-        return memory
-    found = re.fullmatch(r"\s*([0-9.]+)\s*([KMGT]?)(i?)B?\s*", memory, re.IGNORECASE)
+def parse_bytes(size: str | int, name: str = "memory") -> int:
+    """'16GB' -> 16 * 10**9, '16GiB' -> 16 * 2**30; an int is bytes. name: what an error calls it."""
+    if isinstance(size, int):
+        if size <= 0:
+            raise ValueError(f"{name} is {size}; it must be more than 0 bytes")
+        return size
+    found = re.fullmatch(r"\s*([0-9.]+)\s*([KMGT]?)(i?)B?\s*", size, re.IGNORECASE)
     if not found or found[1].count(".") > 1 or found[1] == "." or float(found[1]) <= 0:
         raise ValueError(
-            f"memory is {memory!r}; write a size such as '16GB' (10^9 bytes), '15.5GiB' (2^30), or a number of bytes"
+            f"{name} is {size!r}; write a size such as '16GB' (10^9 bytes), '15.5GiB' (2^30), or a number of bytes"
         )
     power = " KMGT".index(found[2].upper() or " ")
     return int(float(found[1]) * (1024 if found[3] else 1000) ** power)
@@ -369,8 +370,8 @@ def variants(
     streamed from host memory and, under a limit on that, from disk what does not fit there; each with prompts read in one
     piece and in chunks.
 
-    form: that streamed layers take inside a program. Where layers are divided, it stands for the most resident layers that
-    fit, or the fewest if none do, and then for the most that `ram` keeps.
+    form: that streamed layers take inside a program where it fits, before the home's own. Where layers are divided, it
+    stands for the most resident layers that fit, or the fewest if none do, and then for the most that `ram` keeps.
     """
 
     def of(**given: Any) -> Variant:
@@ -393,16 +394,17 @@ def variants(
     L, chunks = architecture.num_layers, [plan.chunk] if plan.chunk or context <= CHUNK else [0, CHUNK]
     on_device = [of(home="device", chunk=c) for c in chunks]
     split, disk = [], []
-    for c in chunks if L > 1 else []:
-        r = most(lambda r, c=c: of(home="split", form=form, resident=r, chunk=c).need.device <= memory, 1, L - 1)
-        split.append(of(home="split", form=form, resident=r, chunk=c))
+    forms = [form, ""] if form else [""]
+    for f, c in itertools.product(forms, chunks if L > 1 else []):
+        r = most(lambda r, c=c, f=f: of(home="split", form=f, resident=r, chunk=c).need.device <= memory, 1, L - 1)
+        split.append(of(home="split", form=f, resident=r, chunk=c))
     for c in [] if ram is None else chunks:
         r = most(lambda r, c=c: of(home="disk", resident=r, chunk=c).need.device <= memory, 0, L - 1)
         k = most(lambda k, c=c, r=r: of(home="disk", resident=r, kept=k, chunk=c).need.host <= (ram or 0), 0, L - 1 - r)
         disk.append(of(home="disk", resident=r, kept=k, chunk=c))
-    for divided in (split, disk):
-        divided.sort(key=lambda v: -v.plan.resident)
-    return [*on_device, *split, *(of(home="host", form=form, chunk=c) for c in chunks), *disk]
+    split.sort(key=lambda v: (v.plan.form != form, -v.plan.resident))
+    disk.sort(key=lambda v: -v.plan.resident)
+    return [*on_device, *split, *(of(home="host", form=f, chunk=c) for f in forms for c in chunks), *disk]
 
 
 def choose(
@@ -429,7 +431,7 @@ def choose(
     least = min(found, key=lambda v: v.need.device)
     n = least.need
     if n.device <= budget and ram is not None:
-        ring = min(v.need.host for v in found)
+        ring = min(v.need.host for v in found if v.need.device <= budget)
         raise ValueError(
             f"Layers that do not fit {show_bytes(budget)} of device memory are streamed, and even from disk that takes"
             f" {show_bytes(ring)} of host memory, where there are {show_bytes(ram)}: more memory of either kind, or"

@@ -8,8 +8,10 @@ is what the hardware allows, not a measurement.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
+import operator
 import os
 from pathlib import Path
 from typing import Any
@@ -141,13 +143,14 @@ def changes(
     context: int,
     disk_rate: float = DISK_RATE,
 ) -> list[tuple[str, Candidate]]:
-    """What would make it fit, where nothing does: each change alone, then two together, the first three that fit."""
+    """What would make it fit, where nothing does: each change alone, then two together, the first three that fit, or more
+    memory where there are not so many."""
     single: list[tuple[str, dict[str, Any], dict[str, int]]] = []
     if plan.weights == "dense":
         single.append(("weights int8", {"weights": "int8"}, {}))
     if plan.kv_codec == "raw":
         single.append(("kv int8", {"kv_codec": "int8"}, {}))
-    for divisor in (2, 4, 8, 16):
+    for divisor in (2**i for i in range(1, 12)):
         if batch % divisor == 0:
             single.append((f"batch {batch // divisor}", {}, {"batch": batch // divisor}))
         if context // divisor >= 64:
@@ -167,18 +170,43 @@ def changes(
         fit = [c for c in tried if c.fits]
         if fit:
             found.append((said, fit[0]))
+    asked = {"memory": memory, "ram": ram, "batch": batch, "context": context}
+    tried = candidates(architecture, plan, card, disk_rate=disk_rate, **asked)
+    by_device, by_host = (sorted(tried, key=operator.attrgetter(f"need.{tier}")) for tier in ("device", "host"))
+    more = [
+        {"memory": c.need.device} for c in by_device if c.need.device > memory and (ram is None or c.need.host <= ram)
+    ]
+    more += [{"ram": c.need.host} for c in by_host if ram is not None and c.need.host > ram and c.need.device <= memory]
+    more += [{"memory": c.need.device, "ram": c.need.host} for c in by_device if ram is not None and c.need.host > ram]
+    for sizes in more:
+        if len(found) == 3:
+            break
+        fit = [c for c in candidates(architecture, plan, card, disk_rate=disk_rate, **(asked | sizes)) if c.fits]
+        said = " and ".join(f"{name} {show_bytes(size)}" for name, size in sizes.items())
+        if fit and sizes.get("memory", 0) <= card.usable and said not in dict(found):
+            found.append((said, fit[0]))
     return found
 
 
-def traps(candidate: Candidate, card: Card) -> list[str]:
+def traps(architecture: Architecture, candidate: Candidate, card: Card) -> list[str]:
     """What to know before running it on this card."""
     said = []
-    if candidate.need.host > machine.pool_limit_bytes({}):
+    tiers, whole = tier_bytes(architecture, candidate.plan), weight_bytes(architecture, candidate.plan)["layers"]
+    if tiers["host"] > machine.pool_limit_bytes({}):
         said.append(
-            f"{show_bytes(candidate.need.host)} of pinned host memory: XLA's pool stops at 64 GiB unless"
-            f" {machine.POOL}={-(-candidate.need.host * 5 // 4 // 2**30)} (GiB) is set before jax starts; the"
-            f" `jaxengine` command sets it where it is not, for the memory that the machine has"
+            f"{show_bytes(tiers['host'])} of pinned host memory: XLA's pool stops at 64 GiB unless"
+            f" {machine.POOL}={-(-tiers['host'] * 5 // 4 // 2**30)} (GiB) is set before jax starts; the `jaxengine` command"
+            f" sets four fifths of the machine's memory where it is not"
         )
+    if tiers["disk"]:
+        said.append(
+            f"the packed layers take {show_bytes(whole)} of disk, those that are kept in memory included, and a step reads"
+            f" {show_bytes(tiers['disk'])} of them"
+        )
+    with contextlib.suppress(ValueError):  # a system that does not say
+        name, least = machine.ram_limits()[0]
+        if candidate.need.host > least and "control group" in name:
+            said.append(f"here host memory ends at {show_bytes(least)}: {name}")
     if candidate.need.host and card.capability not in ((9, 0), (10, 0)):
         said.append(
             "XLA's latency-hiding scheduler is off by default on this card, and without it no copy runs beside compute;"
@@ -236,7 +264,7 @@ class Outcome:
             "candidates": [one(c) for c in self.candidates], "short": self.short,
             "short_of_ram": self.short_of_ram,
             "changes": [{"change": said, **one(c)} for said, c in self.changes],
-            "traps": [] if chosen is None else traps(chosen, self.card),
+            "traps": [] if chosen is None else traps(self.architecture, chosen, self.card),
         }  # fmt: skip
 
 
@@ -312,6 +340,6 @@ def plan_folder(
         raise ValueError(f"dtype is {named!r} in config.json and none is given; say dtype {', '.join(DTYPES)}")
     return plan_for(
         architecture(raw), Plan(dtype=named, weights=weights, kv_codec=kv), card, batch=batch, context=context, task=task,
-        memory=None if memory is None else parse_bytes(memory), ram=None if ram is None else parse_bytes(ram),
-        disk_rate=parse_bytes(disk_rate),
+        memory=None if memory is None else parse_bytes(memory), ram=None if ram is None else parse_bytes(ram, "ram"),
+        disk_rate=parse_bytes(disk_rate, "disk-rate"),
     )  # fmt: skip

@@ -164,7 +164,7 @@ def prove(
             device = called.device_bytes(compiled)
             limit = None if memory is None else memory - (device - aot.device_bytes(compiled))
             report = audit(compiled, device_limit=limit, in_place=home(plan.home).TIER != "device")
-            if plan.resolved_form == "ahead":
+            if "ahead" in {part.form for part in plan.parts(architecture)}:
                 report = dataclasses.replace(report, problems=(*report.problems, *exposed(report)))
             temporaries = compiled.memory_analysis().temp_size_in_bytes
             seconds = time.perf_counter() - start

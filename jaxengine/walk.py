@@ -28,6 +28,11 @@ def walk(body: Body, carry: Any, banks: Sequence[Bank], states: Sequence[Any]) -
     """Run `body` through all layers of the banks; gives the last carry and the new states, laid out as `states`."""
     done = []
     for bank, bank_states in zip(banks, states, strict=True):
+        if bank.outside:
+            raise ValueError(
+                f"Layers of home {bank.home!r}, form 'python', are brought from outside of a compiled program: use"
+                f" jaxengine.outside, or Model.logits and Model.generate"
+            )
         loop = {"unrolled": _unrolled, "scan": _scanned, "ahead": _ahead}[bank.form]
         carry, new = loop(body, carry, bank, bank_states)
         done.append(new)

@@ -2,21 +2,21 @@
 
     python scripts/compare_offload.py --folder /where/there/is/room --size 1GB
 
-A random Llama checkpoint is made, and every side runs on it in a process of its own: the lines that a user would type are
-the data below, counted and executed. Every round runs each side twice, interleaved with the others: a load with nothing
-left from before (here packing is paid), then a second load and greedy decoding. Medians over rounds are shown. What is
-measured holds for a CPU only: there 'device' and 'host' are the same memory, so that home='host' is no more than a label.
+A random Llama is made, and every side runs on it in a process of its own: the lines that a user would type are the data
+below, counted and executed. Every round runs each side twice: a load with nothing left from before (here packing is paid),
+then a second load and greedy decoding. Medians over rounds are shown. All of it holds for a CPU only, where the device and
+the host have one memory, so that home='host' is no more than a label.
 
     peak     resident memory (VmHWM) above what the imports took; `anonymous`, of it, is what the system cannot drop again:
              the rest are pages of mapped files. Compiling is in it
     pass     one new token with the page cache of the model's files dropped (posix_fadvise) before, and the bytes that it
-             had read from disk (/proc/self/io): what each token costs once the model is larger than free memory
+             had read from disk (/proc/self/io; layers that jaxengine had read ahead are not in it): what each token costs
+             once the model is larger than free memory. Mapped pages in use, as plain transformers' are, cannot be dropped
     tokens/s decoding with whatever the page cache keeps, which is all of a model that fits. jaxengine reads a store past
              the page cache and takes nothing from it, so that of a model that fits it shows the worse side of that trade
 
-accelerate gives every module's weights up after its forward, embedding and head included, which jaxengine keeps. The last
-table asks each for less than can work, and says whether an answer comes before weights are read. Needs Linux, and
-transformers, torch and accelerate beside jaxengine.
+All of accelerate's map on disk is embedding and head too, which jaxengine keeps. The last table asks each for less than can
+work, and says whether an answer comes before weights are read. Needs Linux, torch, transformers and accelerate.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ import importlib.util
 import io
 import json
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -71,10 +70,9 @@ class Side:
         return space
 
 
-OFFLOAD = "from accelerate import disk_offload"
 OURS, LOAD = "import jaxengine", "model = jaxengine.load(folder"
 SAID = "tokens = model.generate(ids, max_new_tokens=new)[0].tokens"
-MODEL = "from transformers import AutoModelForCausalLM"
+MODEL, OFFLOAD = "from transformers import AutoModelForCausalLM", "from accelerate import disk_offload"
 THEIRS, READ = f"import torch\n{MODEL}", "model = AutoModelForCausalLM.from_pretrained(folder"
 AUTO = f"{READ}, device_map='auto', offload_folder=scratch"
 GIVEN = "tokens = model.generate(torch.tensor([ids]), max_new_tokens=new, do_sample=False)[0, len(ids):].tolist()"
@@ -123,8 +121,8 @@ class Peak:
     def __init__(self) -> None:
         with contextlib.suppress(OSError):  # where it is not allowed, the highest so far counts
             Path("/proc/self/clear_refs").write_text("5")
-        self._start = counted("status", "VmRSS", "RssAnon")
-        self._highest = self._start[1]
+        self._was = counted("status", "VmRSS", "RssAnon")
+        self._highest = self._was[1]
         threading.Thread(target=self._look, daemon=True).start()
 
     def _look(self) -> None:
@@ -133,17 +131,15 @@ class Peak:
             time.sleep(0.005)
 
     def read(self) -> dict[str, int]:
-        highest = counted("status", "VmHWM")[0]
-        return {"peak": highest - self._start[0], "peak_anonymous": self._highest - self._start[1]}
+        return {"peak": counted("status", "VmHWM")[0] - self._was[0], "peak_anonymous": self._highest - self._was[1]}
 
 
 def drop_cache(*folders: str) -> None:
     """Give up the cached pages of all files in these folders."""
     for path in (p for folder in folders for p in Path(folder).rglob("*") if p.is_file()):
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(descriptor)
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def measure(side: Side, given: dict[str, Any], answers: bool) -> dict[str, Any]:
@@ -218,8 +214,7 @@ def compare(place: Path, config: dict[str, Any], new: int, rounds: int) -> dict[
     """All that is measured; 'sides' and 'too_small' by name."""
     folder, alone, scratch = place / "model", place / "config", place / "scratch"
     make(folder, config)
-    alone.mkdir()
-    shutil.copy(folder / "config.json", alone)
+    shutil.copytree(folder, alone, ignore=shutil.ignore_patterns("*.safetensors"))
     size = sum(p.stat().st_size for p in folder.iterdir())
     small = 4 * VOCAB * config["hidden_size"]  # the embedding, without a head or any layer
     given = {"folder": str(folder), "config": str(alone), "scratch": str(scratch), "ids": PROMPT, "new": new}
@@ -233,8 +228,8 @@ def compare(place: Path, config: dict[str, Any], new: int, rounds: int) -> dict[
             found["written"] = sum(p.stat().st_size for p in scratch.rglob("*") if p.is_file())
             rows[side.name].append(found | run(side, scratch, given, answers=True))
     sides: dict[str, Any] = {}
-    for side in SIDES:
-        found, base = rows[side.name], [r["tokens_per_s"] for r in rows[BASE]]
+    for side, found in zip(SIDES, rows.values(), strict=True):
+        base = [r["tokens_per_s"] for r in rows[BASE]]
         sides[side.name] = {k: statistics.median(r[k] for r in found) for k in found[0] if k != "tokens"} | {
             "of_base": statistics.median(r["tokens_per_s"] / b for r, b in zip(found, base, strict=True)),
             "same_tokens": all(r["tokens"] == rows[ORACLE][0]["tokens"] for r in found),
@@ -242,7 +237,7 @@ def compare(place: Path, config: dict[str, Any], new: int, rounds: int) -> dict[
             "rounds": found,
         }
     asked = {s.name: run(s, scratch, given) | {"lines": s.lines} for s in TOO_SMALL}
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
+    machine = f"{os.uname().machine}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
     about = {"bytes": size, "config": config, "small": small, "machine": machine, "rounds": rounds}
     return about | {"sides": sides, "too_small": asked}
 
@@ -262,20 +257,17 @@ def show(found: dict[str, Any]) -> None:
     asked = Table("asked for too little", "lines", "what comes", "s", "peak MB", "anonymous MB")
     for name, r in found["too_small"].items():
         comes = "refused" if r["refused"] else "it runs" if r["runs"] else "an answer, no refusal"
-        sizes = [f"{r[k] / 1e6:.0f}" for k in ("peak", "peak_anonymous")]
-        asked.add_row(name, str(len(r["lines"])), comes, f"{r['seconds']:.1f}", *sizes)
+        held = f"{r['peak'] / 1e6:.0f}", f"{r['peak_anonymous'] / 1e6:.0f}"
+        asked.add_row(name, str(len(r["lines"])), comes, f"{r['seconds']:.1f}", *held)
     console.print(needs, speed, f"A budget of {found['small'] / 1e6:.1f} MB:", asked)
     for name, r in (found["sides"] | found["too_small"]).items():
-        console.print(f"\n{name}:", *(f"    {line}" for line in r["lines"]), sep="\n", highlight=False, markup=False)
-        if r.get("said"):
-            console.print(r["said"][:1500], highlight=False, markup=False, style="italic")
+        console.print(f"{name}:", *(f"    {line}" for line in r["lines"]), sep="\n", highlight=False, markup=False)
+        console.print(f"{r['said']}\n" if "said" in r else "", highlight=False, markup=False, style="italic")
 
 
 @click.command(**SETTINGS)
 @click.option("--size", metavar="SIZE", default="1GB", help="Bytes of the checkpoint, about, in float32.")
-@click.option(
-    "--folder", type=A_FOLDER, metavar="FOLDER", default=".", help="Where files are made, and removed at the end."
-)
+@click.option("--folder", type=A_FOLDER, metavar="FOLDER", default=".", help="Where files are made, then removed.")
 @click.option("--new", metavar="N", type=click.IntRange(2, 40), default=8, help="Tokens decoded.")
 @click.option("--rounds", metavar="N", type=click.IntRange(1), default=3, help="Rounds, whose medians are printed.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
@@ -288,11 +280,11 @@ def main(size: str, folder: Path, new: int, rounds: int, as_json: bool, task: st
         side = next(s for s in SIDES + TOO_SMALL if s.name == named)
         print("\n" + json.dumps(ask(side, **how) if side in TOO_SMALL else measure(side, **how)))
         return
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    os.environ["JAX_PLATFORMS"] = "cpu"
     from jaxengine.plan import parse_bytes
 
-    if missing := [m for m in ("torch", "transformers", "accelerate") if importlib.util.find_spec(m) is None]:
-        raise click.UsageError(f"{', '.join(missing)} cannot be imported: pip install {' '.join(missing)}")
+    if missing := " ".join(m for m in ("torch", "transformers", "accelerate") if importlib.util.find_spec(m) is None):
+        raise click.UsageError(f"what it compares with is not installed here: pip install {missing}")
     if not Path("/proc/self/io").exists():
         raise click.UsageError("memory and reads are counted in /proc, which this system has not: run it on Linux")
     config, room = shape(parse_bytes(size)), int(2.2 * parse_bytes(size))  # the checkpoint, and one side's copy of it

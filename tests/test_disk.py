@@ -26,11 +26,11 @@ from oracles.golden import GOLDEN, golden
 
 import jaxengine
 from checkpoints.errors import CheckpointError
-from jaxengine import outside
+from jaxengine import loading, outside
 from jaxengine import walk as walking
 from jaxengine.homes.base import Bank
 from jaxengine.loading import from_arrays
-from jaxengine.plan import RING, Plan, choose, layer_bytes, need
+from jaxengine.plan import RING, Plan, choose, layer_bytes, need, show_bytes
 from jaxengine.walk import drive
 
 IDS = [3, 1, 4, 1, 5, 9, 2, 6]
@@ -41,7 +41,8 @@ def copied(tmp_path: Path, case: str = "gemma2") -> Path:
 
 
 def load(folder: Path, tmp_path: Path, **given: Any) -> jaxengine.Model:
-    return jaxengine.load(folder, **{"dtype": "float32", "home": "disk", "disk": tmp_path / "disk"} | given)
+    given = {"dtype": "float32", "home": "disk"} | given
+    return jaxengine.load(folder, **given, **({"disk": tmp_path / "disk"} if given["home"] == "disk" else {}))
 
 
 def stores(tmp_path: Path) -> list[Path]:
@@ -162,6 +163,16 @@ def test_a_damaged_index_is_written_anew_and_said(tmp_path: Path, caplog: pytest
     assert "written anew" in caplog.text
 
 
+def test_stores_of_other_formats_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    load(GOLDEN / "llama", tmp_path)
+    (store,) = stores(tmp_path)
+    load(GOLDEN / "gemma2", tmp_path)
+    with caplog.at_level(logging.INFO, logger="jaxengine"):
+        load(GOLDEN / "llama", tmp_path, weights="int8")
+    (said,) = [r.message for r in caplog.records if "other packed layers" in r.message]
+    assert said.endswith(f"not needed: {store}")
+
+
 def test_a_damaged_layer_is_named_and_a_mended_one_read_again(tmp_path: Path) -> None:
     folder = copied(tmp_path)
     wanted = load(folder, tmp_path).logits(IDS)
@@ -255,7 +266,8 @@ def test_under_limits_of_both_kinds_of_memory_the_rest_is_on_disk() -> None:
     assert n.device <= host.device + layer
     assert n.host <= room
     assert n.disk == sum(layer_bytes(arch, base)[chosen.resident + chosen.kept :])
-    with pytest.raises(ValueError, match=r"even from disk that takes .* of host memory, where there are"):
+    ring = show_bytes(RING * layer)
+    with pytest.raises(ValueError, match=rf"even from disk that takes {ring} of host memory, where there are"):
         choose(arch, base, host.device + layer, length=64, ram=layer)
 
 
@@ -265,13 +277,32 @@ def test_under_limits_of_both_kinds_of_memory_the_rest_is_on_disk() -> None:
         ({"home": "host", "kept": 1}, "home is 'host' and kept is 1"), ({"home": "disk", "kept": -1}, "kept is -1"),
         ({"home": "disk", "form": "scan"}, "takes the form python, not 'scan'"),
         ({"home": "disk", "resident": 1, "kept": 3}, r"1 of 4 layers are resident and 3 kept .* at most kept=2"),
-        ({"ram": "1GB"}, "no memory is given"),
+        ({"ram": "1GB"}, "no memory is given"), ({"ram": "much", "memory": "1GB"}, "ram is 'much'"),
+        ({"home": "host", "disk": "here"}, "disk is 'here' and home 'host'; only home='disk'"),
     ],
 )  # fmt: skip
-def test_refused(given: dict[str, Any], said: str, tmp_path: Path) -> None:
+def test_refused(given: dict[str, Any], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with pytest.raises(ValueError, match=said):
-        jaxengine.load(GOLDEN / "gemma2", disk=tmp_path / "disk", **given)
-    assert not (tmp_path / "disk").exists()
+        jaxengine.load(GOLDEN / "gemma2", **given)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_folder_is_the_users_own_home_where_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    jaxengine.load(GOLDEN / "llama", home="disk", disk="~/layers")
+    assert [p.suffix for p in (tmp_path / "layers").iterdir()] == [".layers"]
+
+
+def test_room_is_what_is_free_less_a_fifth_and_less_than_the_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "available_ram", lambda: 100 * 2**30)
+    assert loading._room(30 * 2**30) == 50 * 2**30  # on CPU the device's memory is out of the same
+    assert loading._room(90 * 2**30) == 0
+    monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(platform="gpu")])
+    monkeypatch.delenv("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", raising=False)
+    assert loading._room(30 * 2**30) == 64 * 2**30
+    monkeypatch.setenv("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", "90")
+    assert loading._room(30 * 2**30) == 80 * 2**30
 
 
 # --- memory -------------------------------------------------------------------------------------------------------

@@ -122,9 +122,10 @@ def test_a_claim_compiled() -> None:
     said = json.loads(found.stdout)
     assert "nothing run on a GPU" in said["made_by"]
     (claim,) = said["claims"]
-    assert [p["program"] for p in claim["compiled"]] == ["prefill", "decode"]
+    pieces = [f"{phase}, {piece}" for phase in ("prefill", "decode") for piece in ("before", "a layer", "after")]
+    assert [p["program"] for p in claim["compiled"]] == pieces
     most = max(p["device"] for p in claim["compiled"])
     assert most == pytest.approx(claim["arithmetic"]["device"], rel=0.05)
-    assert all(p["host"] == pytest.approx(claim["arithmetic"]["host"], rel=0.01) for p in claim["compiled"])
+    assert all(p["host"] == 0 for p in claim["compiled"])  # of host memory only the buffers that a disk is read into
     assert claim["fits_device"] == (most <= claim["budget"] == 3.1e9)
     assert claim["problems"] == []

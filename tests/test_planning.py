@@ -78,10 +78,16 @@ def test_what_does_not_fit_is_told_with_what_would() -> None:
     for said, c in found.changes:
         assert said
         assert c.need.device <= 25 * 10**8
+    for given in ({"memory": 400 * 10**6}, {"memory": 4 * 10**9, "ram": 64 * 10**9, "context": 4096, "batch": 64}):
+        tight = outcome(**given)  # pyright: ignore[reportArgumentType]
+        assert tight.chosen is None
+        assert len(tight.changes) == 3
+        assert all(c.fits for _, c in tight.changes)
     small = outcome(memory=8 * 10**9, ram=10**9)  # less than three layers, which is what a disk is read into
     assert small.chosen is None
     assert all("over" in c.refused for c in small.candidates)
     assert 0 < small.short_of_ram < 10**9
+    assert len(small.changes) == 3
 
 
 def test_what_fits_neither_memory_is_read_from_disk() -> None:
@@ -211,7 +217,13 @@ def test_the_form_is_chosen_by_copy_over_compute() -> None:
     few = plan_for(arch, BF16, card, memory=6 * 10**9, batch=1, context=64)
     many = plan_for(arch, BF16, card, memory=20 * 10**9, batch=1024, context=64)
     assert {c.plan.form for c in few.candidates} == {""}
-    assert {c.plan.form for c in many.candidates if c.plan.home in ("split", "host")} == {"ahead"}
+    streamed = [c for c in many.candidates if c.plan.home in ("split", "host")]
+    assert [c.plan.form for c in streamed if c.plan.home == "host"] == ["ahead", ""]  # a scan where that alone fits
+    assert next(c for c in streamed).plan.form == "ahead"
+    host = next(c for c in streamed if (c.plan.home, c.plan.form) == ("host", ""))
+    between = plan_for(arch, BF16, card, memory=host.need.device, batch=1024, context=64)
+    assert between.chosen is not None
+    assert (between.chosen.plan.home, between.chosen.plan.form) == ("host", "")
     assert {c.plan.form for c in many.candidates if c.plan.home == "device"} == {""}
     one = next(c for c in few.candidates if c.plan.home == "host")
     two = next(c for c in many.candidates if c.plan.home == "host")
