@@ -207,7 +207,7 @@ def shape(size: int) -> dict[str, Any]:
                 "rope_theta": 10000.0, "tie_word_embeddings": False, "dtype": "float32",
                 "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,
             }  # fmt: skip
-    raise ValueError(f"--size is {size} bytes; the smallest model made here takes {outer + 8 * layer}")
+    raise click.UsageError(f"--size is {size} bytes; the smallest model made here takes {outer + 8 * layer}")
 
 
 def compare(place: Path, config: dict[str, Any], new: int, rounds: int) -> dict[str, Any]:
