@@ -431,11 +431,18 @@ def choose(
     least = min(found, key=lambda v: v.need.device)
     n = least.need
     if n.device <= budget and ram is not None:
-        ring = min(v.need.host for v in found if v.need.device <= budget)
+        streamed = min((v for v in found if v.need.device <= budget), key=lambda v: v.need.host)
+        disk = min((v for v in found if v.plan.home == "disk"), key=lambda v: v.need.device)
+        takes = show_bytes(streamed.need.host)
+        said = f"home {streamed.plan.home!r} takes {takes} of host memory, where there are {show_bytes(ram)}"
+        if disk.need.device > budget:
+            said += (
+                f", and home 'disk', which has two layers on the device, takes {show_bytes(disk.need.device)} there,"
+                f" {show_bytes(disk.need.device - budget)} more than memory={memory!r}"
+            )
         raise ValueError(
-            f"Layers that do not fit {show_bytes(budget)} of device memory are streamed, and even from disk that takes"
-            f" {show_bytes(ring)} of host memory, where there are {show_bytes(ram)}: more memory of either kind, or"
-            f" weights='int8'"
+            f"Layers that do not fit {show_bytes(budget)} of device memory are streamed: {said}. Give more memory of either"
+            f" kind, or weights='int8'"
         )
     raise ValueError(
         f"memory={memory!r} is {show_bytes(budget)}; the smallest plan, home {least.plan.home!r}, needs"
