@@ -267,7 +267,13 @@ def show(found: dict[str, Any]) -> None:
 
 @click.command(**SETTINGS)
 @click.option("--size", metavar="SIZE", default="1GB", help="Bytes of the checkpoint, about, in float32.")
-@click.option("--folder", type=A_FOLDER, metavar="FOLDER", default=".", help="Where files are made, then removed.")
+@click.option(
+    "--folder",
+    type=A_FOLDER,
+    metavar="FOLDER",
+    default=tempfile.gettempdir(),
+    help="Where files are made, then removed.",
+)
 @click.option("--new", metavar="N", type=click.IntRange(2, 40), default=8, help="Tokens decoded.")
 @click.option("--rounds", metavar="N", type=click.IntRange(1), default=3, help="Rounds, whose medians are printed.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
