@@ -11,6 +11,8 @@ matplotlib draws (the extra `jaxengine[notebook]`), onto its own canvas: a noteb
 Colours are those of Okabe and Ito (2008), told apart by every kind of colour vision.
 """
 
+# pyright: reportMissingImports=false
+
 from __future__ import annotations
 
 import contextlib
