@@ -87,9 +87,15 @@ def test_streamed_decode_holds_about_one_layer(card: str) -> None:
     assert {c.dma for c in report.copies} == {True}
 
 
-@pytest.mark.parametrize("card", ["RTX 3090", "H200"])
-@pytest.mark.parametrize("place", [{"home": "host"}, {"home": "split", "resident": 2}], ids=["host", "split"])
-@pytest.mark.parametrize("of", ["what stands before the layers", "the layers"])
+@pytest.mark.parametrize(
+    ("card", "place", "of"),
+    [
+        ("RTX 3090", {"home": "host"}, "the layers"), ("H200", {"home": "host"}, "what stands before the layers"),
+        ("RTX 3090", {"home": "split", "resident": 2}, "what stands before the layers"),
+        ("H200", {"home": "split", "resident": 2}, "the layers"),
+    ],
+    ids=str,
+)  # fmt: skip
 def test_a_gradient_brings_each_layer_again(card: str, place: dict, of: str) -> None:
     """Forwards and backwards by DMA from the right places, about two layers on the device; kept from the forward pass they
     would be all eight. Gradients of the layers go to host memory one by one."""
@@ -173,9 +179,10 @@ def test_a_layer_is_written_into_its_stack_in_place(card: str) -> None:
         assert taken.memory_analysis().temp_size_in_bytes <= 1.1 * size
 
 
-@pytest.mark.parametrize("card", ["RTX 4090", "H200"])
 @pytest.mark.parametrize(
-    ("raw", "layers"), [(RAW, 6), (PERIODIC | {"num_hidden_layers": 20}, 20)], ids=["alike", "unlike"]
+    ("card", "raw", "layers"),
+    [("RTX 4090", RAW, 6), ("H200", PERIODIC | {"num_hidden_layers": 20}, 20)],
+    ids=["alike", "unlike"],
 )
 def test_one_ahead_holds_two_layers_and_a_split_home_its_resident_ones(card: str, raw: dict, layers: int) -> None:
     plan = Plan(dtype="bfloat16", home="split", form="ahead", resident=2)

@@ -26,6 +26,10 @@ from gpu_suite import FULL, MEASUREMENTS, TINY, Measurement  # noqa: E402  # pyr
 
 from pallas_kernels import aot  # noqa: E402
 
+pytestmark = pytest.mark.skipif(
+    sys.version_info < (3, 12), reason="GPUs are supported from Python 3.12 on, and so is this"
+)
+
 WAYS = {"eager", "program"}
 
 
