@@ -18,10 +18,10 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding
 
-from jaxengine import packing, technique
+from jaxengine import formats, packing
 from jaxengine.architecture import Architecture, Spec
 from jaxengine.homes.base import Bank, Part, check_platform, home, place_in
-from jaxengine.plan import WEIGHTS, Plan, abstract_leaf
+from jaxengine.plan import Plan, abstract_leaf
 from jaxengine.weights.base import Weight
 from sharding.rules import Rules, check, named_sharding
 
@@ -188,7 +188,7 @@ def _leaf_axes(format_name: str, axes: tuple[str | None, ...], spec: Spec, *, st
     if spec.out is None:
         return _Axes(axes)
     leading = axes[:1] if stacked else ()
-    inner = technique.find(WEIGHTS, format_name).leaf_axes(spec.axes, spec.out)
+    inner = formats.find(format_name).leaf_axes(spec.axes, spec.out)
     return jax.tree.map(lambda a: _Axes((*leading, *a)), inner, is_leaf=lambda a: isinstance(a, tuple))
 
 
@@ -213,7 +213,7 @@ def _encoded(array: Any, format_name: str, spec: Spec, dtype: str, rules: Rules,
 def _encoder(format_name: str, out: int | None, dtype: str, tree: Any, shardings: tuple[NamedSharding, ...]) -> Any:
     def encode(raw: jax.Array) -> Any:
         w = raw.astype(dtype)
-        return w if out is None else technique.find(WEIGHTS, format_name).encode(w, out=out)
+        return w if out is None else formats.find(format_name).encode(w, out=out)
 
     return jax.jit(encode, out_shardings=jax.tree.unflatten(tree, shardings))
 

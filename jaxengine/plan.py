@@ -20,14 +20,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxengine import technique
+from jaxengine import formats
 from jaxengine.architecture import Architecture, Spec, segments
 from jaxengine.cache.base import Caching, empty
 from jaxengine.engine import bucket
 from jaxengine.homes.base import Part, home
 from sharding.rules import RULES, Rules
 
-WEIGHTS = "jaxengine.weights"
 RING = 3  # buffers that layers are read into from disk: one is used, one is copied, one is being filled
 CHUNK = 512  # tokens in which long prompts are read where one piece does not fit
 DTYPES = ("float32", "bfloat16", "float16")
@@ -40,8 +39,8 @@ class Plan:
     """What is done, by name.
 
     dtype: of activations and unquantised weights ('' is the checkpoint's own, which `load` fills in). weights: the
-    format of matrices inside layers; weight_rules: (name pattern, format) pairs that go before it, first match wins,
-    e.g. (("lm_head", "int8"), ("layers.*.down", "dense")).
+    format of matrices inside layers, e.g. 'int4:group_size=64'; weight_rules: (name pattern, format) pairs that go before
+    it, first match wins, e.g. (("lm_head", "int8"), ("layers.*.down", "dense")).
     home: where layers live; form: 'unrolled', 'scan', 'ahead' or 'python' ('' is the home's own); resident: under the homes
     'split' and 'disk', the number of layers, from the first on, that stand on the device; kept: under the home 'disk', the
     number of layers after those that stand in host memory. kv_layout, kv_codec, kv_store: the cache.
@@ -68,8 +67,9 @@ class Plan:
     def __post_init__(self) -> None:
         if self.dtype and self.dtype not in DTYPES:
             raise ValueError(f"Plan: dtype is {self.dtype!r}; it can be {', '.join(DTYPES)}")
-        for _, name in (*self.weight_rules, ("*", self.weights)):
-            technique.find(WEIGHTS, name)
+        # as `formats` writes them, so that equal choices are equal plans
+        object.__setattr__(self, "weights", str(formats.find(self.weights)))
+        object.__setattr__(self, "weight_rules", tuple((p, str(formats.find(f))) for p, f in self.weight_rules))
         forms = home(self.home).FORMS
         if self.form and self.form not in forms:
             raise ValueError(f"Plan: home {self.home!r} takes the form {' or '.join(forms)}, not {self.form!r}")
@@ -140,7 +140,7 @@ class Plan:
         return RULES[self.sharding].override(*self.rules) if self.rules else RULES[self.sharding]
 
     def format_of(self, name: str, spec: Spec) -> str:
-        """The weight format of one parameter: 'embedding', 'layers.3.q'."""
+        """The weight format of one parameter ('embedding', 'layers.3.q'), as `formats.find` takes it."""
         if spec.out is None:
             return "dense"
         for pattern, chosen in self.weight_rules:
@@ -188,7 +188,7 @@ def abstract_leaf(format_name: str, shape: tuple[int, ...], out: int | None, dty
     w = jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
     if out is None:
         return w
-    encode = technique.find(WEIGHTS, format_name).encode
+    encode = formats.find(format_name).encode
     return jax.eval_shape(lambda w: encode(w, out=out), w)
 
 

@@ -27,14 +27,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles.quantisation import symmetric, tie_width
 
-from jaxengine import technique
+from jaxengine import formats, technique
 from jaxengine.weights import base
 from jaxengine.weights.base import Weight, contract, split_spec, take
 
-FORMATS = technique.names("jaxengine.weights")
+WEIGHTS = "jaxengine.weights"
+
+
+def variants(name: str) -> list[str]:
+    """A format as it is, and with each other value of each of its options."""
+    options = getattr(technique.find(WEIGHTS, name), "OPTIONS", {})
+    found = [f"{name}:{option}={value}" for option, values in options.items() for value in values]
+    return list(dict.fromkeys([name, *(str(formats.find(text)) for text in found)]))
+
+
+FORMATS = [text for name in technique.names(WEIGHTS) for text in variants(name)]
 U = 2.0**-24
 
-formats = pytest.mark.parametrize("name", FORMATS)
+each_format = pytest.mark.parametrize("name", FORMATS)
 
 
 class Case(NamedTuple):
@@ -53,8 +63,8 @@ CASES = [GATE, QUERY, OUTPUT, ODD, ONE]
 IDS = ["gate", "query", "output", "odd", "one"]
 
 
-def fmt(name: str) -> Any:
-    return technique.find("jaxengine.weights", name)
+def fmt(name: str) -> formats.Format:
+    return formats.find(name)
 
 
 def matrix(case: Case, seed: int = 0, scale: float = 1.0) -> np.ndarray:
@@ -101,7 +111,7 @@ def assert_contracts(y: Any, case: Case, x: Any, w: np.ndarray, *, err_msg: str 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-30, 1e-37, 1e-42, 1e38])
 @pytest.mark.parametrize("case", CASES, ids=IDS)
-@formats
+@each_format
 def test_dense_is_within_the_formats_own_bound(name: str, case: Case, scale: float) -> None:
     w = np.clip(matrix(case), -3, 3) * np.float32(scale)
     leaf = fmt(name).encode(jnp.asarray(w), out=case.out)
@@ -116,7 +126,7 @@ def test_dense_is_within_the_formats_own_bound(name: str, case: Case, scale: flo
         assert (dense[0] == 0).all()  # every format holds zero
 
 
-@formats
+@each_format
 def test_a_bound_is_worth_something(name: str) -> None:
     """A bound as large as the matrix would let anything pass."""
     leaf = fmt(name).encode(jnp.asarray(matrix(GATE)), out=1)
@@ -134,7 +144,7 @@ def test_dense_is_within_bound_for_any_numbers(numbers: list[float], name: str) 
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@formats
+@each_format
 def test_encodes_what_the_plan_has_cast(name: str, dtype: str) -> None:
     w = jnp.asarray(matrix(QUERY), dtype)
     leaf = fmt(name).encode(w, out=2)
@@ -143,7 +153,7 @@ def test_encodes_what_the_plan_has_cast(name: str, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=IDS)
-@formats
+@each_format
 def test_the_abstract_form_is_what_encode_makes(name: str, case: Case) -> None:
     def encode(w: jax.Array) -> Any:
         return fmt(name).encode(w, out=case.out)
@@ -158,7 +168,7 @@ def test_the_abstract_form_is_what_encode_makes(name: str, case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=IDS)
-@formats
+@each_format
 def test_every_array_has_a_name_for_each_dim(name: str, case: Case) -> None:
     leaf = jax.eval_shape(lambda w: fmt(name).encode(w, out=case.out), jnp.zeros(case.shape))
     axes = fmt(name).leaf_axes(case.axes, case.out)
@@ -178,7 +188,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@formats
+@each_format
 def test_contract_for_every_number_of_rows(name: str, dtype: str) -> None:
     leaf = fmt(name).encode(jnp.asarray(matrix(ODD)), out=1)
     for rows in ROWS:
@@ -187,7 +197,7 @@ def test_contract_for_every_number_of_rows(name: str, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("case", [GATE, QUERY, OUTPUT, ONE], ids=["gate", "query", "output", "one"])
-@formats
+@each_format
 def test_contract_for_every_shape(name: str, case: Case) -> None:
     leaf = fmt(name).encode(jnp.asarray(matrix(case)), out=case.out)
     for rows, dtype in ((1, "float32"), (6, "float32"), (65, "float32"), (1, "bfloat16"), (4, "bfloat16")):
@@ -215,7 +225,7 @@ def test_the_rows_above_select_every_form() -> None:
 
 @pytest.mark.parametrize("case", [GATE, QUERY, OUTPUT], ids=["gate", "query", "output"])
 @pytest.mark.parametrize("rows", [1, 6])
-@formats
+@each_format
 def test_nothing_overflows_where_the_result_fits(name: str, case: Case, rows: int) -> None:
     """In float16, whose largest number is 65504: y is 12000 at most, sums of a format's codes may be far above."""
     w = np.ones(case.shape, np.float32)
@@ -226,7 +236,7 @@ def test_nothing_overflows_where_the_result_fits(name: str, case: Case, rows: in
 
 
 @pytest.mark.parametrize("rows", [1, 8, 65])
-@formats
+@each_format
 def test_the_gradient_of_the_activations_is_denses(name: str, rows: int) -> None:
     """d/dx sum(g * (x . W)) = g . W^T; over O outputs, the same rounding as contracting the other way."""
     leaf = fmt(name).encode(jnp.asarray(matrix(QUERY)), out=2)
@@ -239,7 +249,7 @@ def test_the_gradient_of_the_activations_is_denses(name: str, rows: int) -> None
     assert (abs(f64(found) - exact) <= bound).all()
 
 
-@formats
+@each_format
 def test_stacked_layers_scan(name: str) -> None:
     """Layers stand in stacks [L, ...]: a scan's slice of one is that layer's weight."""
     layers = [matrix(QUERY, seed) for seed in range(3)]
@@ -256,7 +266,7 @@ def test_stacked_layers_scan(name: str) -> None:
             assert_contracts(y, QUERY, x, dense_of(leaf))
 
 
-@formats
+@each_format
 def test_a_donated_weight_comes_back_whole(name: str) -> None:
     leaf = fmt(name).encode(jnp.asarray(matrix(GATE)), out=1)
     dense, x = dense_of(leaf), activations(GATE, 6, "float32")
@@ -267,7 +277,7 @@ def test_a_donated_weight_comes_back_whole(name: str) -> None:
     assert_contracts(y, GATE, x, dense)
 
 
-@formats
+@each_format
 def test_a_flax_param_holds_it(name: str) -> None:
     leaf = fmt(name).encode(jnp.asarray(matrix(GATE)), out=1)
     x = activations(GATE, 6, "float32")
@@ -289,7 +299,7 @@ def test_a_flax_param_holds_it(name: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@formats
+@each_format
 def test_take_is_denses_rows(name: str, dtype: str) -> None:
     leaf = fmt(name).encode(jnp.asarray(matrix(ODD)), out=1)
     dense = dense_of(leaf)
@@ -300,7 +310,7 @@ def test_take_is_denses_rows(name: str, dtype: str) -> None:
         assert (abs(f64(found) - exact) <= (roundoff(dtype) + 4 * U) * abs(exact)).all()
 
 
-@formats
+@each_format
 def test_take_from_a_matrix_of_more_dims(name: str) -> None:
     leaf = fmt(name).encode(jnp.asarray(matrix(OUTPUT)), out=1)
     found = take(leaf, jnp.array([5, 1]), jnp.float32)

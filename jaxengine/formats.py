@@ -1,0 +1,70 @@
+"""A weight format by what a user writes: 'int4', or 'int4:group_size=64,affine=true'.
+
+The name is a file of jaxengine/weights, the options are keyword arguments of its `encode`, and the values that each can
+take stand in the file's OPTIONS. Nothing is parsed that does not take effect: an option that the file does not know, or a
+value that it does not take, is refused with those that there are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import inspect
+from types import ModuleType
+from typing import Any
+
+from jaxengine import technique
+
+WEIGHTS = "jaxengine.weights"
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """A format and its options, those that were given alone; hashable."""
+
+    name: str
+    options: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def module(self) -> ModuleType:
+        return technique.find(WEIGHTS, self.name)
+
+    def encode(self, w: Any, *, out: int) -> Any:
+        """w [out..., in...] in this format: an array or a Weight."""
+        return self.module.encode(w, out=out, **dict(self.options))
+
+    def leaf_axes(self, axes: tuple[str | None, ...], out: int) -> Any:
+        """The tree that `encode` makes, with the logical axes of each array in its place."""
+        return self.module.leaf_axes(axes, out, **dict(self.options))
+
+    def __str__(self) -> str:
+        given = ",".join(f"{k}={str(v).lower() if isinstance(v, bool) else v}" for k, v in self.options)
+        return f"{self.name}:{given}" if given else self.name
+
+
+@functools.cache
+def find(text: str) -> Format:
+    """The format that a text names, options that are at their default left out.
+
+    Raises ValueError for a name, an option or a value that there is not, naming those that there are.
+    """
+    name, colon, rest = text.partition(":")
+    module = technique.find(WEIGHTS, name)
+    known: dict[str, tuple[Any, ...]] = getattr(module, "OPTIONS", {})
+    defaults = {n: p.default for n, p in inspect.signature(module.encode).parameters.items() if n in known}
+    given = {}
+    for part in rest.split(",") if colon else ():
+        option, equals, value = (s.strip() for s in part.partition("="))
+        if option not in known:
+            near = difflib.get_close_matches(option, known, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            there = f"its options are {', '.join(known)}" if known else "it has no options"
+            raise ValueError(f"weights={text!r}: {name} has no option {option!r}; {there}.{hint}")
+        if option in given:
+            raise ValueError(f"weights={text!r}: {option} is given twice")
+        found = {str(v).lower(): v for v in known[option]}
+        if not equals or value.lower() not in found:
+            raise ValueError(f"weights={text!r}: {option} is {value!r}; it can be {', '.join(found)}")
+        given[option] = found[value.lower()]
+    return Format(name, tuple((n, given[n]) for n in known if n in given and given[n] != defaults[n]))
