@@ -25,6 +25,7 @@ from jaxengine.architecture import Architecture, Spec, segments
 from jaxengine.cache.base import Caching, empty
 from jaxengine.engine import bucket
 from jaxengine.homes.base import Part, home
+from jaxengine.walk import REMAT
 from sharding.rules import RULES, Rules
 
 RING = 3  # buffers that layers are read into from disk: one is used, one is copied, one is being filled
@@ -45,7 +46,8 @@ class Plan:
     'split' and 'disk', the number of layers, from the first on, that stand on the device; kept: under the home 'disk', the
     number of layers after those that stand in host memory. kv_layout, kv_codec, kv_store: the cache.
     sharding: a named table of rules; rules: (logical axis, mesh axis or None) pairs that go before it.
-    mesh: e.g. 'data=2,tensor=4' ('' is one device). chunk: tokens of a prompt that each layer reads at a time, a power of
+    mesh: e.g. 'data=2,tensor=4' ('' is one device). remat: when fine-tuning, what is kept of a layer for its way back
+    ('' is 'full'; walk.REMAT). chunk: tokens of a prompt that each layer reads at a time, a power of
     two (0 is all of them): what is held while reading then grows with chunk x context, not with context x context.
     """
 
@@ -63,6 +65,7 @@ class Plan:
     rules: tuple[Any, ...] = ()
     mesh: str = ""
     chunk: int = 0
+    remat: str = ""
 
     def __post_init__(self) -> None:
         if self.dtype and self.dtype not in DTYPES:
@@ -88,6 +91,8 @@ class Plan:
             raise ValueError(f"Plan: sharding is {self.sharding!r}; the tables are {', '.join(RULES)}")
         if self.chunk and (self.chunk < 16 or self.chunk > 2048 or self.chunk & (self.chunk - 1)):
             raise ValueError(f"Plan: chunk is {self.chunk}; it can be 0 or a power of two from 16 to 2048")
+        if self.remat and self.remat not in REMAT:
+            raise ValueError(f"Plan: remat is {self.remat!r}; it can be {', '.join(REMAT)}")
         for row in self.rules:
             memory = row[2] if len(row) > 2 else None
             if memory is not None:
@@ -323,8 +328,12 @@ def show_bytes(n: int) -> str:
 @dataclasses.dataclass(frozen=True)
 class Need:
     """Bytes by what they are for. Device: embeddings and head, resident layers, streamed layers while they are there, KV
-    cache, activations (of reading a prompt). Host: streamed layers, pinned, and the buffers that a disk is read into.
-    Disk: the layers that are read from it."""
+    cache, activations (of reading a prompt, or of a step). Host: streamed layers, pinned, and the buffers that a disk is
+    read into. Disk: the layers that are read from it.
+
+    When fine-tuning, also on the device: what is trained beside those, its gradient, the optimizer's state, and what is
+    kept of each layer for its way back; and in host memory what of these stands there.
+    """
 
     outer: int
     resident: int
@@ -333,10 +342,15 @@ class Need:
     activations: int
     host: int
     disk: int
+    trained: int = 0
+    gradients: int = 0
+    optimizer: int = 0
+    kept: int = 0
 
     @property
     def device(self) -> int:
-        return self.outer + self.resident + self.streaming + self.cache + self.activations
+        standing = self.outer + self.resident + self.streaming + self.cache
+        return standing + self.activations + self.trained + self.gradients + self.optimizer + self.kept
 
 
 def need(architecture: Architecture, plan: Plan, *, batch: int, context: int) -> Need:

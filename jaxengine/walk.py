@@ -18,14 +18,38 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxengine.homes.base import Bank, home
+from jaxengine.weights.base import CONTRACTED
 
 Body = Callable[[Hashable, Any, Any, Any], tuple[Any, Any]]
 
+ENTERING = "entering"  # the name of what comes into a layer, for policies
 
-def walk(body: Body, carry: Any, banks: Sequence[Bank], states: Sequence[Any]) -> tuple[Any, tuple[Any, ...]]:
-    """Run `body` through all layers of the banks; gives the last carry and the new states, laid out as `states`."""
+# What is kept of a layer for its way back, apart from what comes into it. The weights of a streamed layer never are: they
+# are fetched again.
+REMAT: dict[str, Callable[..., Any] | None] = {
+    "none": None,  # everything; of layers on the device alone
+    "full": jax.checkpoint_policies.nothing_saveable,  # nothing: the layer is run again
+    "dots": jax.checkpoint_policies.save_only_these_names(CONTRACTED),  # what matrices gave
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(  # nothing, and what comes in goes to the host
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[ENTERING],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
+}
+
+
+def walk(
+    body: Body, carry: Any, banks: Sequence[Bank], states: Sequence[Any], *, remat: str = "none"
+) -> tuple[Any, tuple[Any, ...]]:
+    """Run `body` through all layers of the banks; gives the last carry and the new states, laid out as `states`.
+
+    remat: where a gradient is taken, what is kept of each layer for it (REMAT). A streamed layer is run again whatever
+    is said, and with 'none' as with 'full'.
+    """
     done = []
     for bank, bank_states in zip(banks, states, strict=True):
         if bank.outside:
@@ -34,7 +58,7 @@ def walk(body: Body, carry: Any, banks: Sequence[Bank], states: Sequence[Any]) -
                 f" jaxengine.outside, or Model.logits and Model.generate"
             )
         loop = {"unrolled": _unrolled, "scan": _scanned, "ahead": _ahead}[bank.form]
-        carry, new = loop(body, carry, bank, bank_states)
+        carry, new = loop(body, carry, bank, bank_states, remat)
         done.append(new)
     return carry, tuple(done)
 
@@ -60,28 +84,39 @@ def drive(run: Body, carry: Any, banks: Sequence[Bank], states: Sequence[Any]) -
     return carry, tuple(done)
 
 
-def _unrolled(body: Body, carry: Any, bank: Bank, states: Any) -> tuple[Any, Any]:
+def _unrolled(body: Body, carry: Any, bank: Bank, states: Any, remat: str) -> tuple[Any, Any]:
     fetch, streamed = home(bank.home).fetch, home(bank.home).TIER != "device"
     new = []
     for kind, weights, state in zip(bank.kinds * bank.repeats, bank.weights, states, strict=True):
         layer = functools.partial(_fetched, body, fetch, kind)
         if streamed:
             weights, carry = lax.optimization_barrier((weights, carry))  # or all copies start with the program
-            layer = jax.checkpoint(layer)
+        if (policy := _policy(remat, streamed)) is not None:
+            layer = jax.checkpoint(layer, policy=policy)
         carry, state = layer(weights, carry, state)
         new.append(state)
     return carry, tuple(new)
 
 
 def _fetched(body: Body, fetch: Any, kind: Hashable, weights: Any, carry: Any, state: Any) -> tuple[Any, Any]:
-    return body(kind, fetch(weights), carry, state)
+    return body(kind, fetch(weights), _entering(carry), state)
 
 
-def _scanned(body: Body, carry: Any, bank: Bank, states: Any) -> tuple[Any, Any]:
+def _entering(carry: Any) -> Any:
+    return jax.tree.map(lambda x: checkpoint_name(x, ENTERING), carry)
+
+
+def _policy(remat: str, streamed: bool) -> Callable[..., Any] | None:
+    """Of what is kept of a layer; None: everything."""
+    return REMAT["full" if streamed and remat == "none" else remat]
+
+
+def _scanned(body: Body, carry: Any, bank: Bank, states: Any, remat: str) -> tuple[Any, Any]:
     fetch, last = home(bank.home).fetch, len(bank.kinds) - 1
 
     def period(loop: Any, slices: Any) -> tuple[Any, None]:
         i, carry, states = loop
+        carry = _entering(carry)
         here, new = fetch(slices[0]), []
         for j, (kind, stack) in enumerate(zip(bank.kinds, states, strict=True)):
             ahead = None
@@ -92,20 +127,24 @@ def _scanned(body: Body, carry: Any, bank: Bank, states: Any) -> tuple[Any, Any]
             here = ahead
         return (i + 1, carry, tuple(new)), None
 
-    if home(bank.home).TIER != "device":
-        # backwards each layer is fetched again; kept, all of them would stand on the device. A scan is its own barrier
-        period = jax.checkpoint(period, prevent_cse=False)
+    # backwards each streamed layer is fetched again; kept, all of them would stand on the device
+    if (policy := _policy(remat, home(bank.home).TIER != "device")) is not None:
+        period = jax.checkpoint(period, policy=policy, prevent_cse=False)  # a scan is its own barrier
     (_, carry, states), _ = lax.scan(period, (jnp.int32(0), carry, states), bank.weights, length=bank.repeats)
     return carry, states
 
 
-def _ahead(body: Body, carry: Any, bank: Bank, states: Any) -> tuple[Any, Any]:
+def _ahead(body: Body, carry: Any, bank: Bank, states: Any, remat: str) -> tuple[Any, Any]:
     """Each layer is fetched while the one before it is computed, over the border of a period too.
 
     The stacks have one layer less than there are turns, and that layer stands alone: the first kind's first, which is
     fetched before the loop, and the other kinds' last, which are used after it. All slices in the loop are therefore at
     the loop's own index, which is what makes DMA copies of them.
     """
+    if remat != "none":
+        raise ValueError(
+            f"form 'ahead' keeps all that it fetched for the way back, and remat is {remat!r}: use form='scan'"
+        )
     fetch, last = home(bank.home).fetch, len(bank.kinds) - 1
     ones, rests = tuple(w["one"] for w in bank.weights), tuple(w["rest"] for w in bank.weights)
 

@@ -111,13 +111,18 @@ class CachedAttend:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PlainAttend:
-    """Attend among the given tokens alone, and keep nothing: scoring a text, training."""
+    """Attend among the given tokens alone, and keep nothing: scoring a text, training.
+
+    segments: where rows are packed, the document that each token is of; it sees its own alone.
+    """
 
     positions: Int[Array, "B T"]
+    segments: Int[Array, "B T"] | None = None
 
     def __call__(self, attention: Attention, q: Array, k: Array, v: Array, kv: Any) -> tuple[Array, Any]:
+        packed = {} if self.segments is None else {"q_segments": self.segments, "k_segments": self.segments}
         out = attention_kernel(
             q, k.swapaxes(1, 2), v.swapaxes(1, 2), self.positions, self.positions,
-            scale=attention.scale, window=attention.window, softcap=attention.softcap,
+            scale=attention.scale, window=attention.window, softcap=attention.softcap, **packed,
         )  # fmt: skip
         return out, kv

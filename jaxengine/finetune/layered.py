@@ -1,0 +1,274 @@
+"""Training every parameter of a model that does not fit: no gradient of it ever stands as a whole.
+
+Going forward, what comes into each layer is kept. On the way back each layer is brought in with its optimizer's state, its
+gradient is made, used and forgotten, and layer and state go back to where they live, in place (LOMO, Lv et al.,
+arXiv:2306.09782, for an optimizer with a state). On the device stand about three layers in float32, what comes into the
+layers ('offload': in host memory), and what is outside them.
+
+A gradient's global norm is known only after all of it has been made. With clipping, the way back is therefore gone twice:
+once for the norm, once for the updates, with the same numbers. With clip=0 it is gone once.
+
+The parts of an accumulated batch go through a layer one after another while it is there, so that layers are brought once
+in a step however many parts there are.
+
+A accumulated parts, B batch, T tokens, D model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, Float
+
+from jaxengine.cache.base import PlainAttend
+from jaxengine.engine import embed, head, layer_body, program
+from jaxengine.finetune.loss import cross_entropy
+from jaxengine.finetune.step import Batch, State, Tuning, head_names
+from jaxengine.homes.base import Bank, home
+
+Layer = Callable[[Hashable, Any, Array, Any], Array]  # (kind, weights, x [B, T, D], attend) -> x
+
+
+def host(tree: Any) -> Any:
+    """A tree's arrays, to pinned host memory; inside a program."""
+    return jax.tree.map(lambda a: jax.device_put(a, jax.memory.Space.Host), tree)
+
+
+def at(stacks: Any, i: Any) -> Any:
+    """Layer i of a stack."""
+    return jax.tree.map(lambda s: lax.dynamic_index_in_dim(s, i, keepdims=False), stacks)
+
+
+def put(stacks: Any, layer: Any, i: Any) -> Any:
+    """A stack with layer i replaced."""
+    return jax.tree.map(lambda s, x: lax.dynamic_update_index_in_dim(s, x, i, 0), stacks, layer)
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """How a bank's arrays are brought and taken back. States' counters, one number a layer, stand on the device."""
+
+    fetch: Callable[[Any], Any]
+    back: Callable[[Any], Any]
+
+    @classmethod
+    def of(cls, bank: Bank) -> Place:
+        """Of a bank of the homes that a program reaches; ValueError for the others."""
+        if bank.outside or bank.form == "ahead":
+            raise ValueError(
+                f"train='all' goes through layers of home {bank.home!r} in the form 'scan' or 'unrolled', not {bank.form!r}:"
+                f" say home='host' or home='split', with form='scan'"
+            )
+        if home(bank.home).TIER == "device":
+            return cls(lambda tree: tree, lambda tree: tree)
+        fetch = home(bank.home).fetch
+
+        def sized(tree: Any, move: Callable[[Any], Any]) -> Any:
+            return jax.tree.map(lambda a: move(a) if a.ndim else a, tree)
+
+        return cls(lambda tree: sized(tree, fetch), lambda tree: sized(tree, host))
+
+
+def forward(bank: Bank, layer: Layer, attends: Any, x: Float[Array, "A B T D"], offload: bool) -> tuple[Array, Any]:
+    """x after the bank's layers, and what came into each. attends: of the parts, stacked."""
+    place, keep = Place.of(bank), host if offload else (lambda a: a)
+
+    def parts(kind: Hashable, weights: Any, x: Array) -> Array:
+        return _each_part(lambda row: layer(kind, weights, *row), (x, attends))
+
+    if not bank.stacked:
+        kept = []
+        for kind, weights in zip(bank.kinds * bank.repeats, bank.weights, strict=True):
+            kept.append(keep(x))
+            if home(bank.home).TIER != "device":
+                weights, x = lax.optimization_barrier((weights, x))  # or all copies start with the program
+            x = parts(kind, place.fetch(weights), x)
+        return x, tuple(kept)
+
+    def period(x: Array, slices: Any) -> tuple[Array, Any]:
+        kept = []
+        for kind, weights in zip(bank.kinds, slices, strict=True):
+            kept.append(keep(x))
+            x = parts(kind, place.fetch(weights), x)
+        return x, tuple(kept)
+
+    return lax.scan(period, x, bank.weights, length=bank.repeats)
+
+
+def _each_part(f: Callable[[Any], Array], rows: Any) -> Array:
+    """f of each part, stacked; a single one without a loop."""
+    if jax.tree.leaves(rows)[0].shape[0] == 1:
+        return f(jax.tree.map(lambda a: a[0], rows))[None]
+    return lax.map(f, rows)
+
+
+Use = Callable[
+    [Any, Any, Any, Any], tuple[Any, Any, Any]
+]  # (carry, gradient, weights, state) -> (carry, weights, state)
+
+
+def backward(
+    bank: Bank, layer: Layer, attends: Any, kept: Any, states: Any, g: Array, carry: Any, use: Use, offload: bool,
+    *, write: bool,
+) -> tuple[Array, Any, Any, Any]:  # fmt: skip
+    """Back through a bank: (gradient of what came into it, carry, weights, states), where `use` makes of each layer's
+    gradient a new carry, new weights and a new state.
+
+    write: False where nothing but the carry changes, so that nothing goes back.
+    """
+    place, bring = Place.of(bank), home("host").fetch if offload else (lambda a: a)
+
+    def one(kind: Hashable, weights: Any, state: Any, x: Array, g: Array, carry: Any) -> Any:
+        def part(total: Any, row: Any) -> Any:
+            x, g, attend = row
+            _, pull = jax.vjp(lambda w, x: layer(kind, w, x, attend), weights, x)
+            of_weights, of_x = pull(g)
+            return jax.tree.map(jnp.add, total, of_weights), of_x
+
+        zeros = jax.tree.map(jnp.zeros_like, weights)
+        if x.shape[0] == 1:
+            gradient, of_x = part(zeros, jax.tree.map(lambda a: a[0], (x, g, attends)))
+            of_x = of_x[None]
+        else:
+            gradient, of_x = lax.scan(part, zeros, (x, g, attends))
+        return of_x, *use(carry, gradient, weights, state)
+
+    if not bank.stacked:
+        new_weights, new_states = list(bank.weights), list(states)
+        for i, kind in reversed(list(enumerate(bank.kinds * bank.repeats))):
+            held = (bank.weights[i], states[i])
+            if home(bank.home).TIER != "device":
+                held, g = lax.optimization_barrier((held, g))
+            weights, state = (place.fetch(t) for t in held)
+            g, carry, weights, state = one(kind, weights, state, bring(kept[i]), g, carry)
+            if write:
+                new_weights[i], new_states[i] = place.back(weights), place.back(state)
+        return g, carry, tuple(new_weights), tuple(new_states)
+
+    def period(j: Array, loop: Any) -> Any:
+        g, carry, stacks, states = loop
+        i = bank.repeats - 1 - j
+        stacks, states = list(stacks), list(states)
+        for k, kind in reversed(list(enumerate(bank.kinds))):
+            weights, state = (place.fetch(at(t, i)) for t in (stacks[k], states[k]))
+            g, carry, weights, state = one(kind, weights, state, bring(at(kept[k], i)), g, carry)
+            if write:
+                stacks[k], states[k] = put(stacks[k], place.back(weights), i), put(states[k], place.back(state), i)
+        return g, carry, tuple(stacks), tuple(states)
+
+    return lax.fori_loop(0, bank.repeats, period, (g, carry, tuple(bank.weights), tuple(states)))
+
+
+def abstract(tuning: Tuning, banks: Any, trained: Any) -> State:
+    """The state's shapes, dtypes and places: each layer has an optimizer's state of its own, laid out as its weights are
+    and where they are (counters on the device). trained: arrays or ShapeDtypeStructs with shardings."""
+    transformation = tuning.optax()
+
+    def placed(state: Any, weights: Any, memory: str | None, counters: int) -> Any:
+        """A moment of a parameter's shape is split as the parameter; the rest is whole everywhere."""
+        splits = {w.shape: w.sharding.spec for w in jax.tree.leaves(weights)}
+
+        def one(s: Any) -> jax.ShapeDtypeStruct:
+            kind = memory if s.ndim > counters else None
+            place = NamedSharding(tuning.mesh, splits.get(s.shape, PartitionSpec()), memory_kind=kind)
+            return jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place)
+
+        return jax.tree.map(one, state)
+
+    def of(bank: Bank, weights: Any) -> Any:
+        Place.of(bank)
+        make = jax.vmap(transformation.init) if bank.stacked else transformation.init
+        return placed(jax.eval_shape(make, weights), weights, home(bank.home).MEMORY, int(bank.stacked))
+
+    states = tuple(tuple(of(b, weights) for weights in held) for b, held in zip(banks, trained["banks"], strict=True))
+    outer = placed(jax.eval_shape(transformation.init, trained["outer"]), trained["outer"], None, 0)
+    step = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(tuning.mesh, PartitionSpec()))
+    return State(trained, {"outer": outer, "banks": states}, step)
+
+
+def initial(tuning: Tuning, banks: Any, trained: Any) -> State:
+    """The state before the first step; see `abstract`. Every moment starts from zero, as optax's own do."""
+    wanted = abstract(tuning, banks, trained)
+    optimizer = jax.tree.map(
+        lambda s: jax.device_put(np.zeros(s.shape, s.dtype), s.sharding), wanted.optimizer
+    )  # calloc: pages that are not touched take no memory
+    return State(trained, optimizer, jax.device_put(np.int32(0), wanted.step.sharding))
+
+
+@program(0, donate=(2,))
+def step(tuning: Tuning, banks: tuple[Bank, ...], state: State, batch: Batch) -> tuple[State, dict[str, Array]]:
+    """One step, as `jaxengine.finetune.step.step`. banks: those of the parameters, without weights."""
+    engine, offload, outer = tuning.engine, tuning.remat == "offload", state.trained["outer"]
+    banks = tuple(dataclasses.replace(b, weights=w) for b, w in zip(banks, state.trained["banks"], strict=True))
+    total = jnp.maximum(batch.weights.sum(), 1)
+    attends = PlainAttend(batch.positions, batch.segments)
+    transformation = tuning.optax()
+
+    def layer(kind: Hashable, weights: Any, x: Array, attend: PlainAttend) -> Array:
+        return layer_body(engine, attend)(kind, weights, x, ())[0]
+
+    def enter(outer: Any) -> Array:
+        return _each_part(lambda r: embed(engine, {"outer": outer}, *r), (batch.tokens, attends))
+
+    def leave(of_head: Any, x: Array) -> Array:
+        def logits(of_head: Any, x: Array) -> Array:
+            return head(engine, {"outer": outer | of_head}, x)
+
+        A, B, T, D = x.shape
+        rows = (x.reshape(A * B, T, D), *(a.reshape(A * B, T) for a in (batch.targets, batch.weights)))
+        return cross_entropy(logits, of_head, *rows, chunk=tuning.chunk(A * B, T)) / total
+
+    x, enters = jax.vjp(enter, outer)
+    kept = []
+    for bank in banks:
+        x, of_bank = forward(bank, layer, attends, x, offload)
+        kept.append(of_bank)
+    loss, (of_head, last) = jax.value_and_grad(leave, (0, 1))({n: outer[n] for n in head_names(outer)}, x)
+
+    def back(use: Use, carry: Any, *, write: bool) -> tuple[Any, Any, Any]:
+        """The whole way back: (gradient of what is outside, carry, new weights and states by bank)."""
+        g, new = last, []
+        for bank, of_bank, states in reversed(list(zip(banks, kept, state.optimizer["banks"], strict=True))):
+            g, carry, weights, states = backward(
+                bank, layer, attends, of_bank, states, g, carry, use, offload, write=write
+            )
+            new.append((weights, states))
+        (of_outer,) = enters(g)
+        of_outer = {n: v + of_head[n] if n in of_head else v for n, v in of_outer.items()}
+        return of_outer, carry, new[::-1]
+
+    def squared(tree: Any) -> Array:
+        return optax.tree.norm(tree, squared=True)
+
+    factor = jnp.float32(1)
+    if tuning.clip:
+        of_outer, squares, _ = back(
+            lambda carry, gradient, weights, held: (carry + squared(gradient), weights, held),
+            jnp.float32(0),
+            write=False,
+        )
+        norm = jnp.sqrt(squares + squared(of_outer))
+        factor = jnp.minimum(1, tuning.clip / (norm + 1e-6))
+
+    def use(carry: Any, gradient: Any, weights: Any, held: Any) -> Any:
+        carry = carry + squared(gradient)
+        updates, held = transformation.update(jax.tree.map(lambda g: g * factor, gradient), held, weights)
+        return carry, optax.apply_updates(weights, updates), held
+
+    of_outer, squares, new = back(use, jnp.float32(0), write=True)
+    _, new_outer, outer_state = use(jnp.float32(0), of_outer, outer, state.optimizer["outer"])
+    trained = {"outer": new_outer, "banks": tuple(weights for weights, _ in new)}
+    optimizer = {"outer": outer_state, "banks": tuple(states for _, states in new)}
+    measured = {
+        "loss": loss, "gradient_norm": jnp.sqrt(squares + squared(of_outer)), "tokens": batch.weights.sum(),
+        "learning_rate": jnp.asarray(tuning.optimizer.rate()(state.step)),
+    }  # fmt: skip
+    return State(trained, optimizer, state.step + 1), measured

@@ -1,0 +1,14 @@
+"""AdamW (Kingma & Ba, arXiv:1412.6980; Loshchilov & Hutter, arXiv:1711.05101): two float32 moments for each parameter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import optax
+
+from jaxengine.finetune.optimizers.base import Optimizer
+
+
+def make(how: Optimizer, decayed: Any) -> optax.GradientTransformation:
+    """8 bytes of state for each parameter."""
+    return how.finish(optax.scale_by_adam(how.b1, how.b2, how.eps), decayed)

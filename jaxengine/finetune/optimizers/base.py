@@ -1,0 +1,82 @@
+"""An optimizer by name: a file of this folder, which makes an optax transformation.
+
+A file has
+    make(how, decayed) -> optax.GradientTransformation
+where `decayed` is optax's mask of the leaves that weight decay acts on: matrices, not norms and biases. Parameters,
+gradients and states are float32 unless the file says otherwise.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from types import ModuleType
+from typing import Any
+
+import optax
+
+from jaxengine import technique
+
+OPTIMIZERS = "jaxengine.finetune.optimizers"
+SCHEDULES = ("constant", "linear", "cosine")
+
+
+def optimizer(name: str) -> ModuleType:
+    """The optimizer of this name; ValueError names those there are."""
+    return technique.find(OPTIMIZERS, name)
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    """How parameters are changed by their gradients.
+
+    learning_rate: the highest; schedule: what follows `warmup` steps of a linear rise from 0, until `steps`: 'constant',
+    'linear' or 'cosine' to 0. weight_decay: decoupled, times the learning rate. b1, b2, eps: as in the optimizer's paper.
+    """
+
+    name: str = "adamw"
+    learning_rate: float = 1e-4
+    schedule: str = "constant"
+    warmup: int = 0
+    steps: int = 0
+    weight_decay: float = 0.0
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+
+    def __post_init__(self) -> None:
+        optimizer(self.name)
+        for field in ("learning_rate", "weight_decay", "b1", "b2", "eps"):
+            given = getattr(self, field)
+            if not (math.isfinite(given) and given >= 0):
+                raise ValueError(f"optimizer: {field} is {given}; it is a number of at least 0")
+        if max(self.b1, self.b2) >= 1:
+            raise ValueError(f"optimizer: b1 and b2 are {self.b1} and {self.b2}; they are below 1")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"optimizer: schedule is {self.schedule!r}; it can be {', '.join(SCHEDULES)}")
+        if self.warmup < 0 or (self.schedule != "constant" and self.steps <= self.warmup):
+            raise ValueError(
+                f"optimizer: warmup is {self.warmup} and steps {self.steps}; a {self.schedule} schedule ends at `steps`,"
+                f" after the warmup"
+            )
+
+    def rate(self) -> optax.Schedule:
+        """The learning rate of a step, by its number from 0."""
+        after = {
+            "constant": lambda: optax.constant_schedule(self.learning_rate),
+            "linear": lambda: optax.linear_schedule(self.learning_rate, 0.0, self.steps - self.warmup),
+            "cosine": lambda: optax.cosine_decay_schedule(self.learning_rate, self.steps - self.warmup),
+        }[self.schedule]()
+        if not self.warmup:
+            return after
+        rise = optax.linear_schedule(0.0, self.learning_rate, self.warmup)
+        return optax.join_schedules([rise, after], [self.warmup])
+
+    def make(self, decayed: Any = None) -> optax.GradientTransformation:
+        """The transformation: gradients in, what is added to the parameters out."""
+        return optimizer(self.name).make(self, decayed)
+
+    def finish(self, scale: optax.GradientTransformation, decayed: Any) -> optax.GradientTransformation:
+        """What comes after an optimizer's own scaling: decay, then the learning rate."""
+        decay = [optax.add_decayed_weights(self.weight_decay, decayed)] if self.weight_decay else []
+        return optax.chain(scale, *decay, optax.scale_by_learning_rate(self.rate()))

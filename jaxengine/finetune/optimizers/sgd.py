@@ -1,0 +1,14 @@
+"""Stochastic gradient descent, with momentum b1 (0: none, and no state)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import optax
+
+from jaxengine.finetune.optimizers.base import Optimizer
+
+
+def make(how: Optimizer, decayed: Any) -> optax.GradientTransformation:
+    """4 bytes of state for each parameter with momentum, none without."""
+    return how.finish(optax.trace(how.b1) if how.b1 else optax.identity(), decayed)

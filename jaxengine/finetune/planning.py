@@ -1,0 +1,270 @@
+"""What a step of fine-tuning needs, by arithmetic on abstract parameters, and the program that it is, to be compiled.
+
+Device bytes are those of the moment when most stands there: on the way back through a layer, or when the loss is made.
+
+    frozen layers     as generating has them: resident, or one (two) at a time
+    what is trained   float32, its gradient and the optimizer's state; where every parameter is trained in another home than
+                      the device's, one layer's at a time
+    kept              what comes into each layer (remat 'full'), or that and what its matrices gave ('dots'), or all
+    activations       one layer run again and gone back through; or some tokens' logits and their gradient
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxengine import placement
+from jaxengine.architecture import Architecture
+from jaxengine.engine import Engine, Program
+from jaxengine.finetune import layered
+from jaxengine.finetune import step as whole
+from jaxengine.finetune.optimizers.base import Optimizer
+from jaxengine.finetune.step import Batch, Tuning
+from jaxengine.finetune.trained._lowrank import LowRank
+from jaxengine.finetune.trained.all import Options as Every
+from jaxengine.finetune.trained.base import targets, trained
+from jaxengine.homes.base import home
+from jaxengine.plan import Need, Plan, Variant, layer_bytes, show_bytes, streamed_bytes, tier_bytes, weight_bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What is fine-tuned, as far as bytes go. compute: the dtype of the arithmetic ('': the plan's); accumulate: parts of
+    a batch."""
+
+    train: str
+    options: Any
+    optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
+    compute: str = ""
+    accumulate: int = 1
+    clip: float = 1.0
+    loss_chunk: int = 0
+
+    def tuning(self, architecture: Architecture, plan: Plan, mesh: Any) -> Tuning:
+        """The step that this task and plan make."""
+        dtype = self.compute or plan.dtype
+        engine = Engine(architecture, plan.caching, dtype, plan.sharding_rules(), mesh)
+        return Tuning(
+            engine, self.train, self.options, self.optimizer, plan.remat or "full", self.clip, self.loss_chunk
+        )
+
+    def layered(self, plan: Plan) -> bool:
+        """Whether each layer's gradient is used as it is made: where every parameter is trained and not all are on the
+        device."""
+        return self.train == "all" and plan.home != "device"
+
+
+TASKS = {
+    "lora": Task("lora", LowRank()),
+    "dora": Task("dora", LowRank()),
+    "full": Task("all", Every(), compute="bfloat16"),
+}
+
+
+def task(name: str) -> Task:
+    """The task of this name as users say it; ValueError names those there are."""
+    if name not in TASKS:
+        raise ValueError(f"task is {name!r}; what is planned for is generate, {', '.join(TASKS)}")
+    return TASKS[name]
+
+
+def abstract_trained(architecture: Architecture, plan: Plan, task: Task, params: Any) -> Any:
+    """What is trained, as ShapeDtypeStructs; params: abstract."""
+    if task.train == "all":
+        return trained("all").make(task.options, architecture, plan, params, None)
+    thin = trained("lora" if task.train == "dora" else task.train)
+    made = jax.eval_shape(lambda: thin.make(task.options, architecture, plan, None, jax.random.key(0)))
+    if task.train != "dora":
+        return made
+
+    def with_sizes(leaf: dict[str, Any]) -> dict[str, Any]:
+        rows = jax.ShapeDtypeStruct(leaf["b"].shape[:-1], jnp.float32)
+        return leaf | {"magnitude": rows, "square": rows}
+
+    is_leaf = lambda x: isinstance(x, dict) and x.keys() == {"a", "b"}  # noqa: E731
+    return jax.tree.map(with_sizes, made, is_leaf=is_leaf)
+
+
+def size_of(tree: Any) -> int:
+    """Bytes of a tree's arrays."""
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def program(
+    architecture: Architecture, plan: Plan, task: Task, mesh: Any, *, batch: int, context: int
+) -> tuple[Program, tuple[Any, ...], tuple[Any, ...]]:
+    """(program, static arguments, abstract ones) of a step on `batch` rows of `context` tokens a part."""
+    tuning, params = task.tuning(architecture, plan, mesh), placement.abstract(architecture, plan, mesh)
+    made = abstract_trained(architecture, plan, task, params)
+    ints, floats = (
+        jax.ShapeDtypeStruct((task.accumulate, batch, context), dtype) for dtype in (jnp.int32, jnp.float32)
+    )
+    rows = Batch(ints, ints, floats, ints, ints)
+    if task.layered(plan):
+        banks = tuple(dataclasses.replace(bank, weights=()) for bank in params["banks"])
+        return layered.step, (tuning,), (banks, layered.abstract(tuning, banks, made), rows)
+    state = jax.eval_shape(lambda made: whole.begin.function(tuning, made), made)
+    if task.train == "all":  # the parameters are those of the state, and stand once
+        params = jax.tree.map(lambda a: None, params)
+    return whole.step, (tuning,), (params, state, rows)
+
+
+def need(architecture: Architecture, plan: Plan, task: Task, *, batch: int, context: int) -> Need:
+    """What a step needs: `batch` rows of `context` tokens a part."""
+    tiers, each = tier_bytes(architecture, plan), layer_bytes(architecture, plan)
+    outer = weight_bytes(architecture, plan)["outer"]
+    dtype, layered = jnp.dtype(task.compute or plan.dtype), task.layered(plan)
+    remat, L = plan.remat or "full", architecture.num_layers
+    parts = task.accumulate if layered else 1  # of a batch, whose inputs to layers stand at the same time
+    one = layer_activations(architecture, batch * context, dtype.itemsize)
+    entering = parts * batch * context * architecture.config.hidden_size * dtype.itemsize
+    streamed = sum(p.num_layers for p in plan.parts(architecture) if home(p.home).TIER != "device")
+    kept = {
+        "full": L * entering,
+        "offload": 0,
+        "dots": L * (entering + one.dots),
+        "none": (L - streamed) * (entering + one.dots + one.between) + streamed * entering,
+    }[remat]
+    loss = loss_activations(architecture, task, parts * batch, context, dtype.itemsize)
+    back = one.within
+    host = tiers["host"] + (L * entering if remat == "offload" else 0)
+    share = state_share(task.optimizer)
+    if task.train != "all":
+        adapters = adapter_bytes(architecture, task)
+        gradients, optimizer, trained = adapters, int(share * adapters), adapters
+        streaming = streamed_bytes(architecture, plan)
+        activations = max(streaming + back, loss) - streaming
+    else:
+        trained, optimizer = 0, int(share * (outer + tiers["device"]))
+        if layered:
+            layer, head = max(each), head_bytes(architecture)
+            streaming = layer if streamed else 0
+            gradients = layer + head
+            cast = 2 * layer * dtype.itemsize // 4 if dtype.itemsize < 4 else 0  # the weights', and their gradient
+            # a layer's optimizer state comes when its gradient is there and what made it is gone
+            activations = max(cast + back, int(share * layer) if streamed else 0, loss - streaming - gradients)
+            host += int(share * tiers["host"])
+        else:
+            # until they are used they are in the arithmetic's dtype, but for sums over parts
+            narrow = dtype.itemsize if task.accumulate == 1 else 4
+            streaming, gradients = 0, (outer + tiers["device"]) * narrow // 4
+            activations = max(back, loss)
+    return Need(
+        outer=outer, resident=tiers["device"], streaming=streaming, cache=0, activations=activations, host=host,
+        disk=tiers["disk"], trained=trained, gradients=gradients, optimizer=optimizer, kept=kept,
+    )  # fmt: skip
+
+
+def state_share(optimizer: Optimizer) -> float:
+    """Bytes of an optimizer's state for each byte of large float32 matrices."""
+    held = jax.ShapeDtypeStruct((1024, 1024), jnp.float32)
+    return size_of(jax.eval_shape(optimizer.make().init, held)) / size_of(held)
+
+
+def head_bytes(architecture: Architecture) -> int:
+    """Of the gradient of what the head reads, float32."""
+    outer = architecture.outer()[1]
+    return 4 * sum(math.prod(outer[n].shape) for n in whole.head_names(outer))
+
+
+def adapter_bytes(architecture: Architecture, task: Task) -> int:
+    """Bytes of what is trained beside frozen matrices, float32."""
+    specs, total = architecture.specs(), 0
+    for name in targets(architecture, task.options.targets):
+        spec = specs[name]
+        assert spec.out is not None
+        ins, outs = math.prod(spec.shape[spec.out :]), math.prod(spec.shape[: spec.out])
+        total += 4 * (task.options.rank * (ins + outs) + (2 * outs if task.train == "dora" else 0))
+    return total
+
+
+class OneLayer(NamedTuple):
+    """Bytes of one layer's activations. within: while it is gone back through; dots: what its matrices gave, but for the
+    last, which nothing on the way back asks for; between: what else a way back asks for."""
+
+    within: int
+    dots: int
+    between: int
+
+
+def layer_activations(architecture: Architecture, rows: int, itemsize: int) -> OneLayer:
+    """Of the widest layer, for so many tokens; attention keeps no scores."""
+    found = []
+    for kind in set(architecture.kinds):
+        specs = architecture.block(kind)[1]
+        dims = {a: n for s in specs.values() for a, n in zip(s.axes, s.shape, strict=True)}
+        D, F = dims["embed"], dims["mlp"]
+        outs = sum(math.prod(s.shape[: s.out]) for s in specs.values() if s.out is not None)
+        found.append(tuple(rows * itemsize * n for n in (4 * D + outs + 2 * F, outs - D, 3 * D + F)))
+    return OneLayer(*max(found))
+
+
+def loss_activations(architecture: Architecture, task: Task, batch: int, context: int, itemsize: int) -> int:
+    """Bytes while the loss is made: some tokens' logits in float32, their gradient, and the gradient of what comes in."""
+    V, D = architecture.config.vocab_size, architecture.config.hidden_size
+    chunk = task.loss_chunk or max(1, min(context, whole.LOGITS // (4 * batch * V)))
+    logits = batch * min(chunk, context) * V
+    return logits * (4 + itemsize) + 2 * batch * context * D * itemsize
+
+
+def variants(
+    architecture: Architecture, plan: Plan, task: Task, *, memory: int, ram: int | None, batch: int, context: int
+) -> list[Variant]:
+    """A plan with its layers in other homes and more or less kept for the way back, from the nearest to the farthest."""
+    found = []
+
+    def of(**given: Any) -> Variant:
+        made = dataclasses.replace(plan, **({"form": "", "resident": 0, "kept": 0, "chunk": 0} | given))
+        n = need(architecture, made, task, batch=batch, context=context)
+        refused = ""
+        if n.device > memory:
+            refused = f"{show_bytes(n.device - memory)} over on the device"
+        elif ram is not None and n.host > ram:
+            refused = f"{show_bytes(n.host - ram)} over in host memory"
+        return Variant(made, n, refused)
+
+    L = architecture.num_layers
+    for remat in (plan.remat,) if plan.remat else ("none", "dots", "full"):
+        found.append(of(home="device", remat=remat))
+    for remat in (plan.remat,) if plan.remat else ("dots", "full", "offload"):
+        if task.layered(dataclasses.replace(plan, home="host")) and remat in ("none", "dots"):
+            continue  # each layer is run again anyway
+        low, high = 1, L - 1
+        while low < high:
+            middle = (low + high + 1) // 2
+            fits = of(home="split", resident=middle, remat=remat).need.device <= memory
+            low, high = (middle, high) if fits else (low, middle - 1)
+        if L > 1:
+            found.append(of(home="split", resident=low, remat=remat))
+        found.append(of(home="host", remat=remat))
+    return found
+
+
+def seconds(
+    architecture: Architecture, plan: Plan, task: Task, card: Any, *, batch: int, context: int
+) -> dict[str, float]:
+    """What a step takes at least of each resource, all parts together."""
+    tokens = task.accumulate * batch * context
+    elements = sum(math.prod(s.shape) for s in architecture.specs().values() if s.out is not None)
+    again = 0 if plan.remat == "none" else 1
+    passes = 2 + again + (1 if task.train == "all" else 0)
+    tiers, tunes = tier_bytes(architecture, plan), task.train == "all"
+    times = {
+        "matmuls": 2 * passes * elements * tokens / card.tensor,
+        "device memory": passes
+        * (sum(tiers.values()))
+        * (1 if task.layered(plan) else task.accumulate)
+        / card.bandwidth,
+    }
+    if tiers["host"]:
+        if tunes:  # the weights twice to the device, and back; the optimizer's state both ways; with clipping once more
+            moved = (2 + 2 + 2 + 1 + (3 if task.clip else 0)) * tiers["host"]
+        else:
+            moved = 2 * tiers["host"] * task.accumulate
+        times["host link"] = moved / card.link
+    return times

@@ -1,0 +1,174 @@
+"""One step of fine-tuning, as a pure function: (frozen parameters, state, batch) -> state.
+
+A batch is [A, B, T]: A parts of B rows, whose gradients are added before the parameters change. The loss is the mean over
+all weighted tokens of the A parts, so that how they are divided makes no difference. What is trained is float32; the
+arithmetic is in the engine's dtype.
+
+A accumulated parts, B batch, T tokens, D model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Hashable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from jaxengine.cache.base import PlainAttend
+from jaxengine.engine import Engine, embed, head, layer_body, program
+from jaxengine.finetune.loss import cross_entropy
+from jaxengine.finetune.optimizers.base import Optimizer
+from jaxengine.finetune.trained.base import trained as find_trained
+from jaxengine.walk import REMAT, lay_out, walk
+
+LOGITS = 2**28  # bytes of float32 logits that stand at a time, where the user does not say how many tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+    """What a step is compiled for, apart from shapes.
+
+    train: what is trained, a file of trained/, with its options. remat: what is kept of a layer for its way back
+    (walk.REMAT). clip: the largest global norm of a gradient (0: any). loss_chunk: tokens of each row whose logits stand at
+    a time (0: as many as fit 256 MB).
+    """
+
+    engine: Engine
+    train: str = "lora"
+    options: Hashable = None
+    optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
+    remat: str = "full"
+    clip: float = 1.0
+    loss_chunk: int = 0
+
+    def __post_init__(self) -> None:
+        find_trained(self.train)
+        if self.remat not in REMAT:
+            raise ValueError(f"remat is {self.remat!r}; it can be {', '.join(REMAT)}")
+        if self.clip < 0:
+            raise ValueError(f"clip is {self.clip}; it is the largest norm of a gradient, or 0 for any")
+
+    @property
+    def mesh(self) -> Any:
+        """Of the engine; a Program asks for it."""
+        return self.engine.mesh
+
+    def chunk(self, batch: int, tokens: int) -> int:
+        """Tokens of each row whose logits stand at a time."""
+        if self.loss_chunk:
+            return min(self.loss_chunk, tokens)
+        return max(1, min(tokens, LOGITS // (4 * batch * self.engine.architecture.config.vocab_size)))
+
+    def optax(self) -> optax.GradientTransformation:
+        """The optimizer's transformation over the trained tree."""
+        return self.optimizer.make(self._decayed)
+
+    def _decayed(self, tree: Any) -> Any:
+        """Which leaves weight decay acts on: not vectors, and nothing that stays as it is."""
+        specs, frozen = self.engine.architecture.specs(), find_trained(self.train).FROZEN
+        vectors = {n.rpartition(".")[2] for n, s in specs.items() if s.out is None}
+
+        def of(path: Any, leaf: Any) -> bool:
+            del leaf
+            names = [k.key for k in path if isinstance(k, jax.tree_util.DictKey)]
+            return names[-1] not in frozen and not vectors & set(names)
+
+        return jax.tree_util.tree_map_with_path(of, tree)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class State:
+    """What a step changes. step: the number of steps made."""
+
+    trained: Any
+    optimizer: Any
+    step: Int[Array, ""]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Packed rows. targets: each token's next one; weights: of the targets in the loss; positions: of each token in its
+    document, -1 for padding; segments: which document it is of."""
+
+    tokens: Int[Array, "*A B T"]
+    targets: Int[Array, "*A B T"]
+    weights: Float[Array, "*A B T"]
+    positions: Int[Array, "*A B T"]
+    segments: Int[Array, "*A B T"]
+
+
+def loss_sum(tuning: Tuning, params: Any, trained: Any, batch: Batch, *, differentiate: bool = True) -> Array:
+    """The weighted sum of the losses of one part's tokens, nats."""
+    engine = tuning.engine
+    whole = find_trained(tuning.train).combine(tuning.options, params, trained)
+    attend = PlainAttend(batch.positions, batch.segments)
+    x = embed(engine, whole, batch.tokens, attend)
+    nothing = lay_out(whole["banks"], lambda kind: ())
+    x, _ = walk(layer_body(engine, attend), x, whole["banks"], nothing, remat=tuning.remat)
+    outer = whole["outer"]
+    read = {n: outer[n] for n in trained["outer"] if n in head_names(outer)}
+
+    def logits(of_head: Any, x: Array) -> Array:
+        return head(engine, {"outer": outer | of_head}, x)
+
+    B, T = batch.tokens.shape
+    return cross_entropy(
+        logits, read, x, batch.targets, batch.weights, chunk=tuning.chunk(B, T), differentiate=differentiate
+    )
+
+
+def head_names(outer: Any) -> tuple[str, ...]:
+    """What the head reads of the parameters outside the layers."""
+    return tuple(n for n in outer if not n.endswith("positions") and not (n == "embedding" and "lm_head" in outer))
+
+
+def gradients(tuning: Tuning, params: Any, trained: Any, batch: Batch) -> tuple[Array, Any]:
+    """The mean loss over all parts' weighted tokens, and its gradient with respect to what is trained, float32."""
+    total = jnp.maximum(batch.weights.sum(), 1)
+    add = functools.partial(jax.tree.map, jnp.add)
+    one = jax.value_and_grad(functools.partial(loss_sum, tuning, params))
+
+    def part(carry: Any, batch: Batch) -> Any:
+        value, gradient = one(trained, batch)
+        return (carry[0] + value, add(carry[1], gradient)), None
+
+    if batch.tokens.shape[0] == 1:
+        loss, gradient = one(trained, jax.tree.map(lambda x: x[0], batch))
+    else:
+        start = (jnp.float32(0), jax.tree.map(jnp.zeros_like, trained))
+        (loss, gradient), _ = lax.scan(part, start, batch)
+    return loss / total, jax.tree.map(lambda g: g / total, gradient)
+
+
+@program(0, donate=(2,))
+def step(tuning: Tuning, params: Any, state: State, batch: Batch) -> tuple[State, dict[str, Array]]:
+    """One step; gives the new state, and the loss before it (nats a token), the gradient's norm, the tokens that counted."""
+    loss, gradient = gradients(tuning, params, state.trained, batch)
+    norm = optax.tree.norm(gradient)
+    if tuning.clip:
+        gradient = jax.tree.map(lambda g: g * jnp.minimum(1, tuning.clip / (norm + 1e-6)), gradient)
+    updates, optimizer = tuning.optax().update(gradient, state.optimizer, state.trained)
+    new = State(optax.apply_updates(state.trained, updates), optimizer, state.step + 1)
+    rate = tuning.optimizer.rate()(state.step)
+    measured = {"loss": loss, "gradient_norm": norm, "tokens": batch.weights.sum(), "learning_rate": jnp.asarray(rate)}
+    return new, measured
+
+
+@program(0)
+def evaluate(tuning: Tuning, params: Any, trained: Any, batch: Batch) -> tuple[Array, Array]:
+    """(sum of losses, sum of weights) of a batch [B, T], to be added up over a held-out set."""
+    return loss_sum(tuning, params, trained, batch, differentiate=False), batch.weights.sum()
+
+
+@program(0)
+def begin(tuning: Tuning, trained: Any) -> State:
+    """The state before the first step."""
+    return State(trained, tuning.optax().init(trained), jnp.int32(0))
