@@ -16,6 +16,8 @@ from typing import Any
 import jax
 from flax import nnx
 
+from checkpoints import quantized
+from checkpoints.errors import CheckpointError
 from checkpoints.table import Param
 from jaxengine import technique
 from jaxengine.config import ConfigError
@@ -118,13 +120,14 @@ def architecture(raw: Mapping[str, Any]) -> Architecture:
     known = technique.names(MODELS)
     if model_type not in known:
         raise ConfigError(f"config.json: model_type is {model_type!r}; the families are {', '.join(known)}")
-    if raw.get("quantization_config"):
-        method = raw["quantization_config"].get("quant_method")
-        raise ConfigError(
-            f"config.json: quantization_config (quant_method {method!r}) is not read; give the unquantized checkpoint, and"
-            f" weights='int8' quantizes it while it is read"
-        )
-    config = technique.find(MODELS, model_type).Config.from_dict(raw)
+    packed = raw.get("quantization_config")
+    if packed:
+        try:
+            quantized.method(packed)
+        except CheckpointError as error:
+            raise ConfigError(f"config.json: {error}") from None
+    fields = {name: given for name, given in raw.items() if name != "quantization_config"}
+    config = technique.find(MODELS, model_type).Config.from_dict(fields)
     return Architecture(model_type, config)
 
 

@@ -369,7 +369,7 @@ def from_stdin() -> str:
     default="3GB",
     help="What the disk gives in a second (scripts/bench_disk.py measures it).",
 )
-@click.option("--task", default="generate", help="What to plan for: generate.")
+@click.option("--task", default="generate", help="What to plan for: generate, or fine-tuning: lora, dora, full.")
 @click.option(
     "--context", metavar="N", type=click.IntRange(1), show_default="2048", help="Tokens of a row, prompt included."
 )
@@ -427,7 +427,7 @@ def plan(
 
         proofs = prove(
             outcome.architecture, outcome.chosen.plan, outcome.card, batch=batch, length=outcome.context,
-            memory=outcome.memory,
+            memory=outcome.memory, task=outcome.task,
         )  # fmt: skip
     if as_json:
         found = outcome.to_dict()
@@ -441,6 +441,11 @@ def plan(
         _show_outcome(outcome, proofs, why if proved else None)
     if outcome.chosen is None or any(p.report.problems for p in proofs):
         raise SystemExit(1)
+
+
+def _rate(x: float) -> str:
+    """Three digits, without an exponent: 3,430."""
+    return f"{float(f'{x:.3g}'):,.10g}"
 
 
 def _show_outcome(outcome: Any, proofs: Any, why: str | None) -> None:
@@ -462,7 +467,7 @@ def _show_outcome(outcome: Any, proofs: Any, why: str | None) -> None:
     table.add_column("")
     for c in o.candidates:
         verdict = "chosen" if c is o.chosen else c.refused or "fits, farther"
-        speed = f"{c.passes_per_second * c.batch:.3g}"
+        speed = _rate(c.tokens_per_second)
         table.add_row(c.label(), *(show_bytes(x) for x in (c.need.device, c.need.host, c.need.disk)), speed, verdict)
     console.print(table, highlight=False)
     if o.chosen is None:
@@ -476,13 +481,15 @@ def _show_outcome(outcome: Any, proofs: Any, why: str | None) -> None:
     console.print(f"chosen: {c.label()}", highlight=False)
     parts = {
         "embeddings and head": n.outer, "resident layers": n.resident, "streamed layers": n.streaming,
-        "KV cache": n.cache, "activations": n.activations,
+        "KV cache": n.cache, "activations": n.activations, "of what is trained": n.trained, "gradients": n.gradients,
+        "optimizer state": n.optimizer, "kept of layers for their way back": n.kept,
     }  # fmt: skip
     held = ", ".join(f"{show_bytes(x)} {what}" for what, x in parts.items() if x)
     console.print(f"on the device: {held}", highlight=False)
+    what = "decoding" if o.task == "generate" else f"a step of {c.tokens} tokens"
     console.print(
-        f"decoding: at most {c.passes_per_second * c.batch:.3g} tokens/s, by the {c.limit}:"
-        f" {', '.join(f'{what} {s * 1000:.3g} ms' for what, s in c.seconds)} a step",
+        f"{what}: at most {_rate(c.tokens_per_second)} tokens/s, by the {c.limit}:"
+        f" {', '.join(f'{what} {_rate(s * 1000)} ms' for what, s in c.seconds)} a step",
         highlight=False,
     )
     for said in traps(o.architecture, o.chosen, o.card):

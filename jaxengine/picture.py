@@ -200,7 +200,7 @@ def _ending(outcome: Outcome) -> list[str]:
 
 def _row(words: Axes, row: int, candidate: Candidate, chosen: bool) -> None:
     """The line over a bar: the plan on the left, the verdict on the right."""
-    rounded = float(f"{candidate.passes_per_second * candidate.batch:.3g}")
+    rounded = float(f"{candidate.tokens_per_second:.3g}")
     rate = f"{rounded:,.10g} tokens/s at most ({candidate.limit})"
     if candidate.refused:
         verdict, colour = f"refused: {candidate.refused}", OVER

@@ -82,13 +82,9 @@ def place(
             leaf = one(full, spec, None)
             if name not in into:
                 count = part.repeats - (place == "rest")
-                axes = _leaf_axes(plan.format_of(full, spec), ("layers", *spec.axes), spec, stacked=True)
+                places = _places(plan.format_of(full, spec), spec, plan.dtype, rules, mesh, memory, count)
                 into[name] = jax.tree.map(
-                    lambda x, a, count=count, memory=memory: _empty_stack(
-                        (count, *x.shape), x.dtype, named_sharding(rules, mesh, a, memory_kind=memory)
-                    ),
-                    leaf,
-                    axes,
+                    lambda x, where, count=count: _empty_stack((count, *x.shape), x.dtype, where), leaf, places
                 )
             into[name] = jax.block_until_ready(jax.tree.map(lambda s, x, at=at: _put(s, x, at), into[name], leaf))
             del leaf  # or it, and those whose turn has not come, stand beside the next one
@@ -125,8 +121,7 @@ def layer_shardings(architecture: Architecture, plan: Plan, mesh: Mesh, i: int) 
     """{name: tree of NamedShardings} of layer i on the device, standing alone."""
     rules, found = plan.sharding_rules(), {}
     for name, spec in architecture.block(architecture.kinds[i])[1].items():
-        axes = _leaf_axes(plan.format_of(f"layers.{i}.{name}", spec), spec.axes, spec)
-        found[name] = jax.tree.map(lambda a: named_sharding(rules, mesh, a), axes)
+        found[name] = _places(plan.format_of(f"layers.{i}.{name}", spec), spec, plan.dtype, rules, mesh, None)
     return found
 
 
@@ -183,11 +178,28 @@ def _put_at(sharding: NamedSharding) -> Any:
     return jax.jit(put, donate_argnums=0, out_shardings=sharding)
 
 
-def _leaf_axes(format_name: str, axes: tuple[str | None, ...], spec: Spec, *, stacked: bool = False) -> Any:
+def _places(
+    format_name: str, spec: Spec, dtype: str, rules: Rules, mesh: Mesh, memory: str | None, stack: int | None = None
+) -> Any:
+    """The tree of NamedShardings of a stored parameter, or of a stack of so many of them.
+
+    A matrix that is held as an array is split as the rules say (`check_sharding` has seen that it can be). Of a Weight's
+    arrays a dim that does not divide, such as 76 groups over 8 devices, is left whole.
+    """
+    leaf, lead = abstract_leaf(format_name, spec.shape, spec.out, dtype), () if stack is None else (stack,)
+
+    def one(x: Any, a: tuple[str | None, ...]) -> NamedSharding:
+        shape = (*lead, *x.shape) if isinstance(leaf, Weight) else None
+        return named_sharding(rules, mesh, a, memory_kind=memory, shape=shape)
+
+    return jax.tree.map(one, leaf, _leaf_axes(format_name, spec, stacked=stack is not None))
+
+
+def _leaf_axes(format_name: str, spec: Spec, *, stacked: bool) -> Any:
     """The tree of logical axes of a stored parameter; each leaf an `Axes`, which is no pytree node."""
+    leading = ("layers",) if stacked else ()
     if spec.out is None:
-        return _Axes(axes)
-    leading = axes[:1] if stacked else ()
+        return _Axes((*leading, *spec.axes))
     inner = formats.find(format_name).leaf_axes(spec.axes, spec.out)
     return jax.tree.map(lambda a: _Axes((*leading, *a)), inner, is_leaf=lambda a: isinstance(a, tuple))
 
@@ -198,12 +210,11 @@ class _Axes(tuple):
 
 def _encoded(array: Any, format_name: str, spec: Spec, dtype: str, rules: Rules, mesh: Mesh, memory: str | None) -> Any:
     """One parameter in its format and place; `array` is numpy, or a Weight of numpy arrays that is in its format already."""
-    axes = _leaf_axes(format_name, spec.axes, spec)
-    places = jax.tree.map(lambda a: named_sharding(rules, mesh, a, memory_kind=memory), axes)
+    places = _places(format_name, spec, dtype, rules, mesh, memory)
     plain = spec.out is None or format_name == "dense"
     if isinstance(array, Weight) or (plain and array.dtype == jnp.dtype(dtype)):
         return jax.device_put(array, places)
-    on_device = jax.tree.map(lambda a: named_sharding(rules, mesh, a), axes)
+    on_device = _places(format_name, spec, dtype, rules, mesh, None)
     raw = jax.device_put(array, named_sharding(rules, mesh, spec.axes))
     leaf = _encoder(format_name, spec.out, dtype, jax.tree.structure(on_device), tuple(jax.tree.leaves(on_device)))(raw)
     return leaf if memory is None else jax.device_put(leaf, places)
@@ -224,14 +235,11 @@ def abstract(architecture: Architecture, plan: Plan, mesh: Mesh) -> Any:
 
     def leaf(name: str, spec: Spec, memory: str | None, stack: int | None = None) -> Any:
         made = abstract_leaf(plan.format_of(name, spec), spec.shape, spec.out, plan.dtype)
-        lead_axes, lead = (("layers",), (stack,)) if stack is not None else ((), ())
-        axes = _leaf_axes(plan.format_of(name, spec), (*lead_axes, *spec.axes), spec, stacked=stack is not None)
+        lead = () if stack is None else (stack,)
         return jax.tree.map(
-            lambda x, a: jax.ShapeDtypeStruct(
-                (*lead, *x.shape), x.dtype, sharding=named_sharding(rules, mesh, a, memory_kind=memory)
-            ),
+            lambda x, where: jax.ShapeDtypeStruct((*lead, *x.shape), x.dtype, sharding=where),
             made,
-            axes,
+            _places(plan.format_of(name, spec), spec, plan.dtype, rules, mesh, memory, stack),
         )
 
     outer = {name: leaf(name, spec, None) for name, spec in architecture.outer()[1].items()}

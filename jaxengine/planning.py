@@ -19,6 +19,7 @@ from typing import Any
 from jaxengine import machine
 from jaxengine.architecture import Architecture, architecture
 from jaxengine.engine import bucket
+from jaxengine.finetune import planning as tuning
 from jaxengine.plan import (
     DTYPES,
     Need,
@@ -39,21 +40,21 @@ AHEAD = (
     0.3,
     10,
 )  # copy over compute: outside, a scan that fetches each layer just before its use loses a tenth at most
-TASKS = ("generate",)
+TASKS = ("generate", *tuning.TASKS)
 
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """A plan with its bytes, whether it fits and why not, and what a decoding step is limited by.
+    """A plan with its bytes, whether it fits and why not, and what a step (of decoding, or of fine-tuning) is limited by.
 
-    seconds: of one step at least, of each of its limits; steps/s is 1 / the largest.
+    seconds: of one step at least, of each of its limits; steps/s is 1 / the largest. tokens: of a step.
     """
 
     plan: Plan
     need: Need
     refused: str
     seconds: tuple[tuple[str, float], ...]
-    batch: int
+    tokens: int
 
     @property
     def fits(self) -> bool:
@@ -67,13 +68,17 @@ class Candidate:
     def passes_per_second(self) -> float:
         return 1 / max(s for _, s in self.seconds)
 
+    @property
+    def tokens_per_second(self) -> float:
+        return self.passes_per_second * self.tokens
+
     def label(self) -> str:
         """'split, 12 resident, ahead, chunk 512, int8'."""
         p = self.plan
         said = [p.home, f"{p.resident} resident" if p.resident else "", p.form]
         said += [f"{p.kept} kept" if p.kept else ""]
         said += [f"chunk {p.chunk}" if p.chunk else "", p.weights if p.weights != "dense" else ""]
-        said += [f"kv {p.kv_codec}" if p.kv_codec != "raw" else ""]
+        said += [f"kv {p.kv_codec}" if p.kv_codec != "raw" else "", f"remat {p.remat}" if p.remat else ""]
         return ", ".join(s for s in said if s)
 
 
@@ -94,7 +99,7 @@ def judge(
         seconds.append(("host link", streamed / card.link))
     if tiers["disk"]:
         seconds.append(("disk", tiers["disk"] / disk_rate))
-    return Candidate(plan, n, variant.refused, tuple(seconds), batch)
+    return Candidate(plan, n, variant.refused, tuple(seconds), batch)  # a token a row
 
 
 def _head_bytes(architecture: Architecture, plan: Plan) -> int:
@@ -125,8 +130,15 @@ def candidates(
     batch: int,
     context: int,
     disk_rate: float = DISK_RATE,
+    task: str = "generate",
 ) -> list[Candidate]:
     """The plan's variants on a card, from the nearest to the farthest."""
+    if task != "generate":
+        what, rows = tuning.task(task), {"batch": batch, "context": context}
+        made = tuning.variants(architecture, plan, what, memory=memory, ram=ram, **rows)
+        times = [tuning.seconds(architecture, v.plan, what, card, **rows) for v in made]
+        count = what.accumulate * batch * context
+        return [Candidate(v.plan, v.need, v.refused, tuple(t.items()), count) for v, t in zip(made, times, strict=True)]
     form = streamed_form(architecture, plan, card, batch)
     found = variants(architecture, plan, memory=memory, ram=ram, batch=batch, context=context, form=form)
     return [judge(architecture, v, card, batch=batch, disk_rate=disk_rate) for v in found]
@@ -142,13 +154,14 @@ def changes(
     batch: int,
     context: int,
     disk_rate: float = DISK_RATE,
+    task: str = "generate",
 ) -> list[tuple[str, Candidate]]:
     """What would make it fit, where nothing does: each change alone, then two together, the first three that fit, or more
     memory where there are not so many."""
     single: list[tuple[str, dict[str, Any], dict[str, int]]] = []
-    if plan.weights == "dense":
-        single.append(("weights int8", {"weights": "int8"}, {}))
-    if plan.kv_codec == "raw":
+    if plan.weights == "dense" and task != "full":
+        single += [(f"weights {name}", {"weights": name}, {}) for name in ("int8", "int4")]
+    if plan.kv_codec == "raw" and task == "generate":
         single.append(("kv int8", {"kv_codec": "int8"}, {}))
     for divisor in (2**i for i in range(1, 12)):
         if batch % divisor == 0:
@@ -166,12 +179,13 @@ def changes(
         if len(found) == 3:
             break
         asked = {"memory": memory, "ram": ram, "batch": batch, "context": context} | sizes
-        tried = candidates(architecture, dataclasses.replace(plan, **given), card, disk_rate=disk_rate, **asked)
+        changed = dataclasses.replace(plan, **given)
+        tried = candidates(architecture, changed, card, disk_rate=disk_rate, task=task, **asked)
         fit = [c for c in tried if c.fits]
         if fit:
             found.append((said, fit[0]))
     asked = {"memory": memory, "ram": ram, "batch": batch, "context": context}
-    tried = candidates(architecture, plan, card, disk_rate=disk_rate, **asked)
+    tried = candidates(architecture, plan, card, disk_rate=disk_rate, task=task, **asked)
     by_device, by_host = (sorted(tried, key=operator.attrgetter(f"need.{tier}")) for tier in ("device", "host"))
     more = [
         {"memory": c.need.device} for c in by_device if c.need.device > memory and (ram is None or c.need.host <= ram)
@@ -181,9 +195,11 @@ def changes(
     for sizes in more:
         if len(found) == 3:
             break
-        fit = [c for c in candidates(architecture, plan, card, disk_rate=disk_rate, **(asked | sizes)) if c.fits]
+        again = candidates(architecture, plan, card, disk_rate=disk_rate, task=task, **(asked | sizes))
+        fit = [c for c in again if c.fits]
         said = " and ".join(f"{name} {show_bytes(size)}" for name, size in sizes.items())
-        if fit and sizes.get("memory", 0) <= card.usable and said not in dict(found):
+        seen = {(told, c.label()) for told, c in found}
+        if fit and sizes.get("memory", 0) <= card.usable and not any(fit[0].label() == label for _, label in seen):
             found.append((said, fit[0]))
     return found
 
@@ -231,6 +247,7 @@ class Outcome:
     context: int
     candidates: tuple[Candidate, ...]
     changes: tuple[tuple[str, Candidate], ...]
+    task: str = "generate"
 
     @property
     def chosen(self) -> Candidate | None:
@@ -254,12 +271,12 @@ class Outcome:
             return {
                 "plan": dataclasses.asdict(c.plan), "bytes": dataclasses.asdict(c.need) | {"device": c.need.device},
                 "fits": c.fits, "refused": c.refused, "seconds_per_step": dict(c.seconds), "limit": c.limit,
-                "steps_per_second": c.passes_per_second, "tokens_per_second": c.passes_per_second * c.batch,
+                "steps_per_second": c.passes_per_second, "tokens_per_second": c.tokens_per_second,
             }  # fmt: skip
 
         chosen = self.chosen
         return {
-            "card": self.card.name, "card_notes": self.card.notes, "memory": self.memory, "ram": self.ram,
+            "task": self.task, "card": self.card.name, "card_notes": self.card.notes, "memory": self.memory, "ram": self.ram,
             "batch": self.batch, "context": self.context, "chosen": None if chosen is None else one(chosen),
             "candidates": [one(c) for c in self.candidates], "short": self.short,
             "short_of_ram": self.short_of_ram,
@@ -282,6 +299,8 @@ def plan_for(
 ) -> Outcome:
     """The nearest plan that fits, every one that was looked at, and what would fit where none does.
 
+    task: 'generate', or what is fine-tuned: 'lora' or 'dora' (rank 8 beside every matrix of a layer, AdamW), 'full' (every
+    parameter in float32, AdamW, arithmetic in bfloat16), each on `batch` rows of `context` tokens a step.
     plan: the choices that stand (dtype, weights, cache; a chunk if it has one); home, form and resident layers are chosen.
     memory: bytes of the card to use (all that a process can have, if not given); ram: bytes of host memory for layers, the
     rest being read from a disk that gives disk_rate bytes a second (no limit, and no disk, if not given); context: tokens
@@ -289,9 +308,16 @@ def plan_for(
     Raises ValueError for a task that is not done, or a budget larger than the card.
     """
     if task not in TASKS:
-        raise ValueError(
-            f"task is {task!r}; what is planned for is {', '.join(TASKS)}: jaxengine does not fine-tune yet"
-        )
+        raise ValueError(f"task is {task!r}; what is planned for is {', '.join(TASKS)}")
+    if task == "full":
+        if plan.weights != "dense" or plan.weight_rules:
+            raise ValueError(
+                f"task 'full' trains every parameter as it is, and weights is {plan.weights!r}: task 'lora' trains beside"
+                f" quantised ones"
+            )
+        plan = dataclasses.replace(plan, dtype="float32")
+    if task != "generate" and plan.kv_codec != "raw":
+        raise ValueError(f"kv is {plan.kv_codec!r}; fine-tuning keeps no cache: leave it out")
     if plan.mesh:
         raise ValueError(f"mesh is {plan.mesh!r}; a plan is made for one card")
     if memory is not None and memory > card.usable:
@@ -307,12 +333,13 @@ def plan_for(
         )
     asked: dict[str, Any] = {
         "memory": card.usable if memory is None else memory, "ram": ram, "batch": batch,
-        "context": bucket(context, least=64),  # as a call pads it
+        "context": bucket(context, least=64) if task == "generate" else context,  # as a call pads it
     }  # fmt: skip
-    found = tuple(candidates(architecture, plan, card, disk_rate=disk_rate, **asked))
+    how: dict[str, Any] = {"disk_rate": disk_rate, "task": task}
+    found = tuple(candidates(architecture, plan, card, **how, **asked))
     fits = any(c.fits for c in found)
-    others = () if fits else tuple(changes(architecture, plan, card, disk_rate=disk_rate, **asked))
-    return Outcome(architecture, card, **asked, candidates=found, changes=others)
+    others = () if fits else tuple(changes(architecture, plan, card, **how, **asked))
+    return Outcome(architecture, card, **asked, candidates=found, changes=others, task=task)
 
 
 def plan_folder(

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jaxengine import engine, outside, packing, placement, sampling
 from jaxengine.architecture import Architecture
 from jaxengine.engine import Engine
+from jaxengine.finetune import planning as tuning
 from jaxengine.homes.base import home
 from jaxengine.plan import Plan, cache_bytes, layer_bytes, resident_bytes, weight_bytes
 from pallas_kernels import aot
@@ -61,9 +62,14 @@ class Called:
         return self.standing + self.brought + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes
 
 
-def programs(architecture: Architecture, plan: Plan, mesh: Any, *, batch: int, length: int) -> dict[str, Called]:
+def programs(
+    architecture: Architecture, plan: Plan, mesh: Any, *, batch: int, length: int, task: str = "generate"
+) -> dict[str, Called]:
     """Each program that generating runs, as `Model.generate` calls it for `batch` greedy rows whose prompts fill a cache of
-    `length` tokens."""
+    `length` tokens; or the step of what is fine-tuned, on `batch` rows of `length` tokens."""
+    if task != "generate":
+        what = tuning.task(task)
+        return {"step": Called(*tuning.program(architecture, plan, what, mesh, batch=batch, context=length))}
     how = Engine(architecture, plan.caching, plan.dtype, plan.sharding_rules(), mesh, plan.chunk)
     params = placement.abstract(architecture, plan, mesh)
     rows = [sampling.Sampling()] * batch
@@ -150,14 +156,22 @@ def exposed(report: Report) -> list[str]:
 
 
 def prove(
-    architecture: Architecture, plan: Plan, card: Card, *, batch: int, length: int, memory: int | None = None
+    architecture: Architecture,
+    plan: Plan,
+    card: Card,
+    *,
+    batch: int,
+    length: int,
+    memory: int | None = None,
+    task: str = "generate",
 ) -> tuple[Proof, ...]:
-    """Compile what generating runs for one such card; a program over `memory` bytes has that among its problems.
+    """Compile what generating, or a step of fine-tuning, runs for one such card; a program over `memory` bytes has that
+    among its problems.
 
     Raises RuntimeError where XLA's GPU compiler is not installed."""
     proofs = []
     with aot.target(card) as target:
-        found = programs(architecture, plan, cast(Any, target.mesh), batch=batch, length=length)
+        found = programs(architecture, plan, cast(Any, target.mesh), batch=batch, length=length, task=task)
         for name, called in found.items():
             start = time.perf_counter()
             compiled = target.compile(called.program.on("gpu"), *called.static, *target.place(called.abstract))

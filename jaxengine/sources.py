@@ -1,7 +1,8 @@
-"""Folders as sources of parameters: a Hugging Face folder, or one that was written with orbax.
+"""Folders as sources of parameters: a Hugging Face folder, one whose matrices are packed (quantized.py), a GGUF file
+(checkpoints/gguf.py), or one that was written with orbax.
 
 A source is opened after config.json has become an Architecture, is checked whole against it before a byte of data is
-read, and then gives one parameter at a time, in our shape and its own dtype, as a numpy array (or, where an orbax
+read, and then gives one parameter at a time, in our shape and its own dtype, as a numpy array (or, where a
 checkpoint holds it quantised, as a Weight of numpy arrays).
 
 Whether the head is tied to the embedding is said twice, by config.json and by the tensors, and the two may disagree: a
@@ -17,7 +18,7 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self, cast
 
 import jax
 import numpy as np
@@ -83,11 +84,12 @@ class HuggingFace:
 
     plan: Plan | None = None
 
-    def __init__(self, folder: Path, architecture: Architecture):
+    def __init__(self, folder: Path, architecture: Architecture, reader: Reader | None = None):
+        """reader: of the folder, if it is open already; closed with the source."""
         self.folder = folder
         self._copies: dict[str, str] = {}
         self._mended: dict[str, Any] = {}  # fields of config.json of which the tensors say something else
-        self._reader = Reader.open(folder)
+        self._reader = Reader.open(folder) if reader is None else reader
         try:
             self._fit(architecture)
             if architecture.config.tie_word_embeddings:
@@ -133,6 +135,10 @@ class HuggingFace:
     ) -> None:
         self._reader.close()
 
+    def theirs(self, name: str) -> str:
+        """The name of the tensor that a parameter of ours is, or is a part of."""
+        return self._theirs[name]
+
     def read(self, name: str) -> np.ndarray:
         """One parameter, in our shape and the file's dtype."""
         return self._table.read(self._reader, name, self._params)
@@ -144,8 +150,9 @@ class HuggingFace:
     def origin(self, config: dict[str, Any]) -> Origin:
         """With the split into files, so that an export can be the same."""
         meta = {"files": dict(self._reader.metadata), "index": self._reader.index_metadata, "prefix": self._prefix}
+        folder = self.folder if (self.folder / "config.json").is_file() else None  # a GGUF file stands alone
         return Origin(
-            config | self._mended, self.folder, dtypes_of(self.architecture, self.dtype), self._copies,
+            config | self._mended, folder, dtypes_of(self.architecture, self.dtype), self._copies,
             dict(self._reader.weight_map), meta,
         )  # fmt: skip
 
@@ -236,12 +243,52 @@ class Orbax:
 
 
 def open_source(folder: Path, architecture: Architecture) -> Source:
-    """orbax where that is what the folder holds, else safetensors. Raises CheckpointError for what does not fit."""
-    return Orbax(folder, architecture) if (folder / ORBAX).is_dir() else HuggingFace(folder, architecture)
+    """orbax where that is what the folder holds, packed matrices where config.json has a quantization_config or a GGUF file
+    stands in its place, else plain safetensors. Raises CheckpointError for what does not fit."""
+    if (folder / ORBAX).is_dir():
+        return Orbax(folder, architecture)
+    if (path := gguf_file(folder)) is not None:
+        return _open_gguf(path, architecture)
+    raw = read_config(folder) if (folder / "config.json").is_file() else {}
+    if not raw.get("quantization_config"):
+        return HuggingFace(folder, architecture)
+    from checkpoints.quantized import method  # it and what it needs, for those who use it
+    from jaxengine.quantized import Quantized
+
+    packing = method(raw["quantization_config"])
+    return Quantized(folder, architecture, raw, Reader.open(folder), packing)
+
+
+def _open_gguf(path: Path, architecture: Architecture) -> Source:
+    from checkpoints.gguf import Blocks, Gguf
+    from jaxengine.quantized import Quantized
+
+    file = Gguf(path)
+    if any(kind.dtype is None for kind in file.kinds.values()):
+        return Quantized(path.parent, architecture, file.config, file, Blocks(file))
+    return HuggingFace(path.parent, architecture, cast(Reader, file))
+
+
+def gguf_file(folder: Path) -> Path | None:
+    """The folder's GGUF file, where it has one and no config.json; CheckpointError for several."""
+    if not folder.is_dir() or (folder / "config.json").is_file() or not (found := sorted(folder.glob("*.gguf"))):
+        return None
+    if len(found) > 1:
+        raise CheckpointError(
+            f"{folder} has no config.json and {len(found)} GGUF files; leave the one to load in a folder of its"
+            f" own:{listing([p.name for p in found])}"
+        )
+    return found[0]
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json as it stands; CheckpointError if there is none or it is no JSON object."""
+    """config.json as it stands, or what a GGUF file in its place says; CheckpointError if there is neither or it is no
+    JSON object."""
+    if (gguf := gguf_file(folder)) is not None:
+        from checkpoints.gguf import Gguf
+
+        with Gguf(gguf) as file:
+            return file.config
     path = folder / "config.json"
     if not folder.is_dir():
         raise CheckpointError(

@@ -1,4 +1,4 @@
-"""int8, one scale per output channel, symmetric (the W8 of W8A16).
+"""int8, symmetric: one scale per output channel (the W8 of W8A16), or per group of inputs.
 
     s_o = max(max_i |w_oi| / 127, 2^-120)        q_oi = round(w_oi / s_o)        w_oi ~ q_oi s_o
 
@@ -6,19 +6,27 @@ The scale belongs to the output, so it is applied after the matmul: the codes go
 reads them as int8 (tests/test_aot.py). XLA:CPU writes them out as a float matrix before each dot: there the format
 saves memory at rest, not time. A quarter of float32's bytes, half of bfloat16's; the error of an element is at most
 s_o / 2. The scale is kept in float32.
+
+group_size: 0 is the above. With 16, 32, 64 or 128 each group of that many inputs has a scale, as in GGUF's Q8_0 and Q6_K
+(`_grouped.py`): 8 + 32 / group_size bits per weight for errors that follow the group's largest number, not the channel's.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int8
 
+from jaxengine.weights import _grouped
 from jaxengine.weights.base import Weight, einsum
 
+OPTIONS = {"group_size": (0, 16, 32, 64, 128)}
 LEAST = 2.0**-120  # of a scale: half of it, and its products with codes, are normal float32 numbers
 
 
@@ -56,8 +64,10 @@ class PerChannel(Weight):
         return (codes.astype(jnp.float32) * scale).astype(dtype)
 
 
-def encode(w: Array, *, out: int) -> PerChannel:
-    """Quantise w [out..., in...] to int8 with one scale for each of its leading `out` dims' channels."""
+def encode(w: Array, *, out: int, group_size: int = 0) -> PerChannel | _grouped.Grouped:
+    """Quantise w [out..., in...] to int8 with one scale for each of its leading `out` dims' channels, or of their groups."""
+    if group_size:
+        return _grouped.encode(w, out=out, bits=8, group_size=group_size, scale="float32")
     wide = w.astype(jnp.float32)
     largest = jnp.abs(wide).max(axis=tuple(range(out, w.ndim)), keepdims=True)
     # never a subnormal, which XLA flushes to zero; an all-zero channel keeps its zeros
@@ -66,6 +76,37 @@ def encode(w: Array, *, out: int) -> PerChannel:
     return PerChannel(codes, scale.reshape(w.shape[:out]))
 
 
-def leaf_axes(axes: tuple[str | None, ...], out: int) -> PerChannel:
-    """Codes are laid out as w; the scale as its output dims."""
+def pack(
+    codes: Any, scale: Any, zero: Any = None, *, in_shape: Sequence[int], perm: Any = None
+) -> PerChannel | _grouped.Grouped:
+    """The Weight of codes that were chosen elsewhere; numpy in, numpy out.
+
+    codes: [out..., I], int8, or uint8 with 128 for zero. scale: float32, [out...] for one per channel, or [out..., groups].
+    Raises ValueError for another dtype or shape, for a zero or a perm (the format is symmetric and in order).
+    """
+    if zero is not None or perm is not None:
+        what = "zero" if zero is not None else "perm"
+        raise ValueError(
+            f"int8: codes are symmetric and in the matrix's own order, got a {what}; subtract a zero that is the same"
+            f" everywhere from the codes first, or decode the matrix and encode it anew"
+        )
+    if scale.dtype != np.float32:
+        raise ValueError(f"int8: scale is {scale.dtype.name}; it is float32, which holds bfloat16 and float16 exactly")
+    if scale.ndim == codes.ndim:
+        codes = codes.view(np.uint8) ^ np.uint8(128) if codes.dtype == np.int8 else codes
+        return _grouped.packed(8, codes, scale, in_shape=in_shape)
+    inputs = math.prod(in_shape)
+    if codes.dtype not in (np.int8, np.uint8) or codes.shape[-1] != inputs or scale.shape != codes.shape[:-1]:
+        raise ValueError(
+            f"int8: codes are {codes.dtype} {list(codes.shape)} and scale {list(scale.shape)}; for in dims {list(in_shape)} they"
+            f" are int8 or uint8 [out..., {inputs}], and [out...] or [out..., groups]"
+        )
+    codes = (codes ^ np.uint8(128)).view(np.int8) if codes.dtype == np.uint8 else codes
+    return PerChannel(codes.reshape(*scale.shape, *in_shape), scale)
+
+
+def leaf_axes(axes: tuple[str | None, ...], out: int, group_size: int = 0) -> PerChannel | _grouped.Grouped:
+    """Codes are laid out as w, and of groups with the inputs as one dim; the scale as its output dims, and the groups."""
+    if group_size:
+        return _grouped.leaf_axes(axes, out, bits=8)
     return PerChannel(codes=axes, scale=axes[:out])  # pyright: ignore[reportArgumentType]

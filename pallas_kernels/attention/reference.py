@@ -3,19 +3,24 @@
     out_t = sum_s softmax_s( cap( scale q_t . k_s ) + mask(t, s) ) v_s          (Vaswani et al., arXiv:1706.03762)
 
 A mask is never passed. Each query and each key slot has a position (-1: nothing there), and query t sees key s when
-both are there, s is not later than t, and, under a sliding window W, fewer than W positions lie between them. The same
-call therefore serves prefill, decode, a ring buffer, a padded batch and training. Scores, softmax and the weighted
-sum are accumulated in float32. The scores [B, K, G, T, S] are materialised.
+both are there, s is not later than t, under a sliding window W fewer than W positions lie between them, and, where texts
+are packed, both are of one segment. The same call therefore serves prefill, decode, a ring buffer, a padded batch and
+training. Scores, softmax and the weighted sum are accumulated in float32. The scores [B, K, G, T, S] are materialised:
+right for few queries, where they are small, and `xla.py` for many.
 
 B batch, T queries, S slots, N query heads, K kv heads, G = N / K queries per kv head, H head dim.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, Int
 
-NEVER = -1e30  # finite: a query that sees nothing averages the slots and stays finite, where -inf would give NaN
+NEVER = -1e30  # the score of what is not seen; finite, where -inf would give NaN in a row that sees nothing
+HIDDEN = NEVER / 2  # below it a greatest score is of a query that sees nothing; exp(NEVER - HIDDEN) is 0
 
 
 def attention(
@@ -28,12 +33,20 @@ def attention(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
-) -> Float[Array, "B T N H"]:
-    """Grouped-query attention; the result is in q's dtype.
+    sinks: Float[Array, "N"] | None = None,
+    q_segments: Int[Array, "B T"] | None = None,
+    k_segments: Int[Array, "B S"] | None = None,
+    return_lse: bool = False,
+) -> Any:
+    """Grouped-query attention [B, T, N, H] in q's dtype; with return_lse beside it lse [B, T, N] in float32.
 
     scale multiplies the scores; window: a query at p sees p-window+1 .. p; softcap c: scores become c tanh(scores / c)
-    (Gemma 2, arXiv:2408.00118). A query at position -1 gives an arbitrary finite row.
+    (Gemma 2, arXiv:2408.00118); sinks: for each head a score that takes its part of the softmax and has no value
+    (gpt-oss; Xiao et al., arXiv:2309.17453), not scaled and not capped; segments: a query sees keys of its own only.
+    lse: the natural logarithm of the softmax's denominator, the sink in it; -1e30 where there is nothing to sum.
+    A query that sees nothing (such as one at position -1) gives a row of zeros, and no gradient to q, k and v.
     """
+    check(q, k, v, q_positions, k_positions, window, softcap, sinks, q_segments, k_segments)
     B, T, N, H = q.shape
     K = k.shape[1]
     G, S = N // K, k.shape[2]
@@ -44,16 +57,69 @@ def attention(
     scores = scores.reshape(B, K, G, T, S) * scale
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
-    q_pos, k_pos = q_positions[:, :, None], k_positions[:, None, :]
-    seen = (k_pos >= 0) & (k_pos <= q_pos)
-    if window is not None:
-        seen &= q_pos - k_pos < window
+    seen = visible(
+        q_positions[:, :, None], k_positions[:, None, :], window,
+        None if q_segments is None else q_segments[:, :, None],
+        None if k_segments is None else k_segments[:, None, :],
+    )  # fmt: skip
     scores = jnp.where(seen[:, None, None], scores, NEVER)
-    weights = jnp.exp(scores - scores.max(-1, keepdims=True))
-    weights = weights / weights.sum(-1, keepdims=True)
+    top = jnp.maximum(scores.max(-1, keepdims=True), HIDDEN)
+    if sinks is not None:
+        sink = sinks.astype(jnp.float32).reshape(1, K, G, 1, 1)
+        top = jnp.maximum(top, sink)
+    top = lax.stop_gradient(top)  # it cancels
+    weights = jnp.exp(scores - top)
+    total = weights.sum(-1, keepdims=True)
+    if sinks is not None:
+        total = total + jnp.exp(sink - top)
+    some = total > 0
+    total = jnp.where(some, total, 1.0)
+    weights = weights / total
     # transposed apart from the einsum: asked for "btkgh" it puts v on the left, and that dot XLA:CPU refuses in bfloat16
     # for some shapes ("Unsupported element type for DotThunk: BF16 x BF16 = F32", jaxlib 0.10.2 to 0.12)
     out = jnp.einsum(
         "bkgts,bksh->bkgth", weights.astype(q.dtype), v.astype(q.dtype), preferred_element_type=jnp.float32
     )
-    return out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H).astype(q.dtype)
+    out = out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H).astype(q.dtype)
+    if not return_lse:
+        return out
+    lse = jnp.where(some, top + jnp.log(total), NEVER)
+    return out, lse.transpose(0, 3, 1, 2, 4).reshape(B, T, N)
+
+
+def visible(q_at: Array, k_at: Array, window: int | None, q_of: Array | None, k_of: Array | None) -> Array:
+    """Whether queries at q_at, of segments q_of, see keys at k_at, of k_of; all broadcast against each other."""
+    seen = (k_at >= 0) & (k_at <= q_at)
+    if window is not None:
+        seen &= q_at - k_at < window
+    if q_of is not None and k_of is not None:
+        seen &= q_of == k_of
+    return seen
+
+
+def check(
+    q: Any, k: Any, v: Any, q_positions: Any, k_positions: Any, window: int | None, softcap: float | None, sinks: Any,
+    q_segments: Any, k_segments: Any,
+) -> None:  # fmt: skip
+    """ValueError where shapes or options are not those of one attention."""
+    if q.ndim != 4 or k.ndim != 4:
+        raise ValueError(f"q is {q.shape} and k {k.shape}; q is [B, T, N, H], k and v are [B, K, S, H]")
+    B, T, N, H = q.shape
+    K, S = k.shape[1:3]
+    if k.shape != (B, K, S, H) or v.shape != k.shape:
+        raise ValueError(f"q is {q.shape}, k {k.shape}, v {v.shape}; with this q, k and v are both [{B}, K, S, {H}]")
+    if N % K:
+        raise ValueError(f"{N} query heads do not divide into {K} kv heads; each kv head serves N / K query heads")
+    for name, x, wanted in (
+        ("q_positions", q_positions, (B, T)), ("k_positions", k_positions, (B, S)), ("sinks", sinks, (N,)),
+        ("q_segments", q_segments, (B, T)), ("k_segments", k_segments, (B, S)),
+    ):  # fmt: skip
+        if x is not None and x.shape != wanted:
+            raise ValueError(f"{name} is {x.shape}; with q {q.shape} and k {k.shape} it is {wanted}")
+    if (q_segments is None) != (k_segments is None):
+        there, absent = ("k", "q") if q_segments is None else ("q", "k")
+        raise ValueError(f"{there}_segments is given without {absent}_segments; give both, or neither")
+    if window is not None and window < 1:
+        raise ValueError(f"window is {window}; it is at least 1 (a query sees itself), or None for no window")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap is {softcap}; it is greater than 0, or None for no cap")

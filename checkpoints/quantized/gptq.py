@@ -1,0 +1,131 @@
+"""GPTQ (Frantar et al., arXiv:2210.17323) as AutoGPTQ, GPTQModel and optimum write it.
+
+    qweight  int32 [I bits / 32, O]    codes along the inputs, the first in the lowest bits
+    scales   float [I / G, O]
+    qzeros   int32 [I / G, O bits / 32]   zero points along the outputs, in the same way
+    g_idx    int32 [I]                 the group of each input, where desc_act quantised them in another order
+
+checkpoint_format "gptq" holds zero points less one, "gptq_v2" as they are. One is added to whole words, carries and all,
+as transformers' loader does: the writer subtracted it from whole words, so that what borrowed comes back. (3-bit fields
+straddle words, and there the fields are counted up.)
+
+act-order (desc_act) leaves the inputs of one group all over the row. They are sorted by group when they are read, once,
+and the order is kept beside the codes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from checkpoints.errors import CheckpointError
+from checkpoints.quantized.base import (
+    WEIGHT,
+    Matrix,
+    Stored,
+    Tensors,
+    column_order,
+    group_count,
+    module_of,
+    one_of,
+    setting,
+    tensor,
+    unpack,
+)
+from checkpoints.safetensors import TensorInfo
+
+KINDS = {2: "int2", 3: "int3", 4: "int4", 8: "int8"}
+FLOATS = ("float16", "bfloat16", "float32")
+PARTS = (".qweight", ".scales", ".qzeros", ".g_idx")
+
+
+class GPTQ:
+    """quant_method 'gptq'."""
+
+    def __init__(self, config: Mapping[str, Any]):
+        self._config = config
+        layout = config.get("checkpoint_format") or config.get("format") or "gptq"
+        if config.get("is_marlin_format"):
+            layout = "marlin"
+        other = (
+            "Marlin, BitBLAS and the like are one kernel's own layouts: take the checkpoint that they were made from"
+        )
+        self._minus_one = one_of(config, "checkpoint_format", layout, ("gptq", "gptq_v2"), other) == "gptq"
+        self._of("")
+        self._dynamic: Mapping[str, Any] = setting(config, "dynamic", Mapping, {})
+
+    def _of(self, module: str) -> tuple[int, int, bool]:
+        """(bits, group_size, sym) of a module: GPTQModel's `dynamic` may have its own, by the first pattern that fits."""
+        config = self._config
+        for pattern, given in (config.get("dynamic") or {}).items():
+            if not pattern.startswith("-:") and re.match(pattern.removeprefix("+:"), module):
+                config = {**config, **given}
+                break
+        bits, group = setting(config, "bits", int), setting(config, "group_size", int)
+        one_of(config, "bits", bits, tuple(KINDS), "4 is what most checkpoints have")
+        if group == 0 or group < -1:
+            raise CheckpointError(f"quantization_config: group_size is {group}; it is -1 (one group) or at least 1")
+        return bits, group, setting(config, "sym", bool, True)
+
+    def owner(self, name: str, info: TensorInfo) -> str | None:
+        del info
+        part = next((p for p in PARTS if name.endswith(p)), None)
+        return None if part is None else name.removesuffix(part) + WEIGHT
+
+    def excepted(self, module: str) -> str | None:
+        for pattern in self._dynamic:
+            if re.match(pattern.removeprefix("-:").removeprefix("+:"), module):
+                return f"dynamic[{pattern!r}]" if pattern.startswith("-:") else None
+        return None
+
+    def describe(self, tensors: Tensors, name: str, outputs: int, inputs: int) -> Stored:
+        module = module_of(name)
+        bits, group, sym = self._of(module)
+        of = f"a matrix of {outputs} outputs and {inputs} inputs in {bits} bits with group_size {group}"
+        G = group_count(module, inputs, group)
+        for what, size in (("inputs", inputs), ("outputs", outputs)):
+            if size * bits % 32:
+                raise CheckpointError(f"{module} has {size} {what}, and {bits}-bit codes of as many do not fill words")
+        tensor(tensors, f"{module}.qweight", "a GPTQ matrix", [(inputs * bits // 32, outputs)], of, [np.int32])
+        scales = tensor(tensors, f"{module}.scales", "a GPTQ scale", [(G, outputs)], of, FLOATS)
+        tensor(tensors, f"{module}.qzeros", "a GPTQ zero point", [(G, outputs * bits // 32)], of, [np.int32])
+        found = {p[1:]: module + p for p in PARTS[:3]}
+        if (g_idx := f"{module}.g_idx") in tensors:
+            tensor(tensors, g_idx, "a GPTQ group index", [(inputs,)], of, [np.int32])
+            if G > 1:
+                found["g_idx"] = g_idx
+        if bits == 8 and not sym:
+            raise CheckpointError(
+                f"{module} has 8-bit codes with zero points (sym is false); 8-bit codes are read symmetric: quantise with"
+                f" sym=true, or in 4 bits"
+            )
+        return Stored(
+            name, found, KINDS[bits], outputs, inputs, group=max(group, 0), affine=not sym, scale=scales.dtype.name,
+            order="g_idx" in found,
+        )  # fmt: skip
+
+    def read(self, tensors: Tensors, stored: Stored, rows: slice) -> Matrix:
+        bits, middle = int(stored.kind[3:]), 1 << (int(stored.kind[3:]) - 1)
+        words = tensors.read(stored.tensors["qweight"])[:, rows]
+        codes = unpack(words.T, bits, stored.inputs)
+        scale = np.ascontiguousarray(tensors.read(stored.tensors["scales"])[:, rows].T)
+        packed = tensors.read(stored.tensors["qzeros"])
+        if self._minus_one and 32 % bits == 0:
+            packed = (packed.view(np.uint32) + np.uint32(sum(1 << i for i in range(0, 32, bits)))).view(np.int32)
+        zero = unpack(packed, bits, stored.outputs)[:, rows]
+        if self._minus_one and 32 % bits:
+            zero = zero + np.uint8(1)
+        if not stored.affine and (zero != middle).any():
+            raise CheckpointError(
+                f"{stored.tensors['qzeros']} has zero points other than {middle}, and quantization_config says sym: true;"
+                f" say sym: false there"
+            )
+        perm = column_order(tensors, stored)
+        if perm is not None:
+            codes = codes[:, perm]
+        if bits == 8:
+            codes = (codes ^ np.uint8(128)).view(np.int8)
+        return Matrix(codes, scale, np.ascontiguousarray(zero.T) if stored.affine else None, perm)

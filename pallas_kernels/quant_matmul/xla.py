@@ -1,0 +1,356 @@
+"""A matrix held as codes, times rows, in XLA's own operations: on a CPU, and where no kernel serves on a GPU.
+
+XLA fuses no dequantisation into a dot: it writes the matrix out first, and codes have saved no time. Two forms.
+
+A few rows, on CPU: a sum of products, written such that LLVM makes vectors of it. Inputs are P blocks of C units, a unit
+J vectors of r lanes, and the codes of the J vectors are shifts of the same words. Partial sums for each lane,
+
+    a_mnpr = sum_c s_npc sum_j q_npcjr x_mpcjr            y_mn = sum_pr a_mnpr
+
+have r as their innermost loop, over outputs, which are vectors; a sum over the innermost loop is none, as float32
+additions are not reordered. All rows stand in one reduction with M operands: a code is read and converted once, and
+multiplied M times. Two traps. A reduction of one operand XLA:CPU hands to YNNPACK, which passes over the data once for each
+operation in it: one row is therefore written out as C sums. And C units must cost less than what LLVM unrolls as a whole:
+above that, the loop over c is the innermost one, and nothing is a vector (5 to 10 times slower; jax 0.10.2 and 0.12.0.1).
+
+More rows, and on GPU: a loop over chunks of the outputs; one chunk is dequantised, and goes into plain dots. A chunk is
+every n-th output, so that outputs which are split over devices are split in each chunk.
+
+A sum is float32, and a scale for each output is applied to it, not to the codes.
+
+M rows, N outputs, K inputs, G group size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.quant_matmul import layout
+
+FEW_ROWS = 4  # in one reduction: with more, the partial sums of fewer than four units are more bytes than the codes
+UNROLLED = 320  # operations of a loop that LLVM unrolls as a whole, as counted here
+OPERATIONS = {"int8": 2, "nf4": 22, "fp8": 8, "fp8_block": 8, "mxfp4": 8, "int3": 10}  # to make a number of a code; others 5
+LANES = 16  # of a unit where no group says so
+CPU_CHUNK = 2**20  # weights of a chunk: 4 MiB in float32, which caches hold
+GPU_CHUNK = 2**24  # 32 MiB in 16 bits
+BYTES = ("int8", "fp8", "fp8_block")  # kinds whose codes stand as they are, one in a byte
+
+
+def quant_matmul(
+    x: Float[Array, "M K"],
+    codes: Any,
+    scale: Array,
+    zero: Array | None = None,
+    *,
+    kind: str,
+    group_size: int,
+    dtype: Any,
+) -> Float[Array, "M N"]:
+    """x times the transpose of the matrix, in `dtype`."""
+
+    def few(x: Array, *w: Any) -> Array:
+        return _reduced(x.astype(jnp.float32), *_matrix(w, kind, group_size)).astype(dtype)
+
+    def many(x: Array, *w: Any) -> Array:
+        return _chunked(x.astype(jnp.float32), *_matrix(w, kind, group_size), CPU_CHUNK, _apart).astype(dtype)
+
+    def gpu(x: Array, *w: Any) -> Array:
+        return _chunked(x, *_matrix(w, kind, group_size), GPU_CHUNK, _joined).astype(dtype)
+
+    cpu = few if 0 < len(x) <= FEW_ROWS else many
+    return lax.platform_dependent(x, codes, scale, *_present(zero), cpu=cpu, default=gpu)
+
+
+def transposed(
+    g: Float[Array, "M N"],
+    codes: Any,
+    scale: Array,
+    zero: Array | None = None,
+    *,
+    kind: str,
+    group_size: int,
+    dtype: Any,
+) -> Float[Array, "M K"]:
+    """g times the matrix itself, in `dtype`: the gradient of x."""
+
+    def cpu(g: Array, *w: Any) -> Array:
+        return _transposed(g.astype(jnp.float32), *_matrix(w, kind, group_size), CPU_CHUNK, _apart).astype(dtype)
+
+    def gpu(g: Array, *w: Any) -> Array:
+        return _transposed(g, *_matrix(w, kind, group_size), GPU_CHUNK, _joined).astype(dtype)
+
+    return lax.platform_dependent(g, codes, scale, *_present(zero), cpu=cpu, default=gpu)
+
+
+def _present(zero: Array | None) -> tuple[Array, ...]:
+    return () if zero is None else (zero,)
+
+
+# --- the matrix -------------------------------------------------------------------------------------------------------
+
+
+class _How:
+    """What is static of a matrix: its kind and its units, J vectors of r inputs; G 0 where a scale is an output's."""
+
+    def __init__(self, kind: str, G: int):
+        self.kind, self.G = kind, G
+        planes = layout.planes(kind)
+        unit = G or LANES
+        self.J = 16 // min(planes) if planes else 4 if unit % 32 == 0 else 1
+        self.r = unit // self.J
+        self.bits = planes[0] if planes else 8
+
+
+def _matrix(w: tuple[Any, ...], kind: str, group_size: int) -> tuple[Any, Array, Array | None, _How]:
+    """Codes; scales in float32, [N] or [N, groups]; zeros."""
+    codes, scale, *zero = w
+    if kind == "mxfp4":
+        scale = layout.e8m0(scale)
+    if kind == "fp8_block":
+        scale = jnp.repeat(scale, group_size, 0, total_repeat_length=len(scale) * group_size)[: len(codes)]
+        scale = lax.optimization_barrier(scale)  # or each product looks its scale up
+    return codes, scale.astype(jnp.float32), zero[0] if zero else None, _How(kind, group_size)
+
+
+def _raw(codes: Any, how: _How, j: int) -> Int[Array, "... r"]:
+    """The j-th vector of each unit as it stands in memory; codes [..., words of a unit]."""
+    if how.kind == "int3":
+        low, high = (plane.astype(jnp.int32) for plane in codes)
+        low = low[..., (j % 2) * how.r : (j % 2 + 1) * how.r]
+        return ((low >> (2 * (j // 2))) & 3) | (((high >> j) & 1) << 2)
+    if how.kind in BYTES:
+        return codes[..., j * how.r : (j + 1) * how.r]
+    return (codes.astype(jnp.int32) >> (how.bits * j)) & (2**how.bits - 1)
+
+
+def _number(raw: Array, how: _How, zero: Array | None) -> Float[Array, "..."]:
+    """What a code stands for, before its scale."""
+    if how.kind == "nf4":
+        return _nf4(raw)
+    if how.kind == "mxfp4":
+        # E2M1's bits are those at the top of a float16; its subnormal number too, which a CPU may flush in float32 alone
+        half = ((raw & 7) << 9 | (raw & 8) << 12).astype(jnp.uint16)
+        return lax.bitcast_convert_type(half, jnp.float16).astype(jnp.float32) * 2**14
+    if how.kind in ("fp8", "fp8_block"):
+        return _float8(raw)
+    if how.kind == "int8":
+        return raw.astype(jnp.float32)
+    if zero is None:
+        return (raw - layout.MIDDLE[how.kind]).astype(jnp.float32)
+    return raw.astype(jnp.float32) - zero.astype(jnp.float32)
+
+
+def _float8(codes: Array) -> Float[Array, "..."]:
+    """float8 as float32, by way of a float16 of the same bits: XLA:CPU's own conversion takes twice the time."""
+    bits = lax.bitcast_convert_type(codes, jnp.int8).astype(jnp.int16)
+    if codes.dtype == jnp.float8_e5m2:
+        return lax.bitcast_convert_type(bits << 8, jnp.float16).astype(jnp.float32)
+    # one bit less of exponent: the sign's copy makes room for it
+    half = lax.bitcast_convert_type((bits << 7) & jnp.int16(~(1 << 14)), jnp.float16).astype(jnp.float32)
+    return jnp.where((bits & 127) == 127, jnp.float32(jnp.nan), half * 256)
+
+
+def _nf4(raw: Int[Array, "..."]) -> Float[Array, "..."]:
+    """The table by halving: 15 choices, which are vectors everywhere, where a look-up is not."""
+    found: list[Any] = [jnp.float32(v) for v in layout.NF4]
+    for bit in range(4):
+        on = (raw & (1 << bit)) != 0
+        found = [jnp.where(on, b, a) for a, b in zip(found[::2], found[1::2], strict=True)]
+    return found[0]
+
+
+# --- a few rows -------------------------------------------------------------------------------------------------------
+
+
+def _reduced(x: Array, codes: Any, scale: Array, zero: Array | None, how: _How) -> Float[Array, "M N"]:
+    """One pass over the codes for all rows of x, which is float32."""
+    M, K = x.shape
+    units = K // (how.J * how.r)
+    C = _together(M, units, how)
+    P = units // C if C else 0
+    used = P * C * how.J * how.r
+    y = _sums(x[:, :used], codes, scale, zero, how, P, C) if used else jnp.zeros((M, layout.outputs(codes)), jnp.float32)
+    if used < K:  # inputs beyond the last whole unit, in kinds of bytes
+        rest = jnp.einsum("mk,nk->mn", x[:, used:], lax.optimization_barrier(_number(codes[:, used:], how, None)))
+        y = y + (rest * scale[None, :, -1] if how.G else rest)
+    return y if how.G else y * scale[None]
+
+
+def _together(M: int, units: int, how: _How) -> int:
+    """C: units in one sum."""
+    work = how.J * (OPERATIONS.get(how.kind, 5) + 3 * M) + (3 * M if how.G else 0)
+    most = max(1, min(UNROLLED // work, 16)) if M > 1 else max(1, 16 // how.J)
+    if not how.G:
+        return min(most, units)
+    return next((C for C in range(min(most, units), 0, -1) if units % C == 0), 0)
+
+
+def _sums(
+    x: Array, codes: Any, scale: Array, zero: Array | None, how: _How, P: int, C: int
+) -> Float[Array, "M N"]:
+    """sum_pr a_mnpr of the head of the file; scales are in it where they are a group's."""
+    M, N, J, r = len(x), layout.outputs(codes), how.J, how.r
+    x_mpcjr = x.reshape(M, 1, P, C, J, r)
+    if how.kind in BYTES:
+        codes = codes[:, : P * C * J * r]
+    codes = jax.tree.map(lambda a: a.reshape(N, P, C, -1), codes)
+    s = scale[:, : P * C].reshape(N, P, C, 1) if how.G else None
+    z = None if zero is None else zero.reshape(N, P, C, 1)
+
+    def terms(m: int, codes: Any, s: Array | None, z: Array | None, x_mp_jr: Array) -> Array:
+        total = _total([_number(_raw(codes, how, j), how, z) * x_mp_jr[m, ..., j, :] for j in range(J)])
+        return total if s is None else total * s
+
+    if M > 1 and C > 1:
+        zeros = (jnp.zeros((), jnp.float32),) * M
+        sums = lax.reduce(tuple(terms(m, codes, s, z, x_mpcjr) for m in range(M)), zeros, _added, (2,))
+    else:  # slices of what is in memory: XLA does not move one through a sum of products
+        units = [jax.tree.map(lambda a, c=c: a[:, :, c], (codes, s, z)) for c in range(C)]
+        sums = tuple(_total([terms(m, *units[c], x_mpcjr[:, :, :, c]) for c in range(C)]) for m in range(M))
+    ones = jnp.ones((P * r, 1), jnp.float32)
+    # a dot sums the lanes: a second reduction would be fused with the first
+    return jnp.concatenate([(a.reshape(N, -1) @ ones).T for a in lax.optimization_barrier(tuple(sums))])
+
+
+def _total(terms: Sequence[Array]) -> Array:
+    """Their sum, as two chains: one addition need not wait for the last."""
+    chains = [sum(terms[i + 2 :: 2], terms[i]) for i in range(min(2, len(terms)))]
+    return sum(chains[1:], chains[0])
+
+
+def _added(a: tuple[Array, ...], b: tuple[Array, ...]) -> tuple[Array, ...]:
+    return tuple(i + j for i, j in zip(a, b, strict=True))
+
+
+# --- more rows --------------------------------------------------------------------------------------------------------
+
+Matrices = Callable[[Any, Array | None, Array | None, _How], list[Array]]
+
+
+def _apart(codes: Any, scale: Array | None, zero: Array | None, how: _How) -> list[Float[Array, "N k"]]:
+    """The matrix, float32, as one for each of the J vectors: XLA:CPU makes vectors of each, and not of them in one."""
+    N = layout.outputs(codes)
+    if how.kind in BYTES:
+        w = _number(codes, how, None)
+        if scale is not None:
+            w = w * jnp.repeat(scale, how.G, 1, total_repeat_length=scale.shape[1] * how.G)[:, : w.shape[1]]
+        return [lax.optimization_barrier(w)]
+    groups = scale.shape[1] if scale is not None else 1
+    codes = jax.tree.map(lambda a: a.reshape(N, groups, -1), codes)
+    z = None if zero is None else zero[:, :, None]
+    parts = [_number(_raw(codes, how, j), how, z) for j in range(how.J)]
+    return [lax.optimization_barrier(w if scale is None else w * scale[:, :, None]).reshape(N, -1) for w in parts]
+
+
+def _joined(codes: Any, scale: Array | None, zero: Array | None, how: _How) -> list[Float[Array, "N K"]]:
+    """The matrix, float32, as one."""
+    if how.kind in BYTES:
+        return _apart(codes, scale, zero, how)
+    parts = _apart(codes, scale, zero, how)
+    return [jnp.stack([w.reshape(len(w), -1, how.r) for w in parts], 2).reshape(len(parts[0]), -1)]
+
+
+def _vectors(x: Array, n: int, how: _How) -> list[Array]:
+    """x [M, K] as the n matrices have their inputs."""
+    if n == 1:
+        return [x]
+    x_MgJr = x.reshape(len(x), -1, how.J, how.r)
+    return [x_MgJr[:, :, j].reshape(len(x), -1) for j in range(n)]
+
+
+def _loop(N: int, K: int, limit: int) -> tuple[int, int]:
+    """(chunks, outputs of each), of about `limit` weights at most; a power of two, which divides most N."""
+    chunks = 1
+    while N * K > chunks * limit and 2 * chunks <= N:
+        chunks *= 2
+    return chunks, N // chunks
+
+
+def _split(operands: Any, chunks: int, each: int) -> tuple[Any, Any]:
+    """Arrays [N, ...] as [each, chunks, ...], and what is left of them at their end."""
+    n = chunks * each
+    main = jax.tree.map(lambda a: a[:n].reshape(each, chunks, *a.shape[1:]), operands)
+    return main, jax.tree.map(lambda a: a[n:], operands)
+
+
+def _at(operands: Any, i: Array) -> Any:
+    return jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, i, 1, keepdims=False), operands)
+
+
+def _chunked(
+    x: Array, codes: Any, scale: Array, zero: Array | None, how: _How, limit: int, matrices: Matrices
+) -> Float[Array, "M N"]:
+    """Chunk after chunk of the outputs; the result is float32."""
+    N = layout.outputs(codes)
+    chunks, each = _loop(N, x.shape[1], limit)
+
+    def product(operands: Any) -> Float[Array, "M n"]:
+        codes, scale, zero = operands
+        parts = matrices(codes, scale if how.G else None, zero, how)
+        factor = None if how.G else scale
+        if x.dtype == jnp.float16 and how.G:
+            parts, factor = _within_half(parts)
+        y = _total([_dot("mk,nk->mn", v, w) for v, w in zip(_vectors(x, len(parts), how), parts, strict=True)])
+        return y if factor is None else y * factor[None]
+
+    operands = (codes, scale, zero)
+    if chunks == 1:
+        return product(operands)
+    main, rest = _split(operands, chunks, each)
+    y = lax.map(lambda i: product(_at(main, i)), jnp.arange(chunks))
+    y = y.transpose(1, 2, 0).reshape(len(x), -1)
+    return y if chunks * each == N else jnp.concatenate([y, product(rest)], 1)
+
+
+def _within_half(parts: list[Array]) -> tuple[list[Array], Array]:
+    """Rows of a matrix over a power of two each, so that float16 holds them, and the powers."""
+    largest = jnp.max(jnp.stack([jnp.abs(w).max(1) for w in parts]), 0)
+    power = jnp.exp2(jnp.ceil(jnp.log2(jnp.maximum(largest, 2.0**-100))))
+    return [w / power[:, None] for w in parts], power
+
+
+def _dot(spec: str, a: Array, w: Array) -> Array:
+    """In a's dtype, summed in float32; float32 itself is not to lose bits on its way into a GPU's dot."""
+    exact = "highest" if a.dtype == jnp.float32 else None
+    return jnp.einsum(spec, a, w.astype(a.dtype), precision=exact, preferred_element_type=jnp.float32)
+
+
+def _transposed(
+    g: Array, codes: Any, scale: Array, zero: Array | None, how: _How, limit: int, matrices: Matrices
+) -> Float[Array, "M K"]:
+    """g times the matrix, chunk after chunk of its outputs; the result is float32."""
+    N, M = layout.outputs(codes), len(g)
+    plane = jax.tree.leaves(codes)[0]
+    K = plane.shape[1] * (1 if how.kind in BYTES else 16 // how.bits)
+    chunks, each = _loop(N, K, limit)
+
+    def product(g: Array, operands: Any) -> list[Float[Array, "M k"]]:
+        codes, scale, zero = operands
+        parts = matrices(codes, scale if how.G else None, zero, how)
+        if not how.G:
+            parts = [w * scale[:, None] for w in parts]
+        return [_dot("mn,nk->mk", g, w) for w in parts]
+
+    operands = (codes, scale, zero)
+    if chunks == 1:
+        dx = product(g, operands)
+    else:
+        (g_main, main), (g_rest, rest) = _split((g.T, operands), chunks, each)
+        J = 1 if matrices is _joined or how.kind in BYTES else how.J
+        none = [jnp.zeros((M, K // J), jnp.float32)] * J
+        dx = lax.fori_loop(
+            0, chunks, lambda i, dx: _sum_of(dx, product(_at(g_main, i).T, _at(main, i))), none
+        )
+        if chunks * each < N:
+            dx = _sum_of(dx, product(g_rest.T, rest))
+    return dx[0] if len(dx) == 1 else jnp.stack([d.reshape(M, -1, how.r) for d in dx], 2).reshape(M, K)
+
+
+def _sum_of(a: list[Array], b: list[Array]) -> list[Array]:
+    return [i + j for i, j in zip(a, b, strict=True)]

@@ -1,0 +1,275 @@
+"""GGUF files against what ggml's blocks mean (tests/oracles/packed.py) and against the same model as a plain folder.
+
+Files are written here, byte by byte. What llama.cpp's converter does to q and k is done here with its own expression.
+
+O outputs, I inputs.
+"""
+
+# ruff: noqa: E741
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from oracles import packed
+
+import jaxengine
+from checkpoints.errors import CheckpointError
+from checkpoints.gguf import ROPE, Gguf, hugging_face_name
+from checkpoints.safetensors import write_file
+from jaxengine.architecture import architecture
+from jaxengine.sources import open_source, read_config
+from jaxengine.weights.base import Weight
+
+U = 2.0**-24
+ATOL = 2e-4
+TOKENS = [3, 1, 4, 1, 5, 9, 2, 6]
+D, F, N, K, V, L = 256, 512, 4, 2, 48, 2
+H = D // N
+BLOCK = {"Q4_0": (2, 32, 18), "Q8_0": (8, 32, 34), "Q4_K": (12, 256, 144), "Q6_K": (14, 256, 210)}
+PLAIN = {"F32": (0, np.float32), "F16": (1, np.float16)}
+DENSE: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "Q4_0": packed.q4_0, "Q8_0": packed.q8_0, "Q4_K": packed.q4_k, "Q6_K": packed.q6_k,
+}  # fmt: skip
+FORMAT = {
+    "Q4_0": "int4:group_size=32,scale=float16", "Q8_0": "int8:group_size=32",
+    "Q4_K": "int4:group_size=32,affine=true,scale=float32", "Q6_K": "int8:group_size=16",
+}  # fmt: skip
+FIELDS: dict[str, Any] = {
+    "general.architecture": "llama", "general.name": "tiny", "llama.block_count": L, "llama.context_length": 64,
+    "llama.embedding_length": D, "llama.feed_forward_length": F, "llama.attention.head_count": N,
+    "llama.attention.head_count_kv": K, "llama.attention.layer_norm_rms_epsilon": 1e-5, "llama.rope.freq_base": 10000.0,
+    "llama.rope.dimension_count": H, "tokenizer.ggml.tokens": ["a", "b"], "tokenizer.ggml.eos_token_id": 2,
+}  # fmt: skip
+THEIRS = {
+    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
+}  # fmt: skip
+Tensors = dict[str, tuple[int, tuple[int, ...], bytes]]  # {name: (type, dims, bytes)}
+
+
+# --- writing -----------------------------------------------------------------------------------------------------------
+
+
+def string(text: str) -> bytes:
+    return struct.pack("<Q", len(text.encode())) + text.encode()
+
+
+def value(given: Any) -> bytes:
+    if isinstance(given, str):
+        return struct.pack("<I", 8) + string(given)
+    if isinstance(given, list):
+        return struct.pack("<IIQ", 9, 8, len(given)) + b"".join(map(string, given))
+    return struct.pack("<If", 6, given) if isinstance(given, float) else struct.pack("<II", 4, given)
+
+
+def gguf(path: Path, fields: Mapping[str, Any], tensors: Tensors, version: int = 3) -> Path:
+    head = b"GGUF" + struct.pack("<IQQ", version, len(tensors), len(fields))
+    head += b"".join(string(k) + value(v) for k, v in fields.items())
+    data = b""
+    for name, (kind, shape, raw) in tensors.items():
+        data += b"\0" * (-len(data) % 32)
+        head += string(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *reversed(shape), kind, len(data))
+        data += raw
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(head + b"\0" * (-len(head) % 32) + data)
+    return path
+
+
+def blocks(rng: np.random.Generator, kind: str, O: int, I: int) -> np.ndarray:
+    """Random blocks of numbers of order 0.05, uint8 [O * I / inputs, bytes]."""
+    _, inputs, nbytes = BLOCK[kind]
+    raw = rng.integers(0, 256, (O * I // inputs, nbytes), np.uint8)
+
+    def put(at: int, size: float) -> None:
+        raw[:, at : at + 2] = (rng.uniform(0.5, 1.5, (len(raw), 1)) * size).astype(np.float16).view(np.uint8)
+
+    put({"Q6_K": 208}.get(kind, 0), {"Q4_0": 0.012, "Q8_0": 0.0007, "Q4_K": 0.0005, "Q6_K": 0.00005}[kind])
+    if kind == "Q4_K":
+        put(2, 0.003)
+        raw[0, 4:8] = raw[0, 12:16] = 0  # eight scales of zero: only minima are left
+    return raw
+
+
+def model(kind: str, seed: int = 0, head: bool = True) -> tuple[Tensors, dict[str, np.ndarray], dict[str, Any]]:
+    """(GGUF's tensors, the plain folder's, its config) of a random llama with matrices of this kind."""
+    raw = {
+        "model_type": "llama", "vocab_size": V, "hidden_size": D, "intermediate_size": F, "num_hidden_layers": L,
+        "num_attention_heads": N, "num_key_value_heads": K, "max_position_embeddings": 64, "rms_norm_eps": 1e-5,
+        "dtype": "float32", "tie_word_embeddings": not head,
+    }  # fmt: skip
+    arch, rng = architecture(raw), np.random.default_rng(seed)
+    theirs: Tensors = {}
+    plain: dict[str, np.ndarray] = {}
+    outer = {"model.embed_tokens.weight": "token_embd", "model.norm.weight": "output_norm", "lm_head.weight": "output"}
+    for name, shape in arch.name_table().theirs(arch.params(), L).items():
+        if name in outer:
+            stem = outer[name]
+        else:
+            _, _, layer, rest = name.split(".", 3)
+            stem = f"blk.{layer}.{THEIRS[rest.removesuffix('.weight')]}"
+        heads = {"attn_q": N, "attn_k": K}.get(stem.rpartition(".")[2])
+        if len(shape) == 1 or kind in PLAIN:
+            number, dtype = PLAIN["F32" if len(shape) == 1 else kind]
+            drawn = rng.normal(1.0 if len(shape) == 1 else 0.0, 0.1, shape).astype(dtype)
+            bytes_of, dense = drawn, drawn.astype(np.float32)
+        else:
+            number = BLOCK[kind][0]
+            bytes_of = blocks(rng, kind, *shape)
+            dense = DENSE[kind](bytes_of).reshape(shape)
+        if (
+            heads
+        ):  # what is in the file is the converter's permutation of what the folder has; so undo it on the folder's
+            h = dense.reshape(heads, shape[0] // heads // 2, 2, shape[1]).swapaxes(1, 2).reshape(shape)
+            again = h.reshape(heads, 2, shape[0] // heads // 2, shape[1]).swapaxes(1, 2).reshape(shape)
+            np.testing.assert_array_equal(again, dense)  # llama.cpp's `permute`
+            dense = h
+        theirs[f"{stem}.weight"] = (number, shape, bytes_of.tobytes())
+        plain[name] = dense.astype(np.float32)
+    return theirs, plain, raw
+
+
+def plain_folder(folder: Path, tensors: Mapping[str, np.ndarray], raw: Mapping[str, Any]) -> Path:
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(raw))
+    described = {n: (t.dtype, t.shape) for n, t in tensors.items()}
+    write_file(folder / "model.safetensors", described, lambda n: tensors[n], {"format": "pt"})
+    return folder
+
+
+# --- reading -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", BLOCK)
+def test_blocks_mean_what_ggml_means(kind: str, tmp_path: Path) -> None:
+    tensors, plain, raw = model(kind)
+    gguf(tmp_path / "g" / "tiny.gguf", FIELDS, tensors, version=2 if kind == "Q8_0" else 3)
+    arch = architecture(read_config(tmp_path / "g"))
+    with (
+        open_source(tmp_path / "g", arch) as source,
+        open_source(plain_folder(tmp_path / "p", plain, raw), arch) as dense,
+    ):
+        assert source.plan is not None
+        assert source.plan.weights == FORMAT[kind]
+        assert dict(source.plan.weight_rules) == dict.fromkeys(("embedding", "lm_head"), FORMAT[kind])
+        for name, spec in arch.specs().items():
+            leaf, exact = source.read(name), dense.read(name).astype(np.float64)
+            assert isinstance(leaf, Weight) == (spec.out is not None)
+            found = np.asarray(leaf.dense() if isinstance(leaf, Weight) else leaf, np.float64)
+            # of K types s z is the minimum to one rounding more
+            assert (np.abs(found - exact) <= 16 * U * np.abs(exact).max()).all(), name
+
+
+@pytest.mark.parametrize("kind", ["Q4_K", "F32"])
+def test_the_logits_are_the_plain_folders(kind: str, tmp_path: Path) -> None:
+    tensors, plain, raw = model(kind, head=kind == "F32")
+    gguf(tmp_path / "g" / "tiny.gguf", FIELDS, tensors)
+    expected = jaxengine.load(plain_folder(tmp_path / "p", plain, raw), form="scan").logits(TOKENS)
+    assert np.abs(expected).max() > 0.1
+    ours = jaxengine.load(tmp_path / "g", form="scan", dtype="float32")
+    np.testing.assert_allclose(ours.logits(TOKENS), expected, atol=ATOL, rtol=0)
+    ours.save(tmp_path / "hf")
+    assert read_config(tmp_path / "hf")["tie_word_embeddings"] == (kind != "F32")
+    again = jaxengine.load(tmp_path / "hf", form="scan", dtype="float32").logits(TOKENS)
+    np.testing.assert_allclose(again, expected, atol=ATOL, rtol=0)
+
+
+def test_the_config_of_the_entries(tmp_path: Path) -> None:
+    tensors, _, raw = model("F16")
+    gguf(tmp_path / "m" / "a.gguf", FIELDS, tensors)
+    found = read_config(tmp_path / "m")
+    assert found == raw | {
+        "dtype": "float16", "head_dim": H, "eos_token_id": 2, "rope_theta": 10000.0,
+        "rms_norm_eps": struct.unpack("<f", struct.pack("<f", 1e-5))[0],
+    }  # fmt: skip
+    assert architecture(found).config == architecture(raw | {"rms_norm_eps": found["rms_norm_eps"]}).config
+
+
+def test_llama_3_1_s_rope_is_known_by_what_it_divides_by(tmp_path: Path) -> None:
+    """transformers' formula: wavelengths above 8192 / 1 are stretched by the factor, those below 8192 / 4 are not."""
+    tensors, _, _ = model("F16")
+    theta, factors = 500000.0, []
+    for i in range(0, H, 2):
+        wave = 2 * np.pi * theta ** (i / H)
+        smooth = (8192 / wave - 1) / 3
+        factors.append(1.0 if wave < 2048 else 8.0 if wave > 8192 else 1 / ((1 - smooth) / 8 + smooth))
+    tensors[ROPE] = (0, (H // 2,), np.float32(factors).tobytes())
+    fields = FIELDS | {"llama.rope.freq_base": theta}
+    gguf(tmp_path / "m" / "a.gguf", fields, tensors)
+    assert read_config(tmp_path / "m")["rope_scaling"] == {
+        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }  # fmt: skip
+    tensors[ROPE] = (0, (H // 2,), np.linspace(1, 8, H // 2, dtype=np.float32).tobytes())
+    gguf(tmp_path / "m" / "a.gguf", fields, tensors)
+    with pytest.raises(CheckpointError, match="not as Llama 3"):
+        read_config(tmp_path / "m")
+
+
+def test_names() -> None:
+    assert hugging_face_name("blk.11.attn_q.bias") == "model.layers.11.self_attn.q_proj.bias"
+    assert hugging_face_name("output.weight") == "lm_head.weight"
+    assert hugging_face_name("blk.0.ssm_a") == "blk.0.ssm_a"
+
+
+# --- what is refused -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fields", "change", "said"),
+    [
+        ({"general.architecture": "mamba"}, None, "general.architecture is 'mamba'; of GGUF files are read llama, qwen2"),
+        ({"llama.block_count": None}, None, r"has no llama\.block_count"),
+        ({"llama.rope.scaling.type": "longrope"}, None, "rope.scaling.type is 'longrope'"),
+        ({"llama.rope.dimension_count": 32}, None, "rope turns 32 of 64 numbers of a head"),
+        ({"split.count": 3}, None, "one of 3 parts; merge them first"),
+        ({}, lambda t: t.update({"output.weight": (13, (V, D), b"")}), "output.weight is of type Q5_K; read are F32, F16, Q4_0"),
+        ({}, lambda t: t.pop("token_embd.weight"), r"has no token_embd\.weight"),
+        ({}, lambda t: t.pop("blk.1.ffn_up.weight"), r"(?s)Missing \(1\).*up_proj"),
+        ({}, lambda t: t.update({"blk.1.extra.weight": t["output_norm.weight"]}), r"(?s)Unexpected \(1\).*extra"),
+        ({"llama.feed_forward_length": 768}, None, r"down_proj\.weight is \[256, 512\] in Q4_0; the model needs \[256, 768\]"),
+    ],
+)  # fmt: skip
+def test_files_that_are_not_read(
+    fields: dict[str, Any], change: Callable[[Tensors], object] | None, said: str, tmp_path: Path
+) -> None:
+    tensors, _, _ = model("Q4_0")
+    if change is not None:
+        change(tensors)
+    given = {k: v for k, v in (FIELDS | fields).items() if v is not None}
+    gguf(tmp_path / "m" / "a.gguf", given, tensors)
+    with pytest.raises(CheckpointError, match=said):
+        jaxengine.load(tmp_path / "m")
+
+
+def test_damage(tmp_path: Path) -> None:
+    tensors, _, _ = model("Q4_0")
+    path = gguf(tmp_path / "m" / "a.gguf", FIELDS, tensors)
+    whole = path.read_bytes()
+    for cut, said in (
+        (len(whole) - 100, "it is cut off"),
+        (200, "ends inside its header"),
+        (10, "fewer than 24 bytes"),
+    ):
+        path.write_bytes(whole[:cut])
+        with pytest.raises(CheckpointError, match=said):
+            Gguf(path)
+    for at, byte, said in (
+        (0, b"X", "begins with"),
+        (4, b"\1", "GGUF version 1"),
+        (15, b"\xff", "tensors: it is damaged"),
+    ):
+        path.write_bytes(whole[:at] + byte + whole[at + 1 :])
+        with pytest.raises(CheckpointError, match=said):
+            Gguf(path)
+    path.write_bytes(whole)
+    (tmp_path / "m" / "b.gguf").write_bytes(whole)
+    with pytest.raises(CheckpointError, match=r"(?s)no config\.json and 2 GGUF files.*a\.gguf.*b\.gguf"):
+        jaxengine.load(tmp_path / "m")
