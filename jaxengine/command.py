@@ -182,7 +182,10 @@ LOADING = (
         "--context", metavar="N", type=click.IntRange(1), show_default="2048",
         help="Tokens of a row that --memory is to hold.",
     ),
-    click.option("--weights", metavar="FORMAT", show_default="dense", help="Format of the weights: dense, int8."),
+    click.option(
+        "--weights", metavar="FORMAT", show_default="the checkpoint's",
+        help="Format of the weights: int8, int4, nf4, fp8, ...; with options int4:group_size=64,affine=true.",
+    ),
     click.option(
         "--dtype", metavar="DTYPE", show_default="the checkpoint's", help="Compute in float32, bfloat16 or float16."
     ),
@@ -374,7 +377,12 @@ def from_stdin() -> str:
     "--context", metavar="N", type=click.IntRange(1), show_default="2048", help="Tokens of a row, prompt included."
 )
 @click.option("--batch", metavar="N", type=click.IntRange(1), default=1, help="Rows at a time.")
-@click.option("--weights", metavar="FORMAT", default="dense", help="Format of the weights: dense, int8.")
+@click.option(
+    "--weights",
+    metavar="FORMAT",
+    show_default="the checkpoint's",
+    help="Format of the weights: int8, int4, nf4, fp8, ...",
+)
 @click.option("--dtype", metavar="DTYPE", show_default="the config's", help="Plan for float32, bfloat16 or float16.")
 @click.option("--kv", metavar="CODEC", default="raw", help="How the KV cache is stored: raw, int8.")
 @click.option("--compile/--no-compile", "proved", default=True, help="Compile the chosen plan for the card as a proof.")
@@ -392,7 +400,7 @@ def plan(
     task: str,
     context: int | None,
     batch: int,
-    weights: str,
+    weights: str | None,
     dtype: str | None,
     kv: str,
     proved: bool,

@@ -46,7 +46,8 @@ class Place:
 def files_of(folder: Path) -> str:
     """What tells the checkpoint in a folder from others, and from itself after it was changed: the paths, lengths and times
     (of their change too, which copies do not keep) of the files that hold its arrays."""
-    arrays = [*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json"), *(folder / ORBAX).rglob("*")]
+    arrays = [p for end in ("*.safetensors", "*.safetensors.index.json", "*.gguf") for p in folder.glob(end)]
+    arrays += (folder / ORBAX).rglob("*")
     found = [
         (str(p.resolve()), s.st_size, s.st_mtime_ns, s.st_ctime_ns)
         for p in sorted(arrays)

@@ -29,6 +29,7 @@ from jaxengine.walk import REMAT
 from sharding.rules import RULES, Rules
 
 RING = 3  # buffers that layers are read into from disk: one is used, one is copied, one is being filled
+SCORES = 2**27  # bytes of attention's scores and weights that stand at a time where it runs in XLA
 CHUNK = 512  # tokens in which long prompts are read where one piece does not fit
 DTYPES = ("float32", "bfloat16", "float16")
 # A wide matrix that decides every token's logits and is read by row at the other end: full precision unless asked for.
@@ -277,10 +278,9 @@ def streamed_bytes(architecture: Architecture, plan: Plan) -> int:
 def activation_bytes(architecture: Architecture, plan: Plan, *, batch: int, tokens: int, length: int) -> int:
     """Bytes of temporaries while `batch` prompts of `tokens` tokens are read into a cache of `length`.
 
-    What one layer holds at its widest: the scores of attention, [B, N, T, S] in float32, and its weights in the plan's
-    dtype, beside queries, keys and values, or the two halves of the feed-forward block; the residual stream twice. Under a
-    chunk, T is the
-    chunk and S the slots of the cache. The compiler's own figure differs with the card.
+    What one layer holds at its widest: queries, keys, values and what attention makes of them, or the two halves of the
+    feed-forward block; the residual stream twice. Attention keeps no scores but those of some blocks where it runs in XLA
+    (float32; a card below sm_80). Under a chunk, T is the chunk. The compiler's own figure differs with the card.
     """
     size = jnp.dtype(plan.dtype).itemsize
     chunk = architecture.chunk(plan.chunk, tokens)
@@ -297,7 +297,9 @@ def activation_bytes(architecture: Architecture, plan: Plan, *, batch: int, toke
         S = layout.num_slots(length, attention.window) if chunk else T
         if chunk and not layout.holds(T, S, attention.window):
             S += T
-        attending = (4 + size) * rows * S * N + rows * (2 * N + 2 * K) * H * size
+        read_again = batch * S * 2 * K * H * size if chunk else 0  # slots as attention takes them
+        scores = min((4 + size) * rows * S * N, SCORES) if plan.dtype == "float32" or rows * N <= 32 * K * batch else 0
+        attending = scores + read_again + rows * (3 * N + 2 * K) * H * size
         widest = max(widest, 2 * batch * tokens * D * size + max(attending, 3 * rows * F * size))
     return widest
 

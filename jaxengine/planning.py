@@ -32,7 +32,7 @@ from jaxengine.plan import (
     variants,
     weight_bytes,
 )
-from jaxengine.sources import read_config
+from jaxengine.sources import ORBAX, gguf_file, open_source, read_config
 from pallas_kernels.cards import Card, find
 
 DISK_RATE = 3e9  # bytes/s: a PCIe 3 x4 NVMe drive reading in sequence, where nothing is said
@@ -351,22 +351,33 @@ def plan_folder(
     batch: int = 1,
     context: int | None = None,
     task: str = "generate",
-    weights: str = "dense",
+    weights: str | None = None,
     dtype: str | None = None,
     kv: str = "raw",
     disk_rate: str | int = int(DISK_RATE),
 ) -> Outcome:
-    """`plan_for` a checkpoint folder, of which only config.json is read, and a card by its name or numbers ('rtx4090').
+    """`plan_for` a checkpoint folder and a card by its name or numbers ('rtx4090').
 
-    Sizes as `jaxengine.load` takes them; dtype: the config's, if not given. `picture.figure` draws the outcome, and
-    `proof.prove` compiles what was chosen. Raises ValueError for what `plan_for` refuses and for an unknown card.
+    Of the folder config.json is read, and where its weights are stored quantised their formats. Sizes as `jaxengine.load`
+    takes them; weights: the format of the others (dense); dtype: the config's, if not given. `picture.figure` draws the
+    outcome, and `proof.prove` compiles what was chosen. Raises ValueError for what `plan_for` refuses and for an unknown
+    card.
     """
-    raw, card = read_config(Path(folder)), find(gpu)
-    named = dtype or raw.get("dtype") or raw.get("torch_dtype")
+    at, card = Path(folder), find(gpu)
+    raw = read_config(at)
+    named, found, stored = dtype or raw.get("dtype") or raw.get("torch_dtype"), architecture(raw), None
+    if raw.get("quantization_config") or (at / ORBAX).is_dir() or gguf_file(at) is not None:
+        with open_source(at, found) as source:
+            found, stored = source.architecture, source.plan
+    if stored is not None and weights is not None:
+        raise ValueError(f"weights is {weights!r}, and the folder's are stored in formats of their own: leave it out")
+    named = named or (stored.dtype if stored is not None else None)
     if named not in DTYPES:
         raise ValueError(f"dtype is {named!r} in config.json and none is given; say dtype {', '.join(DTYPES)}")
+    start = Plan(weights=weights or "dense") if stored is None else stored
+    plan = Plan(dtype=named, weights=start.weights, weight_rules=start.weight_rules, kv_codec=kv)
     return plan_for(
-        architecture(raw), Plan(dtype=named, weights=weights, kv_codec=kv), card, batch=batch, context=context, task=task,
+        found, plan, card, batch=batch, context=context, task=task,
         memory=None if memory is None else parse_bytes(memory), ram=None if ram is None else parse_bytes(ram, "ram"),
         disk_rate=parse_bytes(disk_rate, "disk-rate"),
     )  # fmt: skip

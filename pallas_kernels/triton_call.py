@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+from jax.core import ShapedArray
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jax.extend.core import Primitive
@@ -59,7 +60,7 @@ def _run(*arrays: Any, **params: Any) -> Any:
 
 @_call_p.def_abstract_eval
 def _shapes(*_: Any, call: Callable[..., Any], out_shape: jax.ShapeDtypeStruct) -> list[Any]:
-    return [jax.core.ShapedArray(out_shape.shape, out_shape.dtype)]
+    return [ShapedArray(out_shape.shape, out_shape.dtype)]
 
 
 def _lower(context: Any, *values: Any, call: Callable[..., Any], out_shape: jax.ShapeDtypeStruct) -> Any:

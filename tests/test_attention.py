@@ -66,7 +66,10 @@ def inputs(B: int, T: int, S: int, N: int, K: int, H: int = 4, *, dtype: str = "
 def check(
     given: Inputs, q_positions: Any, k_positions: Any, *, scale: float = 0.5, small: bool = True, **how: Any
 ) -> np.ndarray:
-    """The result, and with `small` blocks that of several of each kind, held against the oracle wherever a query sees something, and finite everywhere."""
+    """The result, held against the oracle wherever a query sees something, zeros elsewhere, and finite everywhere.
+
+    small: that of several blocks of each kind too.
+    """
     at = [np.asarray(p, np.int32) for p in (q_positions, k_positions)]
     arrays = [np.asarray(x).astype(np.float64) for x in given]
     S, results = given.k.shape[2], []
@@ -98,13 +101,13 @@ def rows(*lengths: int, width: int) -> np.ndarray:
 @pytest.mark.parametrize("softcap", [None, 2.0])
 def test_prefill_of_ragged_rows(window: int | None, softcap: float | None) -> None:
     at = rows(6, 2, width=6)
-    check(inputs(2, 6, 6, 4, 2), at, at, window=window, softcap=softcap)
+    check(inputs(2, 6, 6, 4, 2), at, at, small=window == 3, window=window, softcap=softcap)
 
 
 @pytest.mark.parametrize(("N", "K"), [(1, 1), (3, 3), (3, 1), (6, 2), (8, 1), (16, 2)])
 def test_query_heads_share_key_heads(N: int, K: int) -> None:
     at = rows(4, 3, width=4)
-    check(inputs(2, 4, 4, N, K), at, at)
+    check(inputs(2, 4, 4, N, K), at, at, small=False)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -417,11 +420,13 @@ def test_the_oracle_is_the_loops_and_its_gradients_are_differences() -> None:
             assert difference == pytest.approx(gradients["d" + name][0][at], rel=1e-6, abs=1e-7)
 
 
-@pytest.mark.parametrize(("N", "K"), [(3, 3), (4, 1), (7, 1), (8, 1), (14, 2)])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("N", "K", "dtype"),
+    [(3, 3, "float32"), (4, 1, "bfloat16"), (7, 1, "float32"), (8, 1, "float16"), (14, 2, "bfloat16")],
+)
 def test_gradients_of_grouped_queries(N: int, K: int, dtype: str) -> None:
     x = case(2, 5, 7, N, K, 8, rows(5, 2, width=5), rows(7, 3, width=7), dtype=dtype)
-    compare(x, "reference", "blocks", "small blocks", scale=0.35)
+    compare(x, "reference", "small blocks", scale=0.35)
 
 
 @pytest.mark.parametrize(
@@ -447,15 +452,18 @@ PLACES = {  # name -> (5 queries, 9 slots)
 }
 
 
-@pytest.mark.parametrize("how", [{}, {"window": 2, "softcap": 1.5}, {"window": 1000}], ids=["all", "two", "thousand"])
-@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize(
+    ("how", "sinks"),
+    [({}, False), ({"window": 2, "softcap": 1.5}, True), ({"window": 1000}, True)],
+    ids=["", "2", "1000"],
+)
 def test_places(how: dict[str, Any], sinks: bool) -> None:
     q_at, k_at = ([list(pair[i]) for pair in PLACES.values()] for i in (0, 1))
     x = case(len(PLACES), 5, 9, 4, 2, 8, q_at, k_at, sinks=sinks)
     compare(x, "reference", "small blocks", scale=0.35, **how)
 
 
-@pytest.mark.parametrize("window", [None, 1, 1000])
+@pytest.mark.parametrize("window", [None, 1])
 def test_one_query_over_many_slots(window: int | None) -> None:
     x = case(3, 1, 130, 4, 2, 8, [[129], [64], [0]], rows(130, 65, 1, width=130))
     compare(x, "reference", "blocks of 16 and 48", scale=0.35, window=window)
@@ -511,12 +519,11 @@ def test_halves_merge_by_their_log_sum_exp() -> None:
     assert (np.asarray(whole[1])[~sees] == NEVER).all()
 
 
-@pytest.mark.parametrize("window", [None, 37])
-def test_nothing_hangs_on_how_many_tokens_are_read_at_a_time(window: int | None) -> None:
+def test_nothing_hangs_on_how_many_tokens_are_read_at_a_time() -> None:
     """A prompt of 150 read whole, by 64, by 1, and under other blocks: the same to float32's rounding."""
     at = np.arange(150, dtype=np.int32)[None]
     x = case(1, 150, 150, 4, 2, 16, at, at)
-    how = {"scale": 0.25, "window": window}
+    how = {"scale": 0.25, "window": 37}
     wanted = differentiated(x, **how, blocks=150)["out"]
     whole = {"reference": reference.attention(*x[:5], **how)}
     for blocks in (None, xla.Blocks(64, 11)):
@@ -591,8 +598,8 @@ def widest(text: str) -> int:
     return max(int(np.prod([int(d) for d in s.split(",")])) for s in shapes)
 
 
-# forward: the queries by blocks and the result by blocks; backward: these of q, do and (float32) dq, the forward's result,
-# and delta; the rest is what a pair of blocks needs: scores three times over (64 MiB each on a GPU)
+# Forwards the result by blocks, and the queries by blocks where they are not turned in place. Backwards q, do and, in float32,
+# dq by blocks, and the forward's result. The rest is what a pair of blocks needs.
 @pytest.mark.parametrize("gradient", [False, True])
 def test_memory_is_linear(gradient: bool) -> None:
     """32,768 tokens in float32, four heads of 64: 33.6 MB of queries; all scores would be 17 GB."""
@@ -600,20 +607,19 @@ def test_memory_is_linear(gradient: bool) -> None:
     forward = jax.jit(functools.partial(attention, scale=0.125))
     compiled = (with_gradient() if gradient else forward).lower(*abstract(T, T)).compile()
     queries = T * 4 * 64 * 4
-    assert compiled.memory_analysis().temp_size_in_bytes < (8 if gradient else 4) * queries + 2**24
+    assert compiled.memory_analysis().temp_size_in_bytes < (4 if gradient else 2) * queries
     text = compiled.as_text()
     assert not re.search(rf"\[[\d,]*{T},{T}[\d,]*\]", text)
     assert widest(text) <= T * 4 * 64
-    # half of the tokens take half of the memory
-    half = (with_gradient() if gradient else forward).lower(*abstract(T // 2, T // 2)).compile()
-    ratio = compiled.memory_analysis().temp_size_in_bytes / half.memory_analysis().temp_size_in_bytes
-    assert ratio < 2.1
 
 
 @pytest.mark.aot
 @pytest.mark.skipif(aot.missing() is not None, reason=str(aot.missing()))
-@pytest.mark.parametrize("gradient", [False, True])
-@pytest.mark.parametrize(("card", "how"), [("T4", {}), ("H200", {"implementation": "xla"})], ids=["T4", "H200"])
+@pytest.mark.parametrize(
+    ("card", "how", "gradient"),
+    [("T4", {}, True), ("H200", {"implementation": "xla"}, False), ("H200", {"implementation": "xla"}, True)],
+    ids=["T4-gradient", "H200", "H200-gradient"],
+)
 def test_memory_is_linear_on_a_card(card: str, how: dict[str, Any], gradient: bool) -> None:
     """The chunked form, which is what serves a T4 (no kernel of ours does), in float16."""
     T = 32768
@@ -622,8 +628,8 @@ def test_memory_is_linear_on_a_card(card: str, how: dict[str, Any], gradient: bo
         args = target.place(abstract(T, T, dtype=jnp.float16))
         compiled = target.compile(with_gradient(**how) if gradient else forward, *args)
     queries = T * 4 * 64 * 2
-    assert compiled.memory_analysis().temp_size_in_bytes < (10 if gradient else 4) * queries + 3 * 2**26
-    assert widest(compiled.as_text()) <= max(T * 4 * 64, 2**24)
+    assert compiled.memory_analysis().temp_size_in_bytes < (8 if gradient else 4) * queries
+    assert widest(compiled.as_text()) <= T * 4 * 64
 
 
 @pytest.mark.parametrize("gradient", [False, True])
@@ -751,7 +757,7 @@ def test_what_cudnn_is_asked(monkeypatch: pytest.MonkeyPatch, window: int | None
     monkeypatch.setattr(cudnn, "gpu", lambda: dispatch.Gpu((9, 0), 132))
     args = abstract(64, 64, dtype=jnp.bfloat16)
     call = jax.jit(functools.partial(cudnn.attention, scale=0.125, contiguous=True, window=window))
-    with pytest.raises(dispatch.Refused, match="cuDNN .*: the chunked form"):
+    with pytest.raises(dispatch.Refused, match=r"cuDNN .*: the chunked form"):
         call.trace(*args)
     monkeypatch.setattr(fused, "check_cudnn_version", lambda: 91000)
     text = call.trace(*args).lower(lowering_platforms=("cuda",)).as_text()

@@ -107,7 +107,7 @@ def test_what_fits_neither_memory_is_read_from_disk() -> None:
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"task": "lora"}, "task is 'lora'.*generate"), ({"memory": 10**12}, "a process can have"),
+        ({"task": "loro"}, "task is 'loro'.*generate, lora"), ({"memory": 10**12}, "a process can have"),
         ({"batch": 0}, "at least 1"), ({"context": 10**9}, "at most 131072"),
         ({"plan": Plan(dtype="bfloat16", sharding="tensor", mesh="tensor=2")}, "one card"),
     ],

@@ -173,8 +173,9 @@ def test_the_kernels_facts_are_those_of_the_program() -> None:
 
     def call(x: jax.Array) -> jax.Array:
         spec = pl.BlockSpec((64,), lambda i, j: (i * 5 + j,))
+        shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
         return triton_call(
-            kernel, x, out_shape=x, grid=(3, 5), in_specs=[spec], out_specs=spec, num_warps=2, num_stages=1, name="adds"
+            kernel, x, out_shape=shape, grid=(3, 5), in_specs=[spec], out_specs=spec, num_warps=2, num_stages=1, name="adds"
         )  # fmt: skip
 
     with aot.target(aot.CARDS["H200"]) as target:

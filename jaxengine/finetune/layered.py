@@ -144,11 +144,16 @@ def backward(
     if not bank.stacked:
         new_weights, new_states = list(bank.weights), list(states)
         for i, kind in reversed(list(enumerate(bank.kinds * bank.repeats))):
-            held = (bank.weights[i], states[i])
+            held, x = (bank.weights[i], states[i]), kept[i]
+            # after g, or XLA takes the layer's second run for its first and keeps all that it made
             if home(bank.home).TIER != "device":
-                held, g = lax.optimization_barrier((held, g))
+                held, x, g = lax.optimization_barrier((held, x, g))
+            else:
+                x, g = lax.optimization_barrier((x, g))
             weights, state = (place.fetch(t) for t in held)
-            g, carry, weights, state = one(kind, weights, state, bring(kept[i]), g, carry)
+            g, carry, weights, state = one(kind, weights, state, bring(x), g, carry)
+            # this layer's gradient is used before the next one's is made
+            g, carry, weights, state = lax.optimization_barrier((g, carry, weights, state))
             if write:
                 new_weights[i], new_states[i] = place.back(weights), place.back(state)
         return g, carry, tuple(new_weights), tuple(new_states)

@@ -109,7 +109,8 @@ def _check(x: Any, codes: Any, scale: Any, zero: Any, kind: str, group_size: int
         raise ValueError(f"quant_matmul: there is no kind {kind!r}; there are {', '.join(layout.KINDS)}")
     if x.ndim != 2 or x.dtype.name not in X_DTYPES:
         raise ValueError(
-            f"quant_matmul: x is {_said(x)}; it has two dims, rows and inputs (flatten others), and is one of {', '.join(X_DTYPES)}"
+            f"quant_matmul: x is {_said(x)}; it has two dims, rows and inputs (flatten others), and is one of "
+            f"{', '.join(X_DTYPES)}"
         )
     if jnp.dtype(dtype).name not in X_DTYPES:
         raise ValueError(f"quant_matmul: the result in {jnp.dtype(dtype).name}? It is one of {', '.join(X_DTYPES)}")
@@ -127,7 +128,8 @@ def _check(x: Any, codes: Any, scale: Any, zero: Any, kind: str, group_size: int
     for array, shape in zip(made_of, wanted, strict=True):
         if array.shape != shape or array.dtype.name not in dtypes:
             raise ValueError(
-                f"quant_matmul: codes of {kind} for x [{x.shape[0]}, {K}] are {' or '.join(dtypes)} {list(shape)}, got {_said(array)}"
+                f"quant_matmul: codes of {kind} for x [{x.shape[0]}, {K}] are {' or '.join(dtypes)} {list(shape)}, "
+                f"got {_said(array)}"
             )
     shape = _scales(kind, group_size, N, K)
     dtypes = ("uint8",) if kind == "mxfp4" else X_DTYPES
@@ -146,14 +148,18 @@ def _check(x: Any, codes: Any, scale: Any, zero: Any, kind: str, group_size: int
 
 def _check_group(kind: str, group_size: int, K: int) -> None:
     if kind == "fp8" and group_size != 0:
-        raise ValueError(f"quant_matmul: fp8 has one scale per output, group_size 0, got {group_size}; or kind 'fp8_block'")
+        raise ValueError(
+            f"quant_matmul: fp8 has one scale per output, group_size 0, got {group_size}; or kind 'fp8_block'"
+        )
     if kind == "fp8_block" and group_size != layout.BLOCK:
         raise ValueError(f"quant_matmul: blocks of fp8_block are {layout.BLOCK} wide, got group_size {group_size}")
     if kind in ("fp8", "fp8_block") or (kind == "int8" and group_size == 0):
         return
     if group_size < 16 or group_size % 16:
         near = max(16, round(group_size / 16) * 16)
-        raise ValueError(f"quant_matmul: group_size of {kind} is a multiple of 16, got {group_size}; the nearest is {near}")
+        raise ValueError(
+            f"quant_matmul: group_size of {kind} is a multiple of 16, got {group_size}; the nearest is {near}"
+        )
     if K % group_size:
         raise ValueError(
             f"quant_matmul: x has {K} inputs, which is not a multiple of group_size {group_size}; "

@@ -35,6 +35,7 @@ from jaxtyping import Array, Float, Int, UInt8, UInt16
 BITS = {"int8": 8, "int4": 4, "int3": 3, "int2": 2, "nf4": 4, "mxfp4": 4, "fp8": 8, "fp8_block": 8}
 KINDS = tuple(BITS)
 MIDDLE = {"int4": 8, "int3": 4, "int2": 2}  # the code of zero where no zero is given
+FLOATS = ("fp8", "fp8_block")
 BLOCK = 128  # of fp8_block, both ways
 FP8 = (jnp.float8_e4m3fn, jnp.float8_e5m2)
 

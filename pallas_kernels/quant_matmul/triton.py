@@ -20,7 +20,7 @@ way. What is done about them:
   added in a fixed order (arXiv:2402.00025 adds them atomically, and is not deterministic).
 
 GSPMD cannot see into a kernel: the op says itself how it splits (`custom_partitioning`). Outputs are split with no
-communication, inputs with one sum over the mesh axes, rows freely.
+communication, inputs with one sum over the mesh axes, rows freely. Batched (vmap), the products come one after another.
 
 M rows, N outputs, K inputs, G group size, C columns of the codes' array in a turn.
 """
@@ -148,8 +148,10 @@ def _partitioned(
     """The op with its rules for a mesh; arguments x, codes, scale and, if any, zero."""
 
     def local(*arrays: Array, dtype: Any = dtype) -> Array:
-        zero = arrays[3] if has_zero else None
-        return _local(*arrays[:3], zero, kind=kind, group_size=group_size, dtype=dtype, card=card, interpret=interpret)
+        x, codes, scale, zero = arrays if has_zero else (*arrays, None)
+        return _local(
+            x, codes, scale, zero, kind=kind, group_size=group_size, dtype=dtype, card=card, interpret=interpret
+        )
 
     def specs(mesh: Any, x: Any, codes: Any) -> tuple[Any, Any, Any]:
         """Mesh axes of rows, outputs and inputs."""
@@ -205,9 +207,19 @@ def _partitioned(
         sharding_rule=rule,
         reduction_factors=tuple(inputs - whole),
         need_replication_factors=tuple(sorted(whole, key=rule.index)),  # Shardy wants their order
-        **sizes,
+        **sizes,  # pyright: ignore[reportArgumentType]
     )
-    return jax.jit(op)  # compiled once for each shape, also where the caller has no jit
+    single = jax.custom_batching.custom_vmap(lambda *arrays: op(*arrays))
+
+    @single.def_vmap
+    def one_after_another(size: int, batched: list[bool], *arrays: Array) -> tuple[Array, bool]:
+        def call(mapped: list[Array]) -> Array:
+            rest = iter(mapped)
+            return op(*(next(rest) if b else a for a, b in zip(arrays, batched, strict=True)))
+
+        return lax.map(call, [a for a, b in zip(arrays, batched, strict=True) if b]), True
+
+    return jax.jit(single)  # compiled once for each shape, also where the caller has no jit
 
 
 def _named_arguments(call: Callable[..., Array], has_zero: bool) -> Callable[..., Array]:

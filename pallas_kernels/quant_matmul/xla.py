@@ -33,13 +33,17 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.quant_matmul import layout
 
-FEW_ROWS = 4  # in one reduction: with more, the partial sums of fewer than four units are more bytes than the codes
+TOGETHER = 4  # rows of one reduction: with more, the partial sums of the units that LLVM unrolls outgrow the codes
+FEW_ROWS = 8  # above it, chunks: their loop runs on one core but for its larger dots, a reduction on all
 UNROLLED = 320  # operations of a loop that LLVM unrolls as a whole, as counted here
-OPERATIONS = {"int8": 2, "nf4": 22, "fp8": 8, "fp8_block": 8, "mxfp4": 8, "int3": 10}  # to make a number of a code; others 5
+WRITTEN_OUT = (
+    96  # operations to make numbers in sums that are written out: more take long to compile, and are not faster
+)
+OPERATIONS = {"int8": 2, "nf4": 22, "fp8": 12, "fp8_block": 12, "mxfp4": 9, "int3": 10}  # to make a number; others 5
 LANES = 16  # of a unit where no group says so
 CPU_CHUNK = 2**20  # weights of a chunk: 4 MiB in float32, which caches hold
 GPU_CHUNK = 2**24  # 32 MiB in 16 bits
-BYTES = ("int8", "fp8", "fp8_block")  # kinds whose codes stand as they are, one in a byte
+BYTES = ("int8", *layout.FLOATS)  # kinds of one code in a byte
 
 
 def quant_matmul(
@@ -55,7 +59,9 @@ def quant_matmul(
     """x times the transpose of the matrix, in `dtype`."""
 
     def few(x: Array, *w: Any) -> Array:
-        return _reduced(x.astype(jnp.float32), *_matrix(w, kind, group_size)).astype(dtype)
+        x, matrix = x.astype(jnp.float32), _matrix(w, kind, group_size)
+        y = [_reduced(x[i : i + TOGETHER], *matrix) for i in range(0, len(x), TOGETHER)]
+        return jnp.concatenate(y).astype(dtype)
 
     def many(x: Array, *w: Any) -> Array:
         return _chunked(x.astype(jnp.float32), *_matrix(w, kind, group_size), CPU_CHUNK, _apart).astype(dtype)
@@ -98,8 +104,8 @@ def _present(zero: Array | None) -> tuple[Array, ...]:
 class _How:
     """What is static of a matrix: its kind and its units, J vectors of r inputs; G 0 where a scale is an output's."""
 
-    def __init__(self, kind: str, G: int):
-        self.kind, self.G = kind, G
+    def __init__(self, kind: str, G: int, e5m2: bool):
+        self.kind, self.G, self.e5m2 = kind, G, e5m2
         planes = layout.planes(kind)
         unit = G or LANES
         self.J = 16 // min(planes) if planes else 4 if unit % 32 == 0 else 1
@@ -115,15 +121,18 @@ def _matrix(w: tuple[Any, ...], kind: str, group_size: int) -> tuple[Any, Array,
     if kind == "fp8_block":
         scale = jnp.repeat(scale, group_size, 0, total_repeat_length=len(scale) * group_size)[: len(codes)]
         scale = lax.optimization_barrier(scale)  # or each product looks its scale up
-    return codes, scale.astype(jnp.float32), zero[0] if zero else None, _How(kind, group_size)
+    how = _How(kind, group_size, codes.dtype == jnp.float8_e5m2 if kind in layout.FLOATS else False)
+    if kind in layout.FLOATS:
+        codes = lax.bitcast_convert_type(codes, jnp.int8)
+    return codes, scale.astype(jnp.float32), zero[0] if zero else None, how
 
 
 def _raw(codes: Any, how: _How, j: int) -> Int[Array, "... r"]:
     """The j-th vector of each unit as it stands in memory; codes [..., words of a unit]."""
     if how.kind == "int3":
-        low, high = (plane.astype(jnp.int32) for plane in codes)
-        low = low[..., (j % 2) * how.r : (j % 2 + 1) * how.r]
-        return ((low >> (2 * (j // 2))) & 3) | (((high >> j) & 1) << 2)
+        low, high = codes
+        low = low[..., (j % 2) * how.r : (j % 2 + 1) * how.r].astype(jnp.int32)
+        return ((low >> (2 * (j // 2))) & 3) | (((high.astype(jnp.int32) >> j) & 1) << 2)
     if how.kind in BYTES:
         return codes[..., j * how.r : (j + 1) * how.r]
     return (codes.astype(jnp.int32) >> (how.bits * j)) & (2**how.bits - 1)
@@ -137,8 +146,8 @@ def _number(raw: Array, how: _How, zero: Array | None) -> Float[Array, "..."]:
         # E2M1's bits are those at the top of a float16; its subnormal number too, which a CPU may flush in float32 alone
         half = ((raw & 7) << 9 | (raw & 8) << 12).astype(jnp.uint16)
         return lax.bitcast_convert_type(half, jnp.float16).astype(jnp.float32) * 2**14
-    if how.kind in ("fp8", "fp8_block"):
-        return _float8(raw)
+    if how.kind in layout.FLOATS:
+        return _float8(raw, how.e5m2)
     if how.kind == "int8":
         return raw.astype(jnp.float32)
     if zero is None:
@@ -146,10 +155,10 @@ def _number(raw: Array, how: _How, zero: Array | None) -> Float[Array, "..."]:
     return raw.astype(jnp.float32) - zero.astype(jnp.float32)
 
 
-def _float8(codes: Array) -> Float[Array, "..."]:
+def _float8(codes: Int[Array, "..."], e5m2: bool) -> Float[Array, "..."]:
     """float8 as float32, by way of a float16 of the same bits: XLA:CPU's own conversion takes twice the time."""
-    bits = lax.bitcast_convert_type(codes, jnp.int8).astype(jnp.int16)
-    if codes.dtype == jnp.float8_e5m2:
+    bits = codes.astype(jnp.int16)
+    if e5m2:
         return lax.bitcast_convert_type(bits << 8, jnp.float16).astype(jnp.float32)
     # one bit less of exponent: the sign's copy makes room for it
     half = lax.bitcast_convert_type((bits << 7) & jnp.int16(~(1 << 14)), jnp.float16).astype(jnp.float32)
@@ -173,9 +182,11 @@ def _reduced(x: Array, codes: Any, scale: Array, zero: Array | None, how: _How) 
     M, K = x.shape
     units = K // (how.J * how.r)
     C = _together(M, units, how)
-    P = units // C if C else 0
+    P = units // C
     used = P * C * how.J * how.r
-    y = _sums(x[:, :used], codes, scale, zero, how, P, C) if used else jnp.zeros((M, layout.outputs(codes)), jnp.float32)
+    y = jnp.zeros((M, layout.outputs(codes)), jnp.float32)
+    if used:
+        y = _sums(x[:, :used], codes, scale, zero, how, P, C)
     if used < K:  # inputs beyond the last whole unit, in kinds of bytes
         rest = jnp.einsum("mk,nk->mn", x[:, used:], lax.optimization_barrier(_number(codes[:, used:], how, None)))
         y = y + (rest * scale[None, :, -1] if how.G else rest)
@@ -184,16 +195,15 @@ def _reduced(x: Array, codes: Any, scale: Array, zero: Array | None, how: _How) 
 
 def _together(M: int, units: int, how: _How) -> int:
     """C: units in one sum."""
-    work = how.J * (OPERATIONS.get(how.kind, 5) + 3 * M) + (3 * M if how.G else 0)
-    most = max(1, min(UNROLLED // work, 16)) if M > 1 else max(1, 16 // how.J)
+    work = how.J * OPERATIONS.get(how.kind, 5)
+    most = UNROLLED // (work + 3 * M * (how.J + bool(how.G))) if M > 1 else WRITTEN_OUT // work
+    most = max(1, min(most, 16, units))
     if not how.G:
-        return min(most, units)
-    return next((C for C in range(min(most, units), 0, -1) if units % C == 0), 0)
+        return 1 << (most.bit_length() - 1)
+    return next(C for C in range(most, 0, -1) if units % C == 0)
 
 
-def _sums(
-    x: Array, codes: Any, scale: Array, zero: Array | None, how: _How, P: int, C: int
-) -> Float[Array, "M N"]:
+def _sums(x: Array, codes: Any, scale: Array, zero: Array | None, how: _How, P: int, C: int) -> Float[Array, "M N"]:
     """sum_pr a_mnpr of the head of the file; scales are in it where they are a group's."""
     M, N, J, r = len(x), layout.outputs(codes), how.J, how.r
     x_mpcjr = x.reshape(M, 1, P, C, J, r)
@@ -212,7 +222,9 @@ def _sums(
         sums = lax.reduce(tuple(terms(m, codes, s, z, x_mpcjr) for m in range(M)), zeros, _added, (2,))
     else:  # slices of what is in memory: XLA does not move one through a sum of products
         units = [jax.tree.map(lambda a, c=c: a[:, :, c], (codes, s, z)) for c in range(C)]
-        sums = tuple(_total([terms(m, *units[c], x_mpcjr[:, :, :, c]) for c in range(C)]) for m in range(M))
+        sums = tuple(
+            _total([terms(m, q, s, z, x_mpcjr[:, :, :, c]) for c, (q, s, z) in enumerate(units)]) for m in range(M)
+        )
     ones = jnp.ones((P * r, 1), jnp.float32)
     # a dot sums the lanes: a second reduction would be fused with the first
     return jnp.concatenate([(a.reshape(N, -1) @ ones).T for a in lax.optimization_barrier(tuple(sums))])
@@ -238,9 +250,11 @@ def _apart(codes: Any, scale: Array | None, zero: Array | None, how: _How) -> li
     N = layout.outputs(codes)
     if how.kind in BYTES:
         w = _number(codes, how, None)
-        if scale is not None:
+        if scale is not None and w.shape[1] % how.G == 0:
+            w = w.reshape(N, -1, how.G) * scale[:, :, None]
+        elif scale is not None:
             w = w * jnp.repeat(scale, how.G, 1, total_repeat_length=scale.shape[1] * how.G)[:, : w.shape[1]]
-        return [lax.optimization_barrier(w)]
+        return [lax.optimization_barrier(w).reshape(N, -1)]
     groups = scale.shape[1] if scale is not None else 1
     codes = jax.tree.map(lambda a: a.reshape(N, groups, -1), codes)
     z = None if zero is None else zero[:, :, None]
@@ -267,7 +281,7 @@ def _vectors(x: Array, n: int, how: _How) -> list[Array]:
 def _loop(N: int, K: int, limit: int) -> tuple[int, int]:
     """(chunks, outputs of each), of about `limit` weights at most; a power of two, which divides most N."""
     chunks = 1
-    while N * K > chunks * limit and 2 * chunks <= N:
+    while chunks * limit < N * K and 2 * chunks <= N:
         chunks *= 2
     return chunks, N // chunks
 
@@ -290,22 +304,22 @@ def _chunked(
     N = layout.outputs(codes)
     chunks, each = _loop(N, x.shape[1], limit)
 
-    def product(operands: Any) -> Float[Array, "M n"]:
+    def product(operands: Any) -> Float[Array, "n M"]:
         codes, scale, zero = operands
         parts = matrices(codes, scale if how.G else None, zero, how)
         factor = None if how.G else scale
         if x.dtype == jnp.float16 and how.G:
             parts, factor = _within_half(parts)
-        y = _total([_dot("mk,nk->mn", v, w) for v, w in zip(_vectors(x, len(parts), how), parts, strict=True)])
-        return y if factor is None else y * factor[None]
+        y = _total([_dot("mk,nk->nm", v, w) for v, w in zip(_vectors(x, len(parts), how), parts, strict=True)])
+        return y if factor is None else y * factor[:, None]
 
     operands = (codes, scale, zero)
     if chunks == 1:
-        return product(operands)
+        return product(operands).T
     main, rest = _split(operands, chunks, each)
     y = lax.map(lambda i: product(_at(main, i)), jnp.arange(chunks))
-    y = y.transpose(1, 2, 0).reshape(len(x), -1)
-    return y if chunks * each == N else jnp.concatenate([y, product(rest)], 1)
+    y = y.transpose(2, 1, 0).reshape(len(x), -1)
+    return y if chunks * each == N else jnp.concatenate([y, product(rest).T], 1)
 
 
 def _within_half(parts: list[Array]) -> tuple[list[Array], Array]:
@@ -344,9 +358,7 @@ def _transposed(
         (g_main, main), (g_rest, rest) = _split((g.T, operands), chunks, each)
         J = 1 if matrices is _joined or how.kind in BYTES else how.J
         none = [jnp.zeros((M, K // J), jnp.float32)] * J
-        dx = lax.fori_loop(
-            0, chunks, lambda i, dx: _sum_of(dx, product(_at(g_main, i).T, _at(main, i))), none
-        )
+        dx = lax.fori_loop(0, chunks, lambda i, dx: _sum_of(dx, product(_at(g_main, i).T, _at(main, i))), none)
         if chunks * each < N:
             dx = _sum_of(dx, product(g_rest.T, rest))
     return dx[0] if len(dx) == 1 else jnp.stack([d.reshape(M, -1, how.r) for d in dx], 2).reshape(M, K)
