@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 import click
 
 from jaxengine import machine
+from jaxengine.finetune.command import finetune
 from jaxengine.paths import cache_folder
 
 if TYPE_CHECKING:
@@ -542,6 +543,9 @@ def convert(source: str, target: Path, to: str, dtype: str | None, overwrite: bo
             resolve(source), target, to=to, dtype=dtype, overwrite=overwrite, max_shard_bytes=size, track=bar
         )
     print(f"wrote {target}", flush=True)
+
+
+app.add_command(finetune)
 
 
 def main() -> None:

@@ -145,7 +145,7 @@ def _kernels(data: bytes) -> Iterator[Kernel]:
 
 
 def _kernel(fields: dict[int, list[int | bytes]]) -> Kernel | None:
-    """xla.gpu.CustomKernelProto: name = 1, the cubin's message = 2, blocks = 3, threads = 4, shared memory = 6."""
+    """xla.gpu.CustomKernelProto: name = 1, the cubin's message = 2, blocks = 3, threads = 4, then shared memory."""
     try:
         name, spec = fields[1][0], _message(fields, 2)
         [cubin] = [v[0] for f in spec for v in _inner(spec, f) if isinstance(v[0], bytes) and v[0].startswith(_ELF)]
@@ -301,7 +301,6 @@ def instructions(kernel: Kernel) -> tuple[Instruction, ...]:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "kernel.cubin")
         file.write_bytes(kernel.cubin)
-        # -hex prints where labels stand no more than -c does, so that labels are resolved by their place in the text
         said = subprocess.run([tool, "-c", str(file)], capture_output=True, text=True)
     if said.returncode:
         raise RuntimeError(f"nvdisasm: {said.stderr.strip()}")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, overload
 
 import jax
 from jax.core import ShapedArray
@@ -24,24 +24,39 @@ _call_p = Primitive("pallas_triton_call")
 _call_p.multiple_results = True
 
 
+@overload
+def triton_call(
+    kernel: Callable[..., None], *arrays: jax.Array | None, out_shape: jax.ShapeDtypeStruct, grid: tuple[int, ...],
+    in_specs: Sequence[pl.BlockSpec | None], out_specs: pl.BlockSpec, num_warps: int, num_stages: int, name: str,
+    interpret: bool = False,
+) -> jax.Array: ...  # fmt: skip
+@overload
+def triton_call(
+    kernel: Callable[..., None], *arrays: jax.Array | None, out_shape: tuple[jax.ShapeDtypeStruct, ...],
+    grid: tuple[int, ...], in_specs: Sequence[pl.BlockSpec | None], out_specs: tuple[pl.BlockSpec, ...],
+    num_warps: int, num_stages: int, name: str, interpret: bool = False,
+) -> tuple[jax.Array, ...]: ...  # fmt: skip
 def triton_call(
     kernel: Callable[..., None],
-    *arrays: jax.Array,
-    out_shape: jax.ShapeDtypeStruct,
+    *arrays: jax.Array | None,
+    out_shape: jax.ShapeDtypeStruct | tuple[jax.ShapeDtypeStruct, ...],
     grid: tuple[int, ...],
-    in_specs: Sequence[pl.BlockSpec],
-    out_specs: pl.BlockSpec,
+    in_specs: Sequence[pl.BlockSpec | None],
+    out_specs: pl.BlockSpec | tuple[pl.BlockSpec, ...],
     num_warps: int,
     num_stages: int,
     name: str,
     interpret: bool = False,
-) -> jax.Array:
-    """One array in `out_shape` from a kernel over `grid`, compiled by Triton for the GPU that it is lowered for."""
+) -> jax.Array | tuple[jax.Array, ...]:
+    """One array in `out_shape`, or a tuple, from a kernel over `grid`, compiled by Triton for the GPU it is lowered for.
+
+    An array that is None is a reference that is None in the kernel; its spec counts for nothing.
+    """
     call = pl.pallas_call(
         kernel,
         out_shape=out_shape,
         grid=grid,
-        in_specs=in_specs,
+        in_specs=[None if array is None else spec for array, spec in zip(arrays, in_specs, strict=True)],
         out_specs=out_specs,
         compiler_params=plt.CompilerParams(num_warps=num_warps, num_stages=num_stages),
         interpret=interpret,
@@ -49,8 +64,17 @@ def triton_call(
     )
     if interpret:
         return call(*arrays)
-    shape = jax.ShapeDtypeStruct(out_shape.shape, out_shape.dtype)  # which an array, that has them too, is not
-    return _call_p.bind(*arrays, call=call, out_shape=shape)[0]
+    leaves, tree = jax.tree.flatten(arrays)
+    shapes = out_shape if isinstance(out_shape, tuple) else (out_shape,)
+    # anew, since a shape may be given by an array, which cannot be a parameter
+    shapes = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in shapes)
+    made = _call_p.bind(*leaves, call=_flat(call, tree), out_shapes=shapes)
+    return tuple(made) if isinstance(out_shape, tuple) else made[0]
+
+
+def _flat(call: Callable[..., Any], tree: Any) -> Callable[..., list[jax.Array]]:
+    """call, from the arrays that are there to a list."""
+    return lambda *leaves: jax.tree.leaves(call(*jax.tree.unflatten(tree, leaves)))
 
 
 @_call_p.def_impl
@@ -59,14 +83,14 @@ def _run(*arrays: Any, **params: Any) -> Any:
 
 
 @_call_p.def_abstract_eval
-def _shapes(*_: Any, call: Callable[..., Any], out_shape: jax.ShapeDtypeStruct) -> list[Any]:
-    return [ShapedArray(out_shape.shape, out_shape.dtype)]
+def _shapes(*_: Any, call: Callable[..., Any], out_shapes: tuple[jax.ShapeDtypeStruct, ...]) -> list[Any]:
+    return [ShapedArray(x.shape, x.dtype) for x in out_shapes]
 
 
-def _lower(context: Any, *values: Any, call: Callable[..., Any], out_shape: jax.ShapeDtypeStruct) -> Any:
+def _lower(context: Any, *values: Any, call: Callable[..., Any], out_shapes: tuple[jax.ShapeDtypeStruct, ...]) -> Any:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)
-        return mlir.lower_fun(lambda *arrays: [call(*arrays)], multiple_results=True)(context, *values)
+        return mlir.lower_fun(call, multiple_results=True)(context, *values)
 
 
 mlir.register_lowering(_call_p, _lower)

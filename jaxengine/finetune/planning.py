@@ -148,6 +148,8 @@ def need(architecture: Architecture, plan: Plan, task: Task, *, batch: int, cont
             cast = 2 * layer * dtype.itemsize // 4 if dtype.itemsize < 4 else 0  # the weights', and their gradient
             # a layer's optimizer state comes when its gradient is there and what made it is gone
             activations = max(cast + back, int(share * layer) if streamed else 0, loss - streaming - gradients)
+            if cast:  # of resident layers one is made going forward, and stays
+                activations += tiers["device"] * dtype.itemsize // 4
             host += int(share * tiers["host"])
         else:
             # until they are used they are in the arithmetic's dtype, but for sums over parts

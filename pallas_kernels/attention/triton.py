@@ -18,9 +18,11 @@ Exponentials are to the base 2; a score that is not seen is -1e30, not -inf, so 
 and sums are float32; weights are rounded once to the inputs' dtype for the second product. A query that sees nothing
 gives zeros, a log-sum-exp of -1e30 (or its sink), and no gradient.
 
-Pallas's Triton backend is deprecated since jax 0.11 and warns when a program is lowered, which is not where it is written:
-the call is an operation of its own whose lowering silences that one warning. This file keeps to the names of the backend
-that jax 0.10 to 0.12 share.
+GSPMD cannot see into a kernel, and would gather its arguments to every device: forward and backward say themselves how
+they split (`custom_partitioning`). Batch and kv heads, the latter with their queries' heads, are split with no communication:
+each device runs the kernels on its part. Lengths and head dim are not: what is split there is gathered. Where kv heads do
+not divide over a mesh axis (2 of them over 4 devices) heads are whole, those of the queries too: they are gathered if they
+were split, and the devices of that axis all do the same work.
 
 B batch, T queries, S slots, N query heads, K kv heads, G = N / K, H head dim; R rows of P heads: T of N, or, packed, T G
 of K.
@@ -28,79 +30,31 @@ of K.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import math
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.core import ShapedArray
 from jax.experimental import pallas as pl
+from jax.experimental.custom_partitioning import custom_partitioning
 from jax.experimental.pallas import triton as plt
-from jax.extend.core import Primitive
-from jax.interpreters import mlir
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch
 from pallas_kernels.attention import tiles as tiling
 from pallas_kernels.attention.reference import check
 from pallas_kernels.attention.tiles import Config, Tiles
+from pallas_kernels.triton_call import triton_call
 
 NEVER = -1e30  # finite, so that a row with nothing to see makes no NaN
 FAR = 2**30  # the position of a slot that holds nothing: later than every query
 LOG2E, LN2 = math.log2(math.e), math.log(2.0)
 PACKED = 64  # fewer queries than this: the query heads of a kv head share a tile
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Silences the one warning that lowering Pallas for Triton gives, and no other."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)
-        yield
-
-
-_call_p = Primitive("attention_triton_call")
-_call_p.multiple_results = True
-
-
-def _launch(
-    kernel: Callable[..., None], arrays: Sequence[Any], *, config: Config, interpret: bool, out_shape: Any, **how: Any
-) -> Any:
-    """pallas_call for Triton, whose lowering does not warn; None stands for an absent array."""
-    params = plt.CompilerParams(num_warps=config.warps, num_stages=config.stages)
-    call = pl.pallas_call(kernel, out_shape=out_shape, compiler_params=params, interpret=interpret, **how)
-    if interpret:
-        return call(*arrays)
-    leaves, tree = jax.tree.flatten(tuple(arrays))
-    return tuple(_call_p.bind(*leaves, call=call, tree=tree, out_shape=out_shape))
-
-
-def _calling(call: Callable[..., Any], tree: Any) -> Callable[..., Any]:
-    return lambda *leaves: list(call(*jax.tree.unflatten(tree, leaves)))
-
-
-@_call_p.def_impl
-def _run(*leaves: Any, **params: Any) -> Any:
-    return jax.jit(functools.partial(_call_p.bind, **params))(*leaves)
-
-
-@_call_p.def_abstract_eval
-def _shapes(*_: Any, call: Callable[..., Any], tree: Any, out_shape: Any) -> list[Any]:
-    return [ShapedArray(x.shape, x.dtype) for x in out_shape]
-
-
-def _lower(context: Any, *values: Any, call: Callable[..., Any], tree: Any, out_shape: Any) -> Any:
-    with quiet():
-        return mlir.lower_fun(_calling(call, tree), multiple_results=True)(context, *values)
-
-
-mlir.register_lowering(_call_p, _lower)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,9 +144,8 @@ def sparse_attention(
     )
     call = Call(float(scale), window, softcap, dataclasses.replace(tiles, forward=config), interpret)
     k, v = k.astype(q.dtype), v.astype(q.dtype)
-    sinks = None if sinks is None else jnp.broadcast_to(sinks[:, None], (N, T))
     places = q_positions, k_positions, q_segments, k_segments
-    out, lse = _sparse(call, block_q, block_k, q, k, v, sinks, _as_set(blocks, pl.cdiv(S, block_k)), *places)
+    out, lse = _sparse(call, block_q, block_k, q, k, v, sinks, *places, _as_set(blocks, pl.cdiv(S, block_k)))
     return (out, lse.swapaxes(1, 2)) if return_lse else out
 
 
@@ -504,37 +457,34 @@ def _forward(
         sinks = _padded(sinks.astype(jnp.float32), BQ, 0.0)
     arrays = (q, k, v, sinks, *_places(q_at, k_at, q_of, k_of, BQ, unit), *spans, lists, counts)
     specs = (rows, keys, keys, sink, row, slot, row, slot, span, span, span, span, listed, count)
-    out, lse = _launch(
+    out, lse = triton_call(
         functools.partial(_forward_kernel, call=call, config=config, R=R, S=S, H=H, unit=unit),
-        arrays,
-        config=config,
-        interpret=call.interpret,
+        *arrays,
         out_shape=(
             jax.ShapeDtypeStruct(q.shape, q.dtype),
             jax.ShapeDtypeStruct((B, P, steps * BQ), jnp.float32),
         ),
         grid=(steps, P, B),
-        in_specs=_there(specs, arrays),
+        in_specs=specs,
         out_specs=(rows, per_row),
+        num_warps=config.warps,
+        num_stages=config.stages,
         name="attention_forward",
+        interpret=call.interpret,
     )
     return out, lse[:, :, :R]
 
 
-def _there(specs: Sequence[Any], arrays: Sequence[Any]) -> list[Any]:
-    """The specs of arrays that are there."""
-    return [None if array is None else spec for spec, array in zip(specs, arrays, strict=True)]
-
-
 def _queries_forward(
-    call: Call, q: Any, k: Any, v: Any, sinks: Any, q_at: Any, k_at: Any, q_of: Any, k_of: Any
-) -> tuple[jax.Array, jax.Array]:
-    """out [B, T, N, H], lse [B, N, T]: the heads of a kv head in one tile where queries are few."""
+    call: Call, block_q: int, block_k: int, q: Any, k: Any, v: Any, sinks: Any, q_at: Any, k_at: Any, q_of: Any,
+    k_of: Any, lists: Any,
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+    """out [B, T, N, H], lse [B, N, T]: the heads of a kv head in one tile where queries are few and there are no lists."""
     (B, T, N, H), K = q.shape, k.shape[1]
     G = N // K
-    if not _packs(T, G):
+    if lists is not None or not _packs(T, G):
         sinks = None if sinks is None else jnp.broadcast_to(sinks[:, None], (N, T))
-        return _forward(call, q, k, v, sinks, q_at, k_at, q_of, k_of)
+        return _forward(call, q, k, v, sinks, q_at, k_at, q_of, k_of, lists, block_q, block_k)
     rows = q.reshape(B, T, K, G, H).swapaxes(2, 3).reshape(B, T * G, K, H)
     if sinks is not None:
         sinks = jnp.broadcast_to(sinks.reshape(K, 1, G), (K, T, G)).reshape(K, T * G)
@@ -655,16 +605,17 @@ def _backward_keys(
     sums = _padded(lse, BQ, 0.0, 2), _padded(delta, BQ, 0.0, 2)
     arrays = (q, k, v, do, *sums, *_places(q_at, k_at, q_of, k_of, BQ, BK), *bounds)
     specs = (queries, keys, keys, queries, per_row, per_row, row, slot, row, slot, span, span, span, span)
-    dk, dv = _launch(
+    dk, dv = triton_call(
         functools.partial(_keys_kernel, call=call, config=config, T=T, S=S, H=H, G=G),
-        arrays,
-        config=config,
-        interpret=call.interpret,
+        *arrays,
         out_shape=(jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(v.shape, v.dtype)),
         grid=(pl.cdiv(S, BK), K, B),
-        in_specs=_there(specs, arrays),
+        in_specs=specs,
         out_specs=(keys, keys),
+        num_warps=config.warps,
+        num_stages=config.stages,
         name="attention_backward_keys",
+        interpret=call.interpret,
     )
     return dk, dv
 
@@ -692,29 +643,112 @@ def _backward_queries(
     sums = _padded(lse, BQ, 0.0, 2), _padded(delta, BQ, 0.0, 2)
     arrays = (q, k, v, do, *sums, *_places(q_at, k_at, q_of, k_of, BQ, BK), *bounds)
     specs = (queries, keys, keys, queries, per_row, per_row, row, slot, row, slot, span, span, span, span)
-    (dq,) = _launch(
+    return triton_call(
         functools.partial(_queries_kernel, call=call, config=config, T=T, S=S, H=H),
-        arrays,
-        config=config,
-        interpret=call.interpret,
-        out_shape=(jax.ShapeDtypeStruct(q.shape, q.dtype),),
+        *arrays,
+        out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
         grid=(steps, N, B),
-        in_specs=_there(specs, arrays),
-        out_specs=(queries,),
+        in_specs=specs,
+        out_specs=queries,
+        num_warps=config.warps,
+        num_stages=config.stages,
         name="attention_backward_queries",
+        interpret=call.interpret,
     )
-    return dq
+
+
+# ---- over a mesh
+
+# b batch, t queries, s slots, n query heads, k kv heads, h head dim; of lists i blocks of queries, m entries
+DIMS = {
+    "q": "btnh", "k": "bksh", "v": "bksh", "sinks": "n", "q_at": "bt", "k_at": "bs", "q_of": "bt", "k_of": "bs",
+    "lists": "bnim", "do": "btnh", "lse": "bnt", "delta": "bnt", "out": "btnh", "dq": "btnh", "dk": "bksh", "dv": "bksh",
+}  # fmt: skip
+
+
+def _split(mesh: Any, arrays: dict[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The mesh axes that batch and kv heads are split over: what keys are split over before what others are, since they are
+    the most to move; of several axes as many, from the first, as divide."""
+
+    def over(dims: str, size: int, taken: tuple[str, ...]) -> tuple[str, ...]:
+        for name in sorted(arrays, key=lambda name: name != "k"):
+            x = arrays[name]
+            for dim, axes in zip(DIMS[name], x.sharding.spec, strict=False):
+                if dim not in dims or axes is None:
+                    continue
+                axes = (axes,) if isinstance(axes, str) else tuple(axes)
+                while axes and (size % math.prod(mesh.shape[a] for a in axes) or set(axes) & set(taken)):
+                    axes = axes[:-1]
+                if axes:
+                    return axes
+        return ()
+
+    B, K = arrays["k"].shape[:2]
+    batch = over("b", B, ())
+    return batch, over("kn", K, batch)
+
+
+@functools.cache
+def _partitioned(
+    function: Callable[..., Any], static: tuple[Any, ...], there: tuple[str, ...], results: tuple[str, ...], G: int
+) -> Callable[..., Any]:
+    """function(*static, **arrays) as an op that says how it splits, from a dict of arrays, those `there` and None, to a tuple."""
+
+    def run(arrays: dict[str, Any]) -> Any:
+        return function(*static, **arrays)
+
+    def shardings(mesh: Any, arrays: dict[str, Any], made: Any) -> tuple[Any, Any]:
+        batch, heads = _split(mesh, {name: arrays[name] for name in there} | dict(zip(results, made, strict=False)))
+        axes = {"b": batch or None, "n": heads or None, "k": heads or None}
+
+        def of(name: str) -> NamedSharding:
+            return NamedSharding(mesh, PartitionSpec(*(axes.get(dim) for dim in DIMS[name])))
+
+        return tuple(map(of, results)), {name: of(name) if name in there else None for name in arrays}
+
+    def infer(mesh: Any, arguments: Any, _: Any) -> Any:
+        return shardings(mesh, arguments[0], ())[0]
+
+    def partition(mesh: Any, arguments: Any, made: Any) -> Any:
+        result, operands = shardings(mesh, arguments[0], made)
+        return mesh, run, result, (operands,)
+
+    operands, outcome = (", ".join(" ".join(DIMS[name]) for name in names) for names in (sorted(there), results))
+    whole = dict.fromkeys(f for f in operands if f in "tshim")
+    op = custom_partitioning(run)
+    op.def_partition(
+        partition,
+        infer_sharding_from_operands=infer,
+        sharding_rule=f"{operands} -> {outcome}",
+        need_replication_factors=tuple(whole),
+    )
+    return jax.jit(op)  # where the caller has no jit, arrays on several devices are split all the same
+
+
+def _over_mesh(
+    function: Callable[..., Any], static: tuple[Any, ...], results: tuple[str, ...], arrays: dict[str, Any]
+) -> Any:
+    there = tuple(name for name, x in arrays.items() if x is not None)
+    return _partitioned(function, static, there, results, arrays["q"].shape[2] // arrays["k"].shape[1])(arrays)
+
+
+def _attended(
+    call: Call, q: Any, k: Any, v: Any, sinks: Any, q_at: Any, k_at: Any, q_of: Any, k_of: Any, lists: Any = None,
+    block_q: int = 0, block_k: int = 0,
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+    arrays = dict(q=q, k=k, v=v, sinks=sinks, q_at=q_at, k_at=k_at, q_of=q_of, k_of=k_of, lists=lists)
+    return _over_mesh(_queries_forward, (call, block_q, block_k), ("out", "lse"), arrays)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(
     call: Call, q: Any, k: Any, v: Any, sinks: Any, q_at: Any, k_at: Any, q_of: Any, k_of: Any
 ) -> tuple[jax.Array, jax.Array]:
-    return _queries_forward(call, q, k, v, sinks, q_at, k_at, q_of, k_of)
+    return _attended(call, q, k, v, sinks, q_at, k_at, q_of, k_of)
 
 
 def _attend_forward(call: Call, q: Any, k: Any, v: Any, sinks: Any, q_at: Any, k_at: Any, q_of: Any, k_of: Any) -> Any:
-    out, lse = _queries_forward(call, q, k, v, sinks, q_at, k_at, q_of, k_of)
+    out, lse = _attended(call, q, k, v, sinks, q_at, k_at, q_of, k_of)
     return (out, lse), (q, k, v, sinks, q_at, k_at, q_of, k_of, out, lse)
 
 
@@ -723,7 +757,8 @@ def _attend_backward(call: Call, kept: Any, given: Any) -> Any:
     do, dlse = given
     # d score_s = weight_s (do . v_s - do . out + dlse)
     delta = jnp.einsum("btnh,btnh->bnt", do, out, preferred_element_type=jnp.float32) - dlse
-    dq, dk, dv = _backward(call, q, k, v, do, lse, delta, q_at, k_at, q_of, k_of)
+    arrays = dict(q=q, k=k, v=v, do=do, lse=lse, delta=delta, q_at=q_at, k_at=k_at, q_of=q_of, k_of=k_of)
+    dq, dk, dv = _over_mesh(_backward, (call,), ("dq", "dk", "dv"), arrays)
     dsinks = None
     if sinks is not None:
         # a sink is a score whose value is zero
@@ -737,10 +772,10 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _sparse(
-    call: Call, block_q: int, block_k: int, q: Any, k: Any, v: Any, sinks: Any, lists: Any, q_at: Any, k_at: Any,
-    q_of: Any, k_of: Any,
+    call: Call, block_q: int, block_k: int, q: Any, k: Any, v: Any, sinks: Any, q_at: Any, k_at: Any, q_of: Any,
+    k_of: Any, lists: Any,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
-    return _forward(call, q, k, v, sinks, q_at, k_at, q_of, k_of, lists, block_q, block_k)
+    return _attended(call, q, k, v, sinks, q_at, k_at, q_of, k_of, lists, block_q, block_k)
 
 
 def _no_gradient(*_: Any) -> Any:

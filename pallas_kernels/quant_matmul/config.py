@@ -44,12 +44,12 @@ class Config:
     def shared_memory(self, kind: str) -> int:
         """Bytes, from above. One stage of the codes is in registers; the rows are read from where they stand by the tensor
         cores of compute capability 9.0 on, all stages. The block of results is turned over on its way out, when the
-        stages are gone. Beside them one tile of weights on the way to the tensor cores, or of scales on the way to the
-        weights, and what the compiler aligns."""
+        stages are gone. Beside them one plane of weights on the way to the tensor cores, all four where scales
+        are multiplied into them, and what the compiler aligns."""
         bits, _ = CODES[kind]
         codes = self.block_n * self.columns * (2 if bits == 4 else 1)
         x = self.block_m * self.columns * (4 * self.copies if bits == 4 else 1) * 2
-        unpacked = self.block_n * self.columns * (4 if self.fold else 2)
+        unpacked = self.block_n * self.columns * (4 if self.fold else 1) * 2
         loop = self.unroll * ((self.stages - 1) * codes + self.stages * x)
         return max(loop, 4 * (self.block_m + 4) * self.block_n) + unpacked + 1024
 

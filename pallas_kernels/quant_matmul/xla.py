@@ -274,8 +274,9 @@ def _vectors(x: Array, n: int, how: _How) -> list[Array]:
     """x [M, K] as the n matrices have their inputs."""
     if n == 1:
         return [x]
-    x_MgJr = x.reshape(len(x), -1, how.J, how.r)
-    return [x_MgJr[:, :, j].reshape(len(x), -1) for j in range(n)]
+    M, K = x.shape
+    x_MgJr = x.reshape(M, K // (how.J * how.r), how.J, how.r)
+    return [x_MgJr[:, :, j].reshape(M, K // n) for j in range(n)]
 
 
 def _loop(N: int, K: int, limit: int) -> tuple[int, int]:
@@ -318,7 +319,7 @@ def _chunked(
         return product(operands).T
     main, rest = _split(operands, chunks, each)
     y = lax.map(lambda i: product(_at(main, i)), jnp.arange(chunks))
-    y = y.transpose(2, 1, 0).reshape(len(x), -1)
+    y = y.transpose(2, 1, 0).reshape(len(x), chunks * each)
     return y if chunks * each == N else jnp.concatenate([y, product(rest).T], 1)
 
 
@@ -361,7 +362,9 @@ def _transposed(
         dx = lax.fori_loop(0, chunks, lambda i, dx: _sum_of(dx, product(_at(g_main, i).T, _at(main, i))), none)
         if chunks * each < N:
             dx = _sum_of(dx, product(g_rest.T, rest))
-    return dx[0] if len(dx) == 1 else jnp.stack([d.reshape(M, -1, how.r) for d in dx], 2).reshape(M, K)
+    return (
+        dx[0] if len(dx) == 1 else jnp.stack([d.reshape(M, K // (len(dx) * how.r), how.r) for d in dx], 2).reshape(M, K)
+    )
 
 
 def _sum_of(a: list[Array], b: list[Array]) -> list[Array]:

@@ -13,6 +13,7 @@ import math
 from types import ModuleType
 from typing import Any
 
+import jax
 import optax
 
 from jaxengine import technique
@@ -62,19 +63,33 @@ class Optimizer:
 
     def rate(self) -> optax.Schedule:
         """The learning rate of a step, by its number from 0."""
+
+        def loosely(schedule: optax.Schedule) -> optax.Schedule:
+            def rate(count: Any) -> Any:
+                with jax.numpy_dtype_promotion("standard"):
+                    return schedule(count)
+
+            return rate
+
         after = {
             "constant": lambda: optax.constant_schedule(self.learning_rate),
             "linear": lambda: optax.linear_schedule(self.learning_rate, 0.0, self.steps - self.warmup),
             "cosine": lambda: optax.cosine_decay_schedule(self.learning_rate, self.steps - self.warmup),
         }[self.schedule]()
         if not self.warmup:
-            return after
+            return loosely(after)
         rise = optax.linear_schedule(0.0, self.learning_rate, self.warmup)
-        return optax.join_schedules([rise, after], [self.warmup])
+        return loosely(optax.join_schedules([rise, after], [self.warmup]))
 
     def make(self, decayed: Any = None) -> optax.GradientTransformation:
         """The transformation: gradients in, what is added to the parameters out."""
-        return optimizer(self.name).make(self, decayed)
+        made = optimizer(self.name).make(self, decayed)
+
+        def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+            with jax.numpy_dtype_promotion("standard"):  # optax takes powers of a float by an integer's count
+                return made.update(updates, state, params, **extra)
+
+        return optax.GradientTransformation(made.init, update)
 
     def finish(self, scale: optax.GradientTransformation, decayed: Any) -> optax.GradientTransformation:
         """What comes after an optimizer's own scaling: decay, then the learning rate."""

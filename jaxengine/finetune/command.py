@@ -1,0 +1,314 @@
+"""The `jaxengine finetune` command: parse, call, print. `scripts/finetune.py` is this same function.
+
+What is used of jax and of our own is imported when the command runs: `--help` should not wait for a compiler.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import click
+
+if TYPE_CHECKING:
+    from jaxengine.architecture import Architecture
+    from jaxengine.finetune.data import Documents
+    from jaxengine.finetune.run import Record, Settings
+    from jaxengine.plan import Plan
+
+A_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+A_FOLDER = click.Path(file_okay=False, path_type=Path)
+CONTEXT = 1024  # tokens of a row, where nobody says how many and the model takes as many
+
+WHAT = (
+    click.option("--train", metavar="WHAT", default="lora", help="What is trained: lora, dora, or all parameters."),
+    click.option("--rank", metavar="R", type=click.IntRange(1), show_default="8", help="Rank of LoRA and DoRA."),
+    click.option("--alpha", metavar="A", type=float, show_default="16", help="Their scale times the rank."),
+    click.option("--rs", is_flag=True, help="Their scale as alpha by the root of the rank (rsLoRA)."),
+    click.option(
+        "--target", metavar="PATTERN", multiple=True, show_default="*",
+        help="Matrices that have one beside them: q, layers.3.*; may be given several times.",
+    ),
+)  # fmt: skip
+HOW = (
+    click.option("--batch", metavar="N", type=click.IntRange(1), default=4, help="Rows at a time."),
+    click.option("--accumulate", metavar="N", type=click.IntRange(1), default=1, help="Times --batch rows in a step."),
+    click.option(
+        "--context", metavar="N", type=click.IntRange(1), show_default=f"{CONTEXT} or the model's", help="Tokens of a row."
+    ),
+    click.option("--steps", metavar="N", type=click.IntRange(1), help="Stop after so many steps."),
+    click.option(
+        "--epochs", metavar="N", type=click.IntRange(1), show_default="1", help="Stop after the data were read N times."
+    ),
+    click.option("--optimizer", metavar="NAME", default="adamw", help="adamw, lion, sgd or adafactor."),
+    click.option(
+        "--learning-rate", metavar="RATE", type=float, show_default="2e-4, of all parameters 1e-5; lion a third",
+        help="The highest learning rate.",
+    ),
+    click.option("--schedule", metavar="NAME", default="cosine", help="After the warmup: constant, linear or cosine to 0."),
+    click.option(
+        "--warmup", metavar="N", type=float, default=0.03, help="Steps of a linear rise; below 1 the part of all steps."
+    ),
+    click.option("--weight-decay", metavar="D", type=float, default=0.0, help="Decay of matrices, times the rate."),
+    click.option("--clip", metavar="NORM", type=float, default=1.0, help="The largest norm of a gradient; 0 for any."),
+    click.option("--compute", metavar="DTYPE", default="bfloat16", help="Arithmetic in bfloat16 or float32."),
+    click.option(
+        "--remat", metavar="WHAT", show_default="full, with --memory as fits",
+        help="Kept of a layer for its way back: none (all), dots, full (nothing), offload.",
+    ),
+    click.option("--seed", metavar="N", type=click.IntRange(0), default=0, help="The same seed gives the same losses."),
+)  # fmt: skip
+LOADING = (
+    click.option("--plan", type=A_FILE, metavar="FILE", help="A plan as JSON; other options go before its fields."),
+    click.option("--memory", metavar="SIZE", help="Device memory to use, e.g. 16GB; chooses where layers live."),
+    click.option(
+        "--ram", metavar="SIZE", show_default="what is free", help="Host memory for layers that do not fit --memory."
+    ),
+    click.option("--weights", metavar="FORMAT", show_default="dense", help="Format of frozen weights: dense, int8, nf4."),
+    click.option(
+        "--dtype", metavar="DTYPE", show_default="the checkpoint's, float32 if trained", help="Dtype of dense weights."
+    ),
+    click.option("--home", metavar="HOME", show_default="device", help="Where layers live: device, host, split."),
+    click.option("--form", metavar="FORM", show_default="the home's own", help="How layers run: unrolled, scan."),
+    click.option("--resident", metavar="N", type=int, help="Layers of a split home that stay on the device."),
+    click.option("--mesh", metavar="AXES", show_default="one device", help="Several devices, e.g. data=2,tensor=4."),
+    click.option(
+        "--sharding", metavar="TABLE", show_default="single",
+        help="How parameters are split over them: single, data, fsdp, tensor, fsdp+tensor.",
+    ),
+)  # fmt: skip
+KEEPING = (
+    click.option(
+        "--eval", "held_out", metavar="FILE", help="Held-out data: a file, or the part of DATA to hold out, e.g. 0.05."
+    ),
+    click.option(
+        "--eval-every", metavar="N", type=click.IntRange(1), show_default="as --save-every",
+        help="Steps between held-out losses.",
+    ),
+    click.option("--save-every", metavar="N", type=click.IntRange(1), default=100, help="Steps between checkpoints."),
+    click.option("--keep", metavar="N", type=click.IntRange(1), default=2, help="Checkpoints that stay, and the best one."),
+    click.option("--best", is_flag=True, help="Write what the best held-out loss had, not the last step."),
+    click.option("--merge", metavar="FOLDER", type=A_FOLDER, help="Write the merged model, a Hugging Face folder, too."),
+    click.option("--skip-bad", is_flag=True, help="Leave rows out that cannot be read."),
+)  # fmt: skip
+
+
+def options(*groups: tuple[Any, ...]) -> Any:
+    """A decorator of all these options, in order."""
+
+    def add(command: Any) -> Any:
+        for option in reversed([o for group in groups for o in group]):
+            command = option(command)
+        return command
+
+    return add
+
+
+@click.command(context_settings={"show_default": True, "max_content_width": 100})
+@click.argument("folder")
+@click.argument("data", nargs=-1, required=True, type=A_FILE)
+@click.option("--out", required=True, metavar="OUT", type=A_FOLDER, help="Folder of the run: goes on where it stands.")
+@options(WHAT, HOW, LOADING, KEEPING)
+def finetune(folder: str, data: tuple[Path, ...], out: Path, **given: Any) -> None:
+    """Fine-tune a model that need not fit the device, on text, prompts with completions, or chats.
+
+    FOLDER is a Hugging Face checkpoint folder; 'demo' is the small model that comes along. DATA are jsonl files of rows
+    {"text"}, {"prompt", "completion"} or {"messages"}, or plain text. OUT takes checkpoints, TensorBoard events, and at
+    the end adapter/ (PEFT), or model/ (Hugging Face) where all parameters were trained. After Ctrl-C or a kill the same
+    command goes on as if nothing had been.
+    """
+    from jaxengine.command import Reading, read_plan, reported, resolve
+
+    with reported():
+        folder = resolve(folder)
+        given["plan"] = None if given["plan"] is None else read_plan(given["plan"])
+        _finetune(folder, data, out, Reading, **given)
+
+
+def _finetune(folder: str, data: tuple[Path, ...], out: Path, reading: Any, **given: Any) -> None:
+    keeping = {o: given.pop(o) for o in ("held_out", "eval_every", "save_every", "keep", "best", "merge", "skip_bad")}
+    merge_into, held_out = keeping["merge"], keeping["held_out"]
+    if given["train"] == "all":
+        for name in ("rank", "alpha", "rs", "target"):
+            if given[name]:
+                raise click.UsageError(f"--{name} is of lora and dora: leave it out with --train all.")
+        if merge_into is not None:
+            raise click.UsageError("--merge is of lora and dora: with --train all, OUT/model is the whole model.")
+    if held_out is None and (keeping["best"] or keeping["eval_every"]):
+        raise click.UsageError("--best and --eval-every ask for held-out data: give --eval too.")
+    fraction = _fraction(held_out)
+    if merge_into is not None and merge_into.exists() and any(merge_into.iterdir()):
+        raise click.UsageError(f"--merge: {merge_into} is not empty: give a new folder.")
+
+    import jaxengine
+    from jaxengine.finetune.data import Packed, Rows, pack, read
+    from jaxengine.finetune.run import Run, check_out, merge, said
+    from jaxengine.loading import tokenizer
+    from jaxengine.paths import cache_folder
+
+    arch, plan, settings = chosen_plan(folder, given)
+    check_out(out, said(settings, arch, plan))
+    words = tokenizer(Path(folder))
+    if words is None:
+        raise click.UsageError(f"{folder} has no tokenizer: add the tokenizer.json that the model was made with.")
+    rows = Rows(words, vocab_size=arch.config.vocab_size)
+
+    def documents(files: tuple[Path, ...]) -> Documents:
+        with reading("reading data") as bar:
+            return read(
+                files, rows, skip_bad=keeping["skip_bad"], cache=cache_folder() / "tokens",
+                progress=lambda done, total: bar("", done, total),
+            )  # fmt: skip
+
+    def packed(found: Documents) -> Packed:
+        return pack(found, settings.context, seed=settings.seed)
+
+    found, held = documents(data), None
+    if fraction is not None:
+        found, held = found.split(fraction)
+    elif held_out is not None:
+        held = documents((Path(held_out),))
+    held = None if held is None else packed(held)
+    trained_on = packed(found)
+    with reading() as bar:
+        model = jaxengine.load(folder, plan=plan, progress=bar)
+    run = Run(
+        model, settings, trained_on, held, out=out, save_every=keeping["save_every"],
+        eval_every=keeping["eval_every"], keep=keeping["keep"],
+    )  # fmt: skip
+    with run:
+        with Steps(run) as shown:
+            made = run.run(progress=shown)
+        if run.best is not None and run.best[0] != run.step:
+            print(f"the best held-out loss was {run.best[1]:.4f}, after step {run.best[0]}", flush=True)
+            if keeping["best"]:
+                run.take_best()
+                run.export()
+        if made:
+            print(f"{made[-1].step} steps; the last loss was {made[-1].loss:.4f}", flush=True)
+        print(f"wrote {out / ('model' if settings.train == 'all' else 'adapter')}", flush=True)
+        if merge_into is not None:
+            merge(run.tuned(), merge_into)
+            print(f"wrote {merge_into}", flush=True)
+
+
+def _fraction(held_out: str | None) -> float | None:
+    """The part of the data that is held out; None where a file is, or nothing."""
+    if held_out is None or Path(held_out).is_file():
+        return None
+    try:
+        found = float(held_out)
+    except ValueError:
+        raise click.UsageError(
+            f"--eval: there is no file {held_out}; give a file, or a number between 0 and 1, such as 0.05."
+        ) from None
+    if not 0 < found < 1:
+        raise click.UsageError(
+            f"--eval: {held_out} is no part of the data; give a number between 0 and 1, such as 0.05."
+        )
+    return found
+
+
+def chosen_plan(folder: str, given: dict[str, Any]) -> tuple[Architecture, Plan, Settings]:
+    """What these options make of a folder, checked against each other before anything is loaded.
+
+    With --memory: the nearest home in which a step fits, and what is kept for the way back unless --remat says it. Raises
+    ValueError where nothing fits, with what would.
+    """
+    import dataclasses
+
+    from jaxengine.architecture import architecture
+    from jaxengine.export import one_dtype
+    from jaxengine.finetune.planning import variants
+    from jaxengine.finetune.run import Settings, check
+    from jaxengine.machine import available_ram
+    from jaxengine.plan import Plan, parse_bytes, show_bytes
+    from jaxengine.sources import open_source, read_config
+    from sharding.mesh import make_mesh
+
+    loading = {n: given[n] for n in ("weights", "dtype", "home", "form", "resident", "mesh", "sharding")}
+    beside = {*loading, "plan", "memory", "ram", "target"}
+    chosen = {k: v for k, v in given.items() if v is not None and k not in beside}
+    if given["target"]:
+        chosen["targets"] = given["target"]
+    raw, memory = read_config(Path(folder)), given["memory"]
+    with open_source(Path(folder), architecture(raw)) as source:
+        arch = source.architecture
+        chosen.setdefault("context", min(CONTEXT, arch.config.max_position_embeddings))
+        settings = Settings(**chosen)
+        plan = given["plan"] or Plan()
+        if given["plan"] is None and source.plan is not None:
+            plan = Plan(dtype=source.plan.dtype, weights=source.plan.weights, weight_rules=source.plan.weight_rules)
+        said = {k: v for k, v in loading.items() if v is not None}
+        plan = dataclasses.replace(plan, **said)
+        if not plan.dtype:
+            own = "float32" if settings.train == "all" else one_dtype(arch, source.dtype, raw)
+            plan = dataclasses.replace(plan, dtype=own)
+    if memory is None:
+        if given["ram"] is not None:
+            raise click.UsageError("--ram is for layers that do not fit --memory: give --memory too.")
+        check(settings, arch, plan, make_mesh(plan.mesh or None))
+        return arch, plan, settings
+    if odd := [n for n in ("home", "form", "resident", "mesh") if n in said]:
+        raise click.UsageError(f"--memory chooses the home, on one device: leave --{odd[0]} out, or --memory.")
+    budget, room = parse_bytes(memory), available_ram() if given["ram"] is None else parse_bytes(given["ram"], "ram")
+    plan = dataclasses.replace(plan, home="device", form="", resident=0, kept=0, remat=given["remat"] or "")
+    check(settings, arch, plan, make_mesh(None))
+    found = variants(arch, plan, settings.task, memory=budget, ram=room, batch=settings.batch, context=settings.context)
+    fits = next((v for v in found if not v.refused), None)
+    if fits is None:
+        least = min(found, key=lambda v: (v.need.device > budget, v.need.device))
+        raise ValueError(
+            f"memory={memory!r}: a step on {settings.batch} x {settings.context} tokens needs at least"
+            f" {show_bytes(least.need.device)} of the device and {show_bytes(least.need.host)} of host memory (home"
+            f" {least.plan.home!r}, remat {least.plan.remat!r}): {least.refused}. Nearest: a smaller --batch with"
+            f" --accumulate, a smaller --context, or --train lora with --weights nf4"
+        )
+    settings = dataclasses.replace(settings, remat=fits.plan.remat)
+    check(settings, arch, fits.plan, make_mesh(None))
+    return arch, fits.plan, settings
+
+
+class Steps:
+    """A line of steps, loss, tokens/s and bytes by tier on standard error, where that is a terminal; held-out losses are
+    printed in any case."""
+
+    def __init__(self, run: Any) -> None:
+        self._run = run
+        self._bar: Any = None
+
+    def __enter__(self) -> Self:
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            self._bar = Progress(
+                TextColumn("steps"), BarColumn(bar_width=20), MofNCompleteColumn(), TextColumn("{task.description}"),
+                TimeRemainingColumn(), console=Console(stderr=True), transient=True, redirect_stdout=False,
+            )  # fmt: skip
+            self._bar.start()
+            self._task = self._bar.add_task("compiling", total=self._run.steps, completed=self._run.step)
+        return self
+
+    def __call__(self, record: Record) -> None:
+        """A step was made."""
+        if self._bar is not None:
+            from jaxengine.plan import show_bytes
+
+            memory = ", ".join(f"{tier} {show_bytes(n)}" for tier, n in self._run.memory().items() if n)
+            what = f"loss {record.loss:.4f}, {record.tokens_per_second:,.0f} tokens/s, {memory}"
+            self._bar.update(self._task, completed=record.step, description=what)
+        if record.eval_loss is not None:
+            if self._bar is not None:
+                self._bar.stop()
+            print(f"step {record.step}: held-out loss {record.eval_loss:.4f}", flush=True)
+            if self._bar is not None:
+                self._bar.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()

@@ -1,0 +1,846 @@
+"""A run of fine-tuning: steps over data, their losses, checkpoints, and what comes out at the end.
+
+    model = jaxengine.load(folder)
+    rows = pack(read("data.jsonl", Rows(model.tokenizer)), 1024)
+    run = Run(model, Settings(epochs=2), rows, out="out")
+    run.run()                                    # or: for record in run: print(record.loss)
+    run.tuned().generate("...")
+
+**Going on.** In `out` stand settings.json (what decides the losses), checkpoints/ (orbax: what is trained, the optimizer's
+state and the position in the data), events/ (TensorBoard) and, at the end, adapter/ (PEFT) or model/ (Hugging Face). A Run
+over a folder that holds an unfinished one goes on from its last checkpoint. A step is a pure function of state and batch,
+and a batch of seed and position: so the losses are those of an unbroken run, bit for bit, wherever it was killed, on the
+same machine and versions. Other settings are refused.
+
+**Saving** is asynchronous: orbax copies the state to host memory before the next step may write over it, and to disk
+beside the next steps. A checkpoint appears under its name when it is whole. The last `keep` stay, and the one with the
+lowest held-out loss. The trade-off is host memory for one more copy of the state while it is written.
+
+**Ctrl-C** waits for the step in hand, whose state would be half written over otherwise.
+
+A accumulated parts, B rows of a part, T tokens of a row.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import json
+import logging
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from jax.tree_util import keystr, tree_flatten_with_path
+
+from checkpoints.output import output_file, output_folder
+from checkpoints.peft import Adapter, AdapterConfig, read_adapter, uniform, write_adapter
+from jaxengine import export, placement
+from jaxengine.architecture import Architecture
+from jaxengine.finetune import layered
+from jaxengine.finetune import step as whole
+from jaxengine.finetune.data import Batches, Packed
+from jaxengine.finetune.events import EventWriter
+from jaxengine.finetune.optimizers.base import SCHEDULES, Optimizer
+from jaxengine.finetune.planning import Task, abstract_trained
+from jaxengine.finetune.step import Batch, State, Tuning
+from jaxengine.finetune.trained import base
+from jaxengine.finetune.trained.base import targets, trained
+from jaxengine.homes.base import home
+from jaxengine.model import Model
+from jaxengine.plan import Plan
+from jaxengine.walk import REMAT
+from jaxengine.weights.base import Weight
+from sharding.rules import named_sharding
+
+log = logging.getLogger("jaxengine")
+
+ADAPTERS = ("lora", "dora")  # what is written as a PEFT folder
+COMPUTE = ("bfloat16", "float32")
+RATES = {"lora": 2e-4, "dora": 2e-4, "all": 1e-5}  # learning rates that are usual with AdamW
+LION = 1 / 3  # of AdamW's, as its paper says
+SETTINGS, CHECKPOINTS, EVENTS, ADAPTER, MODEL = "settings.json", "checkpoints", "events", "adapter", "model"
+EVAL_LOSS = "eval_loss"
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """All that decides the losses, but for the model and the data.
+
+    train: 'lora', 'dora' or 'all'. rank, alpha, rs, targets: of LoRA and DoRA (trained/_lowrank.py). optimizer: its name;
+    learning_rate: the highest (None: 2e-4 beside frozen matrices, 1e-5 of all parameters, a third of it under 'lion');
+    schedule: what follows the warmup, 'constant', 'linear' or 'cosine' to 0; warmup: steps of a linear rise, or below 1 the
+    part of all steps; b2: None is 0.999, of 'lion' 0.99. clip: the largest global norm of a gradient (0: any). compute:
+    dtype of the arithmetic. remat: what is kept of a layer for its way back (walk.REMAT). loss_chunk: tokens of each row
+    whose logits stand at a time (0: as many as fit 256 MB). A step is on batch x accumulate rows of `context` tokens,
+    `batch` at a time. steps or epochs: how long (one epoch, if neither is said). seed: of A's beginning, the packing and the
+    order of rows.
+    """
+
+    train: str = "lora"
+    rank: int = 8
+    alpha: float = 16.0
+    rs: bool = False
+    targets: tuple[str, ...] = ("*",)
+    optimizer: str = "adamw"
+    learning_rate: float | None = None
+    schedule: str = "cosine"
+    warmup: float = 0.03
+    weight_decay: float = 0.0
+    b1: float = 0.9
+    b2: float | None = None
+    eps: float = 1e-8
+    clip: float = 1.0
+    compute: str = "bfloat16"
+    remat: str = "full"
+    loss_chunk: int = 0
+    batch: int = 4
+    accumulate: int = 1
+    context: int = 1024
+    steps: int = 0
+    epochs: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        trained(self.train)
+        if self.train not in RATES:
+            raise ValueError(f"train is {self.train!r}; a run trains {', '.join(RATES)}")
+        for name in ("rank", "batch", "accumulate", "context", "steps", "epochs", "seed", "loss_chunk"):
+            given, least = getattr(self, name), int(name in ("rank", "batch", "accumulate", "context"))
+            if not isinstance(given, int) or isinstance(given, bool) or given < least:
+                raise ValueError(f"{name} is {given!r}; it is a whole number, at least {least}")
+        for name in ("alpha", "learning_rate", "warmup", "weight_decay", "b1", "b2", "eps", "clip"):
+            given = getattr(self, name)
+            number = isinstance(given, int | float) and not isinstance(given, bool)
+            if not (number and math.isfinite(given) and given >= 0) and not (given is None and name in _USUAL):
+                raise ValueError(f"{name} is {given!r}; it is a number, at least 0")
+        if self.warmup >= 1 and self.warmup != int(self.warmup):
+            raise ValueError(
+                f"warmup is {self.warmup}; it is a whole number of steps, or below 1 the part of all steps"
+            )
+        if self.steps and self.epochs:
+            raise ValueError(
+                f"steps is {self.steps} and epochs {self.epochs}; one of them says how long: leave one out"
+            )
+        if self.seed >= 2**32:
+            raise ValueError(f"seed is {self.seed}; it is below 2^32")
+        if self.compute not in COMPUTE:
+            said = "; gradients in float16 would need a loss scale" if self.compute == "float16" else ""
+            raise ValueError(f"compute is {self.compute!r}; it can be {' or '.join(COMPUTE)}{said}")
+        for name, known in (("remat", tuple(REMAT)), ("schedule", SCHEDULES)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it can be {', '.join(known)}")
+        if not isinstance(self.targets, tuple) or not all(isinstance(t, str) for t in self.targets):
+            raise ValueError(f"targets is {self.targets!r}; it is a tuple of names or patterns, such as ('q', 'v')")
+        # as it will be used, so that equal choices are equal settings
+        made: dict[str, Any] = {"epochs": self.epochs or int(not self.steps)}
+        if self.learning_rate is None:
+            if self.optimizer == "sgd":
+                raise ValueError("learning_rate is not given, and none is usual with sgd: try 0.1, and 10 times less")
+            made["learning_rate"] = RATES[self.train] * (LION if self.optimizer == "lion" else 1)
+        if self.b2 is None:
+            made["b2"] = 0.99 if self.optimizer == "lion" else 0.999
+        for name, value in made.items():
+            object.__setattr__(self, name, value)
+        _ = self.options, self.make_optimizer(0, "constant")
+
+    @property
+    def options(self) -> Any:
+        """What is said of what is trained."""
+        kind = trained(self.train).Options
+        return kind(**{f.name: getattr(self, f.name) for f in dataclasses.fields(kind)})
+
+    def make_optimizer(self, steps: int, schedule: str = "") -> Optimizer:
+        """For a run of so many steps."""
+        assert self.learning_rate is not None
+        assert self.b2 is not None
+        warmup = int(self.warmup if self.warmup >= 1 else self.warmup * steps)
+        return Optimizer(
+            self.optimizer, self.learning_rate, schedule or self.schedule, warmup, steps, self.weight_decay, self.b1,
+            self.b2, self.eps,
+        )  # fmt: skip
+
+    @property
+    def task(self) -> Task:
+        """What is planned for."""
+        return Task(
+            self.train, self.options, self.make_optimizer(0, "constant"), self.compute, self.accumulate, self.clip,
+            self.loss_chunk,
+        )  # fmt: skip
+
+    def to_json(self) -> str:
+        """As JSON text, every field written out."""
+        return json.dumps(dataclasses.asdict(self), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> Settings:
+        """From `to_json`'s text; a field that is not known is refused by name."""
+        raw = json.loads(text)
+        if not isinstance(raw, dict):
+            raise ValueError(f"Settings: the JSON text holds {type(raw).__name__}, not an object of a run's settings")
+        known = {f.name for f in dataclasses.fields(cls)}
+        if unknown := sorted(set(raw) - known):
+            raise ValueError(f"Settings: unknown field {', '.join(unknown)}; there are {', '.join(sorted(known))}")
+        if isinstance(raw.get("targets"), list):
+            raw["targets"] = tuple(raw["targets"])
+        return cls(**raw)
+
+
+_USUAL = ("learning_rate", "b2")  # fields that may be left to what is usual
+
+
+def check(settings: Settings, architecture: Architecture, plan: Plan, mesh: jax.sharding.Mesh) -> None:
+    """Refuse, before anything is allocated, settings that this model under this plan cannot be trained with.
+
+    Raises ValueError with what was given, the rule, and what can be given in its place.
+    """
+    if settings.context > (most := architecture.config.max_position_embeddings):
+        raise ValueError(
+            f"context is {settings.context}, and the model has positions for {most} tokens: at most {most}"
+        )
+    for part in plan.parts(architecture):
+        if home(part.home).TIER == "disk" or part.form in ("ahead", "python"):
+            raise ValueError(
+                f"home is {plan.home!r} and form {plan.resolved_form!r}: no gradient goes through layers that are read from"
+                f" disk or fetched ahead. Say home='host', or home='split' with resident=, and leave form out (the weights"
+                f" of a quantised format take less room: weights='nf4', train='lora')"
+            )
+    if jax.process_count() > 1:
+        raise ValueError(f"a run is of one process, and there are {jax.process_count()}")
+    over = plan.sharding_rules().spec(("batch",))[0]
+    split = math.prod(mesh.shape[a] for a in ((over,) if isinstance(over, str) else over or ()))
+    if settings.batch % split:
+        fits = max(1, round(settings.batch / split)) * split
+        raise ValueError(
+            f"batch is {settings.batch}, and the mesh splits rows over {split} devices: say batch={fits}, or any multiple"
+        )
+    abstract_trained(architecture, plan, settings.task, placement.abstract(architecture, plan, mesh))
+    if settings.train == "dora":
+        _check_joined(architecture, settings.targets)
+
+
+def _check_joined(architecture: Architecture, patterns: tuple[str, ...]) -> None:
+    """Refuse DoRA beside a part of a matrix that PEFT sees as one: it could not be written (checkpoints/peft.py)."""
+    table, params, chosen = architecture.name_table(), architecture.params(), set(targets(architecture, patterns))
+    for theirs in table.theirs(params, architecture.num_layers):
+        ours = table.parts(theirs, params)
+        if chosen & set(ours) and (lack := [n for n in ours if n not in chosen]):
+            raise ValueError(
+                f"targets: {theirs} is {', '.join(ours)} in one, and DoRA needs a magnitude for all of its outputs: target"
+                f" {', '.join(n.rpartition('.')[2] for n in lack)} too, or train='lora'"
+            )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a folder says of its run
+
+
+def said(settings: Settings, architecture: Architecture, plan: Plan) -> dict[str, Any]:
+    """What settings.json holds: what decides the losses, in plain numbers and text."""
+    deciding = ("dtype", "weights", "weight_rules", "home", "form", "resident", "sharding", "rules", "mesh")
+    config = hashlib.sha256(repr((architecture.family, architecture.config)).encode()).hexdigest()[:16]
+    made = {
+        **dataclasses.asdict(settings),
+        "plan": {n: getattr(plan, n) for n in deciding} | {"form": plan.resolved_form},
+        "model": {"config": config},
+        "jax": {"version": jax.__version__, "device": jax.devices()[0].device_kind},
+    }
+    return json.loads(json.dumps(made))
+
+
+def check_out(out: str | os.PathLike[str], wanted: Mapping[str, Any]) -> None:
+    """Refuse a folder of another run, naming what differs; one that is not there or empty is taken."""
+    out = Path(out)
+    if not out.exists():
+        return
+    path = out / SETTINGS
+    if not path.is_file():
+        if not out.is_dir() or any(out.iterdir()):
+            raise ValueError(f"{out} holds something and no {SETTINGS}: it is no run's folder. Give a new one")
+        return
+    try:
+        held = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}): give another folder") from None
+    was, now = _flat(held), _flat(wanted)
+    # a constant rate, after a warmup of so many steps, does not ask how long the run will be
+    longer = was.get("schedule") == "constant" and was.get("steps") and (now["warmup"] == 0 or now["warmup"] >= 1)
+    grown = {"steps"} if longer else set()
+    known = was.keys() & now.keys() if "model.weights" not in now else was.keys() | now.keys()
+    odd = [n for n in sorted(known) if n not in grown and not n.startswith("jax.") and was.get(n) != now.get(n)]
+    if odd:
+        listed = ", ".join(f"{n.removeprefix('plan.')} was {was.get(n)!r} and is {now.get(n)!r}" for n in odd)
+        raise ValueError(
+            f"{out} is of another run, and going on with it would not give the losses of an unbroken one: {listed}. Say the"
+            f" same again to go on, or give another folder"
+        )
+    for n in ("jax.version", "jax.device"):
+        if was.get(n) != now[n]:
+            log.warning(
+                "%s: began with %s %s, and this is %s: the losses may round differently", out, n, was[n], now[n]
+            )
+
+
+def _flat(tree: Mapping[str, Any], lead: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in tree.items():
+        found |= _flat(value, f"{lead}{name}.") if isinstance(value, Mapping) else {lead + name: value}
+    return found
+
+
+def _weights_digest(params: Any) -> str:
+    """Sixteen hex digits of the first rows of what stands outside the layers: another model's differ."""
+    made = hashlib.sha256()
+    for leaf in jax.tree.leaves(params["outer"]):
+        made.update(np.asarray(jax.device_get(leaf[:64] if leaf.ndim else leaf)).tobytes())
+    return made.hexdigest()[:16]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Where the state stands
+
+
+def _adapter_places(settings_train: str, architecture: Architecture, plan: Plan, mesh: Any, tree: Any) -> Any:
+    """The trained tree with a sharding for each array of matrices' A and B: split as the matrix itself."""
+    of, rules, parts = trained(settings_train).leaf_axes, plan.sharding_rules(), plan.parts(architecture)
+
+    def one(path: Any, leaf: Any) -> NamedSharding:
+        keys = [getattr(k, "key", getattr(k, "idx", None)) for k in path]  # banks, bank, kind or layer, ..., name, leaf
+        part = parts[keys[1]]
+        kind = part.kinds[keys[2] % len(part.kinds)]
+        axes = of(architecture.block(kind)[1][keys[-2]])[keys[-1]]
+        stacked = ("layers",) * (leaf.ndim - len(axes))
+        return named_sharding(rules, mesh, (*stacked, *axes))
+
+    return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def _optimizer_places(state: Any, places: Any, mesh: Any) -> Any:
+    """A sharding for each leaf of an optimizer's state: a moment is split as its parameter, the rest is whole everywhere."""
+    flat, _ = tree_flatten_with_path(places)
+    own = {tuple(map(str, path)): place for path, place in flat}
+
+    def one(path: Any, leaf: Any) -> NamedSharding:
+        names = tuple(map(str, path))
+        place = next((own[names[i:]] for i in range(len(names)) if names[i:] in own), None)
+        if place is None or len(place.spec) > leaf.ndim or leaf.ndim == 0:
+            return NamedSharding(mesh, PartitionSpec())
+        with contextlib.suppress(ValueError):  # a row's or a column's mean, of another shape
+            place.shard_shape(leaf.shape)
+            return place
+        return NamedSharding(mesh, PartitionSpec())
+
+    return jax.tree_util.tree_map_with_path(one, state)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """A step that was made. loss: before it, mean nats of a learned token; step: from 1 on; tokens: learned ones;
+    tokens_per_second: of all tokens in the rows; eval_loss: after it, held-out, where that was due."""
+
+    step: int
+    steps: int
+    loss: float
+    gradient_norm: float
+    learning_rate: float
+    tokens: int
+    tokens_per_second: float
+    seconds: float
+    eval_loss: float | None = None
+
+
+class Run:
+    """Steps of fine-tuning over packed rows; an iterator of Records, one a step.
+
+    rows, held_out: packed with the settings' context. out: the folder (None: nothing is written); save_every, eval_every:
+    steps between checkpoints and held-out losses (eval_every None: as save_every; both are always made at the end); keep:
+    checkpoints that stay, the best one apart.
+
+    With train='all' the model's own arrays are trained: it holds the trained parameters at every time. With 'lora' and
+    'dora' it stays as it is, and `tuned()` is the model with what is trained beside it.
+
+    Raises ValueError, before anything is allocated, for settings that do not fit the model, and for an `out` of another
+    run; and when a loss is no number any more.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        settings: Settings,
+        rows: Packed,
+        held_out: Packed | None = None,
+        *,
+        out: str | os.PathLike[str] | None = None,
+        save_every: int = 100,
+        eval_every: int | None = None,
+        keep: int = 2,
+    ):
+        eval_every = save_every if eval_every is None else eval_every
+        for name, given in (("save_every", save_every), ("eval_every", eval_every), ("keep", keep)):
+            if not isinstance(given, int) or given < 1:
+                raise ValueError(f"{name} is {given!r}; it is a whole number, at least 1")
+        for name, packed in (("rows", rows), ("held_out", held_out)):
+            if packed is not None and packed.context != settings.context:
+                raise ValueError(
+                    f"{name} are packed for {packed.context} tokens, and the context is {settings.context}"
+                )
+        check(settings, model.architecture, model.plan, model.mesh)
+        if settings.train == "all" and out is not None and not model.origin.config:
+            raise ValueError(
+                "the model was made without a config.json, which out/model needs: give from_arrays its fields"
+            )
+        self.model, self.settings, self.held_out = model, settings, held_out
+        self.save_every, self.eval_every, self.keep = save_every, eval_every, keep
+        self.step, each = 0, settings.batch * settings.accumulate
+        self.steps = settings.steps or math.ceil(settings.epochs * len(rows) / each)
+        engine = dataclasses.replace(model.engine, dtype=settings.compute, chunk=0)
+        self.tuning = Tuning(
+            engine, settings.train, settings.options, settings.make_optimizer(self.steps), settings.remat,
+            settings.clip, settings.loss_chunk,
+        )  # fmt: skip
+        self.out = None if out is None else Path(out).expanduser().resolve()
+        self._batches = functools.partial(Batches, rows, each, seed=settings.seed, epochs=settings.epochs or None)
+        self._every = settings.train == "all"
+        self._layered = settings.task.layered(model.plan)
+        self._eval_loss = (-1, math.nan)  # (step, loss)
+        self._events: EventWriter | None = None
+        self._ahead: tuple[Batch, int, dict[str, Any]] | None = None
+        self._manager: Any = None
+        self._open()
+
+    def _open(self) -> None:
+        """The state at the beginning, or where the folder's run stands."""
+        model = self.model
+        if self.out is not None:
+            wanted = said(self.settings, model.architecture, model.plan)
+            if not self._every:
+                wanted["model"]["weights"] = _weights_digest(model.params)
+            check_out(self.out, wanted)
+            self.out.mkdir(parents=True, exist_ok=True)
+            with output_file(self.out / SETTINGS, overwrite=True) as path:
+                path.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
+            self._manager = _manager(self.out / CHECKPOINTS, self.keep)
+        self._abstract = self._abstract_state()
+        self._frozen = jax.tree.map(lambda a: None, model.params) if self._every else model.params
+        self._banks = tuple(dataclasses.replace(bank, weights=()) for bank in model.params["banks"])
+        latest = None if self._manager is None else self._manager.latest_step()
+        self._feed = self._batches(state=None if latest is None else self._saved_position(latest))
+        self._position = self._feed.state
+        if latest is None:
+            self._state = self._first_state()
+        else:
+            self._restore(latest)
+            log.info("%s: going on after step %d of %d", self.out, self.step, self.steps)
+        self._first = self.step + 1
+        self._standing = self._count()
+
+    def _abstract_state(self) -> State:
+        """The state's shapes, dtypes and places."""
+        arch, plan, mesh, tuning = self.model.architecture, self.model.plan, self.model.mesh, self.tuning
+        made = abstract_trained(arch, plan, self.settings.task, placement.abstract(arch, plan, mesh))
+        if self._layered:
+            banks = tuple(dataclasses.replace(b, weights=()) for b in self.model.params["banks"])
+            return layered.abstract(tuning, banks, made)
+        if self._every:
+            places = jax.tree.map(lambda s: s.sharding, made)
+        else:
+            places = _adapter_places(self.settings.train, arch, plan, mesh, made)
+        optimizer = jax.eval_shape(tuning.optax().init, made)
+
+        def placed(s: Any, place: Any) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place)
+
+        step = jax.ShapeDtypeStruct((), np.dtype("int32"), sharding=NamedSharding(mesh, PartitionSpec()))
+        of_optimizer = _optimizer_places(optimizer, places, mesh)
+        return State(jax.tree.map(placed, made, places), jax.tree.map(placed, optimizer, of_optimizer), step)
+
+    def _first_state(self) -> State:
+        model, settings, wanted = self.model, self.settings, self._abstract
+        key = jax.random.key(settings.seed)
+        made = trained(settings.train).make(settings.options, model.architecture, model.plan, model.params, key)
+        if self._layered:
+            return layered.initial(self.tuning, self._banks, made)
+        places = jax.tree.map(lambda s: s.sharding, (wanted.trained, wanted.optimizer, wanted.step))
+        made = jax.device_put(made, places[0])
+        optimizer = jax.jit(self.tuning.optax().init, out_shardings=places[1])(made)  # each moment where it will stand
+        return State(made, optimizer, jax.device_put(np.int32(0), places[2]))
+
+    # --- steps -----------------------------------------------------------------------------------------------------
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Record:
+        if self.step >= self.steps:
+            raise StopIteration
+        with interrupts_deferred():
+            start = time.perf_counter()
+            batch, seen, position = self._ahead or self._next_batch()
+            self._ahead = None
+            state, measured = self._advance(batch)
+            self._take(state)
+            self.step, self._position = self.step + 1, position
+            if self.step < self.steps:
+                self._ahead = self._next_batch()  # read while the device computes
+            numbers = {name: float(value) for name, value in jax.device_get(measured).items()}
+            seconds = time.perf_counter() - start
+            record = Record(
+                self.step, self.steps, numbers["loss"], numbers["gradient_norm"], numbers["learning_rate"],
+                int(numbers["tokens"]), seen / seconds, seconds,
+            )  # fmt: skip
+            self._tell(record)
+        if not math.isfinite(record.loss):
+            raise ValueError(
+                f"the loss of step {record.step} is {record.loss}: a smaller learning_rate (it is"
+                f" {self.settings.learning_rate:g}), more warmup, or compute='float32', in another folder"
+            )
+        last = self.step == self.steps
+        if self.held_out is not None and (self.step % self.eval_every == 0 or last):
+            record = dataclasses.replace(record, eval_loss=self.evaluate())
+        if self.step % self.save_every == 0 or last:
+            self.save()
+        return record
+
+    def run(self, progress: Callable[[Record], None] | None = None) -> list[Record]:
+        """Make all steps that are left, save, and write what came out (`export`); the Records of these steps.
+
+        progress: called with each. Ctrl-C saves, and is raised again: the next run over the same folder goes on there.
+        """
+        made = []
+        try:
+            for record in self:
+                made.append(record)
+                if progress is not None:
+                    progress(record)
+        except KeyboardInterrupt:
+            if not any(x.is_deleted() for x in jax.tree.leaves(self._state)):  # by a step that was not waited for
+                self.save()
+                self.wait()
+            raise
+        self.wait()
+        if self.out is not None:
+            self.export()
+        return made
+
+    def _next_batch(self) -> tuple[Batch, int, dict[str, Any]]:
+        """(the next batch on the device, its tokens, the position after it)."""
+        rows = next(self._feed)
+        s = self.settings
+        return self._put(rows, s.accumulate, s.batch), int((rows["segments"] > 0).sum()), self._feed.state
+
+    def _put(self, rows: dict[str, np.ndarray], *lead: int) -> Batch:
+        """Rows [..., T] as a Batch [*lead, T] on the mesh, rows split as its rules say."""
+        shape = (*lead, self.settings.context)
+        axes = (None,) * (len(lead) - 1) + ("batch", "sequence")
+        place = named_sharding(self.model.plan.sharding_rules(), self.model.mesh, axes, shape=shape)
+        return Batch(**{name: jax.device_put(x.reshape(shape), place) for name, x in rows.items()})
+
+    def _advance(self, batch: Batch) -> tuple[State, dict[str, Any]]:
+        if self._layered:
+            return layered.step(self.tuning, self._banks, self._state, batch)
+        return whole.step(self.tuning, self._frozen, self._state, batch)
+
+    def _take(self, state: State) -> None:
+        """The state after a step, where it will be expected: so each step is the same program, after a resume too."""
+        if self.model.mesh.size > 1:
+            state = jax.device_put(state, jax.tree.map(lambda s: s.sharding, self._abstract))
+        self._state = state
+        if self._every:  # whose own arrays the step has written over
+            self.model.params = self._combined()
+
+    def _combined(self) -> Any:
+        return trained(self.settings.train).combine(self.settings.options, self._frozen, self._state.trained)
+
+    def evaluate(self) -> float:
+        """The mean loss of a held-out token, nats. Also told to the events, and kept with this step's checkpoint."""
+        if self.held_out is None:
+            raise ValueError("there are no held-out rows to evaluate: Run(..., held_out=pack(...))")
+        total = tokens = 0.0
+        B = self.settings.batch
+        for rows in Batches(self.held_out, B, shuffle=False, epochs=1):
+            found = whole.evaluate(self.tuning, self._frozen, self._state.trained, self._put(rows, B))
+            total, tokens = total + float(found[0]), tokens + float(found[1])
+        loss = total / tokens
+        self._eval_loss = (self.step, loss)
+        if self.out is not None:
+            self._writer().scalars(self.step, {"eval/loss": loss})
+        return loss
+
+    def _tell(self, record: Record) -> None:
+        if self.out is None:
+            return
+        names = ("loss", "gradient_norm", "learning_rate", "tokens_per_second")
+        numbers = {f"train/{n}": getattr(record, n) for n in names}
+        numbers |= {f"bytes/{tier}": float(n) for tier, n in self.memory().items()}
+        self._writer().scalars(record.step, numbers)
+
+    def _writer(self) -> EventWriter:
+        if self._events is None:
+            assert self.out is not None
+            self._events = EventWriter(self.out / EVENTS, first_step=self._first)
+        return self._events
+
+    def memory(self) -> dict[str, int]:
+        """Bytes of one device by tier: 'device' and 'host', what stands there between steps; 'peak', the most that stood
+        on the device, where it says so."""
+        stats = self.model.mesh.local_devices[0].memory_stats() or {}
+        return self._standing | ({"peak": stats["peak_bytes_in_use"]} if "peak_bytes_in_use" in stats else {})
+
+    def _count(self) -> dict[str, int]:
+        found = {"device": 0, "host": 0}
+        for leaf in jax.tree.leaves((self._frozen, self._state)):
+            size = math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+            found["host" if leaf.sharding.memory_kind == "pinned_host" else "device"] += size
+        return found
+
+    # --- checkpoints -----------------------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """Write a checkpoint of the last step made, beside the next steps; nothing where it is there already."""
+        if self._manager is None or not self.step or self.step in self._manager.all_steps():
+            return
+        import orbax.checkpoint as ocp
+
+        step, loss = self._eval_loss
+        parts = {"state": ocp.args.StandardSave(_named(self._state)), "position": ocp.args.JsonSave(self._position)}
+        metrics = {EVAL_LOSS: loss} if step == self.step and math.isfinite(loss) else None
+        with interrupts_deferred():
+            self._manager.save(self.step, args=ocp.args.Composite(**parts), metrics=metrics, force=True)
+
+    def wait(self) -> None:
+        """Until what was saved is on disk."""
+        if self._manager is not None:
+            self._manager.wait_until_finished()
+
+    def _saved_position(self, step: int) -> dict[str, Any]:
+        """A checkpoint's position in the data."""
+        import orbax.checkpoint as ocp
+
+        return self._manager.restore(step, args=ocp.args.Composite(position=ocp.args.JsonRestore())).position
+
+    def _restore(self, step: int) -> None:
+        """Take the state of a checkpoint, each array to its place, host memory included."""
+        import orbax.checkpoint as ocp
+
+        wanted = _named(self._abstract)
+        self._state = self._abstract  # no second copy while it is read
+        if self._every:
+            self.model.params = self._frozen
+        found = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(wanted))).state
+        self._state = jax.tree.unflatten(jax.tree.structure(self._abstract), [found[name] for name in wanted])
+        self.step = step
+        if self._every:
+            self.model.params = self._combined()
+
+    @property
+    def best(self) -> tuple[int, float] | None:
+        """(step, held-out loss) of the best checkpoint there is; None where no loss was taken."""
+        if self._manager is None:
+            return None
+        self.wait()
+        step = self._manager.best_step()
+        metrics = None if step is None else self._manager.metrics(step)
+        return None if not metrics else (step, float(metrics[EVAL_LOSS]))
+
+    def take_best(self) -> None:
+        """Put the best checkpoint's state in the place of the last one's, to be exported or looked at."""
+        if self.best is None:
+            raise ValueError("no checkpoint has a held-out loss: Run(..., held_out=pack(...), out=...)")
+        step = self.best[0]
+        if step != self.step:
+            self._restore(step)
+        self.steps = step  # nothing goes on from here
+
+    def close(self) -> None:
+        """End what writes; a Run can be left without."""
+        if self._manager is not None:
+            self._manager.close()
+        if self._events is not None:
+            self._events.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # --- what comes out --------------------------------------------------------------------------------------------
+
+    def tuned(self) -> Model:
+        """The model with what is trained in or beside it, ready to generate; until the next step, which writes over it."""
+        m = self.model
+        return m if self._every else Model(
+            m.architecture, m.plan, m.mesh, self._combined(), m.origin, m.tokenizer, m.budget
+        )  # fmt: skip
+
+    def export(self, folder: str | os.PathLike[str] | None = None) -> Path:
+        """Write what was trained: a PEFT folder (`out`/adapter), or of train='all' a Hugging Face folder (`out`/model).
+
+        A folder of an earlier export is replaced.
+        """
+        if folder is None and self.out is None:
+            raise ValueError("export: there is no folder; say export('folder'), or Run(..., out='folder')")
+        own = None if self.out is None else self.out / (MODEL if self._every else ADAPTER)
+        target = own if folder is None else Path(folder)
+        assert target is not None
+        if self._every:
+            merge(self.model, target, overwrite=target == own)
+        else:
+            write_trained(self.model, self.settings, self._state.trained, target, overwrite=target == own)
+        return target
+
+
+def _named(state: Any) -> dict[str, Any]:
+    """A state's leaves by the names that they have in a checkpoint."""
+    return {keystr(path, simple=True, separator="."): leaf for path, leaf in tree_flatten_with_path(state)[0]}
+
+
+def _manager(folder: Path, keep: int) -> Any:
+    """orbax's manager of checkpoints: the last `keep`, and the one of the lowest held-out loss."""
+    import orbax.checkpoint as ocp
+    from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
+
+    def loss(metrics: Mapping[str, float]) -> float:
+        return metrics[EVAL_LOSS]
+
+    best = BestN(get_metric_fn=loss, reverse=True, n=1, keep_checkpoints_without_metrics=False)
+    options = ocp.CheckpointManagerOptions(
+        preservation_policy=AnyPreservationPolicy([LatestN(keep), best]), best_fn=loss, best_mode="min",
+        cleanup_tmp_directories=True,
+    )  # fmt: skip
+    return ocp.CheckpointManager(folder, options=options)
+
+
+@contextlib.contextmanager
+def interrupts_deferred() -> Iterator[None]:
+    """Ctrl-C waits for the end of the block; a second one does not. In the main thread, where Python takes it."""
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield
+        return
+    met = False
+
+    def note(number: int, frame: Any) -> None:
+        nonlocal met
+        met = True
+        signal.signal(signal.SIGINT, before)
+        log.warning("stopping after this step; Ctrl-C again stops at once")
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if met:
+        raise KeyboardInterrupt
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Adapters in and out
+
+
+def write_trained(
+    model: Model, settings: Settings, tree: Any, folder: str | os.PathLike[str], *, overwrite: bool = False
+) -> None:
+    """What 'lora' or 'dora' trained, as a PEFT folder, float32."""
+    arch = model.architecture
+    held = base.layers(model.plan.parts(arch), tree["banks"])
+    adapters = {
+        f"layers.{i}.{name}": Adapter(*(jax.device_get(leaf[n]) for n in ("a", "b", "magnitude") if n in leaf))
+        for i, layer in held.items()
+        for name, leaf in layer.items()
+    }
+    config = AdapterConfig(
+        settings.rank, settings.alpha, rslora=settings.rs, dora=settings.train == "dora",
+        base_model=None if model.origin.folder is None else os.fspath(model.origin.folder),
+    )  # fmt: skip
+    write_adapter(folder, adapters, config, arch.name_table(), arch.params(), arch.num_layers, overwrite=overwrite)
+
+
+def with_adapter(model: Model, folder: str | os.PathLike[str]) -> Model:
+    """The model with a PEFT folder's LoRA or DoRA beside its matrices, in whatever format and home they are.
+
+    Raises CheckpointError for a folder that does not fit the model, ValueError for layers that are read from disk.
+    """
+    arch, plan, mesh = model.architecture, model.plan, model.mesh
+    parts = plan.parts(arch)
+    if any(home(part.home).TIER == "disk" for part in parts):
+        raise ValueError(
+            f"home is {plan.home!r}, and layers read from disk have nothing beside them: load with home='host' or 'split', or"
+            f" merge the adapter into the model once and load that"
+        )
+    adapters, config = uniform(*read_adapter(folder, arch.name_table(), arch.params(), arch.num_layers))
+    kind = trained("dora" if config.dora else "lora")
+    # a matrix whose fellow in another layer has an adapter gets one that changes nothing: stacks are of one kind
+    names = tuple(dict.fromkeys(n.split(".", 2)[2] for n in adapters if n.startswith("layers.")))
+    options = kind.Options(config.rank, config.alpha, config.rslora, names or ("*",))
+
+    def given(name: str) -> dict[str, np.ndarray]:
+        one = adapters.get(name)
+        found = {} if one is None else {"a": one.a, "b": one.b, "magnitude": one.magnitude}
+        return {n: np.asarray(x, np.float32) for n, x in found.items() if x is not None}
+
+    params = model.params
+    if names:
+        made = kind.make(options, arch, plan, params, jax.random.key(0))
+        held = base.layers(parts, made["banks"])
+        banks = base.lay(parts, lambda i: {n: leaf | given(f"layers.{i}.{n}") for n, leaf in held[i].items()})
+        tree = {"outer": {}, "banks": banks}
+        tree = jax.device_put(tree, _adapter_places("dora" if config.dora else "lora", arch, plan, mesh, tree))
+        params = kind.combine(options, params, tree)
+    for name in adapters:
+        if not name.startswith("layers."):
+            params = params | {
+                "outer": params["outer"] | {name: _beside(kind, options, params["outer"][name], given(name))}
+            }
+    return Model(arch, plan, mesh, params, model.origin, model.tokenizer, model.budget)
+
+
+def _beside(kind: Any, options: Any, w: Any, leaf: dict[str, np.ndarray]) -> Any:
+    """One matrix outside the layers with its adapter."""
+    if "magnitude" in leaf:
+        dense = w.dense() if isinstance(w, Weight) else w.astype(np.float32)
+        leaf = leaf | {"square": jax.numpy.square(dense).sum(tuple(range(leaf["magnitude"].ndim, dense.ndim)))}
+    bank = jax.tree.map(jax.numpy.asarray, leaf)
+    return (
+        kind.Dora(w, **bank, scale=options.scale) if "magnitude" in leaf else kind.Lora(w, **bank, scale=options.scale)
+    )
+
+
+def merge(model: Model, folder: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+    """Write a model, with whatever is beside its matrices added to them (W + s B A, a quantised W decoded), as a Hugging
+    Face folder, each parameter in the dtype that it came in. One parameter at a time.
+
+    Raises CheckpointError for a folder that is not empty, unless `overwrite`.
+    """
+    if not model.origin.config:
+        raise ValueError("merge: this model was made without a config.json; give from_arrays its fields")
+    parts = placement.stored(model.architecture, model.plan, model.params)
+    dtypes = model.origin.dtypes
+
+    def dtype_of(name: str) -> np.dtype:
+        return np.dtype(dtypes.get(name, model.plan.dtype))
+
+    def get(name: str) -> Any:
+        leaf = parts[name]()
+        return jax.tree.map(lambda x: jax.device_put(x, jax.memory.Space.Device), leaf)  # W and A may stand apart
+
+    with output_folder(folder, overwrite=overwrite) as work:
+        export.write_hf(work, model.architecture, get, dtype_of, model.origin)

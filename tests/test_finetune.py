@@ -1,0 +1,613 @@
+"""A run of fine-tuning: what it learns and writes, that it goes on after any end as if nothing had been, and what it refuses.
+
+Losses of two forms of one program are held to 64 roundings of float32, u = 2^-24 each: a token's loss goes through some 30
+contractions and sums here, whose rounding is random but never aligned for so many. With plain gradient descent, which is
+linear in the gradient, the same holds after some steps; and every case moves the loss by a thousand times as much, so that a
+gradient of another layer, a lost part of a batch or an update that was not made would be seen.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from oracles.golden import GOLDEN, golden
+from test_events import read as read_events
+
+import jaxengine
+from checkpoints.peft import read_adapter
+from checkpoints.safetensors import Reader
+from jaxengine import command
+from jaxengine.finetune import command as finetune_command
+from jaxengine.finetune import run as runs
+from jaxengine.finetune.data import DataError, Documents, Packed, pack
+from jaxengine.finetune.run import Run, Settings, merge, with_adapter
+from jaxengine.model import Model
+from sharding.mesh import make_mesh
+
+ROOT = Path(__file__).parent.parent
+LLAMA = GOLDEN / "llama"
+ADAPTERS = GOLDEN.parent / "golden_adapters"
+CASES = sorted(folder.name for folder in ADAPTERS.iterdir())
+T, V = 16, 101
+CLOSE = 64 * 2.0**-24
+HOW = Settings(
+    context=T, batch=2, steps=6, compute="float32", optimizer="sgd", learning_rate=0.3, schedule="constant", warmup=0,
+    rank=4, alpha=8.0,
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def lenient() -> Iterator[None]:
+    """optax multiplies integers by floats."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def documents(n: int = 24, first: int = 0) -> Documents:
+    """Sequences that count up by threes, of different lengths: a rule that is quickly learned."""
+    lengths = np.random.default_rng(first).integers(3, 24, n)
+    return Documents.of([(((np.arange(k) * 3 + i) % V).tolist(), [True] * k) for i, k in enumerate(lengths, first)])
+
+
+def rows(n: int = 24, first: int = 0) -> Packed:
+    return pack(documents(n, first), T)
+
+
+def llama(**how: Any) -> Model:
+    return jaxengine.load(LLAMA, **({"dtype": "float32"} | how))
+
+
+def losses(run: Run, steps: int | None = None) -> list[float]:
+    return [record.loss for record in itertools.islice(run, steps)]
+
+
+def run_of(model: Model, settings: Settings = HOW, **given: Any) -> Run:
+    return Run(model, settings, rows(), **given)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Settings
+
+
+def test_settings_go_to_json_and_back() -> None:
+    for settings in (Settings(), HOW, Settings(train="dora", targets=("q", "layers.0.*"), rs=True, epochs=3)):
+        assert Settings.from_json(settings.to_json()) == settings
+    assert Settings().epochs == 1
+    assert Settings().learning_rate == 2e-4
+    assert (Settings(optimizer="lion").b2, Settings().b2) == (0.99, 0.999)
+    assert Settings(train="all").learning_rate == 1e-5
+    with pytest.raises(ValueError, match="unknown field raank"):
+        Settings.from_json('{"raank": 8}')
+
+
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        ({"rank": 0}, "rank is 0"),
+        ({"rank": 8.0}, "rank is 8.0; it is a whole number"),
+        ({"batch": 0}, "batch is 0"),
+        ({"steps": -1}, "steps is -1"),
+        ({"steps": 3, "epochs": 1}, "leave one out"),
+        ({"alpha": math.nan}, "alpha is nan"),
+        ({"learning_rate": -1.0}, "learning_rate is -1.0"),
+        ({"optimizer": "sgd"}, "none is usual with sgd"),
+        ({"optimizer": "adam"}, "Did you mean 'adamw'"),
+        ({"train": "lorra"}, "Did you mean 'lora'"),
+        ({"schedule": "cosin"}, "schedule is 'cosin'"),
+        ({"remat": "some"}, "remat is 'some'"),
+        ({"compute": "float16"}, "float16 would need a loss scale"),
+        ({"warmup": 2.5}, "warmup is 2.5"),
+        ({"seed": 2**32}, "below 2\\^32"),
+        ({"clip": math.inf}, "clip is inf"),
+        ({"targets": "q"}, "targets is 'q'"),
+        ({"b2": 1.0}, "below 1"),
+    ],
+)
+def test_settings_refuse_what_cannot_be(given: dict[str, Any], why: str) -> None:
+    with pytest.raises(ValueError, match=why):
+        Settings(**given)
+
+
+def test_a_schedule_is_as_long_as_the_run() -> None:
+    rate = Settings(learning_rate=1.0, warmup=0.25, schedule="linear").make_optimizer(8).rate()
+    np.testing.assert_allclose([rate(i) for i in range(9)], [0, 0.5, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6, 0], atol=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Losses
+
+
+@pytest.fixture(scope="module")
+def resident() -> dict[str, list[float]]:
+    """The losses of all layers on one device, by what is trained."""
+    with jax.numpy_dtype_promotion("standard"):
+        return {train: losses(run_of(llama(), dataclasses.replace(HOW, train=train))) for train in ("lora", "all")}
+
+
+def moved_by(found: Sequence[float]) -> float:
+    """How far training has moved the loss, beside what rounding could."""
+    return max(found) - min(found)
+
+
+@pytest.mark.parametrize("train", ["lora", "all"])
+@pytest.mark.parametrize("how", [{"home": "host"}, {"home": "split", "resident": 1}], ids=["host", "split"])
+def test_streamed_layers_give_the_losses_of_resident_ones(
+    train: str, how: dict[str, Any], resident: dict[str, list[float]]
+) -> None:
+    run = run_of(llama(**how), dataclasses.replace(HOW, train=train))
+    found, wanted = losses(run), resident[train]
+    assert moved_by(wanted) > 1000 * CLOSE * max(wanted)
+    np.testing.assert_allclose(found, wanted, rtol=CLOSE)
+    assert run.memory()["host"] > 0
+
+
+def test_parts_of_a_batch_are_one_batch(resident: dict[str, list[float]]) -> None:
+    found = losses(run_of(llama(), dataclasses.replace(HOW, batch=1, accumulate=2)))
+    np.testing.assert_allclose(found, resident["lora"], rtol=CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("train", "how"),
+    [("lora", {"mesh": "data=8", "sharding": "data"}), ("all", {"mesh": "data=2,fsdp=4", "sharding": "fsdp", "home": "host"})],
+)
+def test_eight_devices_are_one(train: str, how: dict[str, str]) -> None:
+    settings = dataclasses.replace(HOW, batch=8, steps=3, train=train, optimizer="adamw", learning_rate=1e-3)
+    one, eight = run_of(llama(), settings), run_of(llama(**how), settings)
+    wanted = losses(one)
+    assert moved_by(wanted) > 1000 * CLOSE * max(wanted)
+    np.testing.assert_allclose(losses(eight), wanted, rtol=CLOSE)
+    # rows are split, and an optimizer's moments as their parameters
+    batch = eight._next_batch()[0] if eight._ahead is None else eight._ahead[0]
+    assert batch.tokens.sharding.shard_shape((1, 8, T)) == (1, 1, T)
+    if train == "all":
+        assert sum(eight.memory().values()) < sum(one.memory().values()) / 2
+
+
+def test_held_out_loss_is_that_of_each_document_alone() -> None:
+    model, held = llama(), documents(5, 50)
+    run = Run(model, HOW, rows(), pack(held, T))
+    total = tokens = 0.0
+    for ids, _ in (held[i] for i in range(len(held))):
+        for start in range(0, len(ids) - 1, T):  # as long documents are cut
+            part = ids[start : start + T + 1]
+            z = np.asarray(model.logits(part[:-1])[0], np.float64)
+            total += float((np.log(np.exp(z).sum(-1)) - np.take_along_axis(z, part[1:, None], 1)[:, 0]).sum())
+            tokens += len(part) - 1
+    assert run.evaluate() == pytest.approx(total / tokens, rel=CLOSE)
+    with pytest.raises(ValueError, match="no held-out rows"):
+        Run(model, HOW, rows()).evaluate()
+
+
+def test_all_leaves_the_trained_parameters_in_the_model(tmp_path: Path) -> None:
+    """At every step, and in what is written, in the checkpoint's own dtype."""
+    model, settings, ids = llama(home="host"), dataclasses.replace(HOW, train="all"), np.arange(12)
+    run = run_of(model, settings, out=tmp_path / "out")
+    before = np.asarray(llama().logits(ids))
+    first = losses(run, 1)
+    assert np.abs(np.asarray(model.logits(ids)) - before).max() > 0.01
+    assert len(first + [record.loss for record in run.run()]) == 6
+    after = np.asarray(run.tuned().logits(ids))
+    np.testing.assert_allclose(jaxengine.load(tmp_path / "out" / "model").logits(ids), after, atol=1e-5)
+    run.close()
+
+
+def test_a_loss_that_is_no_number_ends_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    run = run_of(llama(), out=tmp_path / "out", save_every=1)
+    advance = run._advance
+
+    def lost(batch: Any) -> Any:
+        state, measured = advance(batch)
+        return state, measured | {"loss": jnp.float32(jnp.nan)} if run.step else measured
+
+    monkeypatch.setattr(run, "_advance", lost)
+    with pytest.raises(ValueError, match="loss of step 2 is nan"):
+        run.run()
+    run.wait()
+    assert run._manager.latest_step() == 1
+    run.close()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Going on
+
+
+def test_an_async_save_holds_what_was_there_when_it_was_asked_for(tmp_path: Path) -> None:
+    """Steps that follow at once write over the arrays that were saved, on the device and in pinned memory."""
+    import orbax.checkpoint as ocp
+
+    mesh, n = make_mesh(None), 2**21
+    places = [jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(), memory_kind=k) for k in (None, "pinned_host")]
+    step = jax.jit(lambda state: [x + 1 for x in state], donate_argnums=0, out_shardings=places)
+    state = step([jax.device_put(np.arange(n, dtype=np.float32), place) for place in places])
+    manager = runs._manager(tmp_path / "kept", 2)
+    args: Any = ocp.args
+    manager.save(1, args=args.Composite(state=args.StandardSave(dict(enumerate(map(lambda x: x, state)))) if False else args.StandardSave({"a": state[0], "b": state[1]})))  # noqa: E501
+    for _ in range(5):
+        state = step(state)
+    manager.wait_until_finished()
+    wanted = {n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for n, x in zip("ab", state, strict=True)}
+    found = manager.restore(1, args=args.Composite(state=args.StandardRestore(wanted))).state
+    for name, now in zip("ab", state, strict=True):
+        assert found[name].sharding == now.sharding
+        np.testing.assert_array_equal(found[name], np.arange(n) + 1)
+        assert np.asarray(now)[0] == 6
+    manager.close()
+
+
+ADAM = dataclasses.replace(HOW, optimizer="adamw", learning_rate=1e-2, schedule="cosine", warmup=0.2, steps=8)
+
+
+@pytest.mark.parametrize(
+    ("train", "how"), [("lora", {}), ("dora", {"home": "split", "resident": 1}), ("all", {}), ("all", {"home": "host"})]
+)
+def test_a_run_goes_on_from_its_folder_bit_for_bit(train: str, how: dict[str, Any], tmp_path: Path) -> None:
+    """After ends at different places: the losses, the state and what is written are those of an unbroken run."""
+    settings = dataclasses.replace(ADAM, train=train)
+    unbroken = run_of(llama(**how), settings, out=tmp_path / "whole", save_every=3)
+    wanted = [record.loss for record in unbroken.run()]
+    found: dict[int, float] = {}
+    for steps in (4, 1, None):  # ends after 4, 4 (3 + 1) and 8
+        with run_of(llama(**how), settings, out=tmp_path / "parts", save_every=3) as run:
+            assert run.step == {4: 0, 1: 3, None: 3}[steps]
+            for record in itertools.islice(run, steps):
+                assert found.setdefault(record.step, record.loss) == record.loss
+            last = run
+    assert [found[i] for i in range(1, 9)] == wanted
+    assert last.memory() == unbroken.memory()
+    for one, other in zip(jax.tree.leaves(unbroken._state), jax.tree.leaves(last._state), strict=True):
+        assert one.sharding.memory_kind == other.sharding.memory_kind
+        np.testing.assert_array_equal(one, other)
+    with run_of(llama(**how), settings, out=tmp_path / "parts") as again:  # of a run that is over: what comes out
+        assert again.run() == []
+    name = "model/model.safetensors" if train == "all" else "adapter/adapter_model.safetensors"
+    assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    unbroken.close()
+
+
+KILLED = """
+import sys
+sys.path.insert(0, "tests")
+from test_finetune import ADAM, dataclasses, llama, run_of
+with run_of(llama(home="host"), dataclasses.replace(ADAM, train="all", steps=30), out=sys.argv[1], save_every=1) as run:
+    for record in run:
+        print(record.step, record.loss.hex(), flush=True)
+"""
+
+
+def test_killed_at_any_moment_it_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    """kill -9 while steps are made and checkpoints are written beside them, at moments drawn anew in every test run."""
+    environment = os.environ | {
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "xla"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }  # fmt: skip
+    draw, seed = random.Random(), time.time_ns()
+    draw.seed(seed)
+    found: dict[int, str] = {}
+    ends = []
+    for kill_at in (draw.randrange(1, 8), draw.randrange(2, 8), None):
+        words = [sys.executable, "-W", "ignore", "-c", KILLED, str(tmp_path / "out")]
+        with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=environment, cwd=ROOT) as process:
+            assert process.stdout is not None
+            for count, line in enumerate(process.stdout, 1):
+                step, loss = line.split()
+                assert found.setdefault(int(step), loss) == loss, f"step {step}, seed {seed}"
+                if count == kill_at:
+                    time.sleep(draw.random() * 0.02)
+                    process.kill()
+                    break
+            ends.append(process.wait())
+    assert ends == [-signal.SIGKILL, -signal.SIGKILL, 0]
+    unbroken = losses(run_of(llama(home="host"), dataclasses.replace(ADAM, train="all", steps=30)))
+    assert [found[i] for i in range(1, 31)] == [loss.hex() for loss in unbroken]
+
+
+def test_other_settings_models_and_data_are_refused(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with run_of(llama(), out=out, save_every=2) as run:
+        losses(run, 2)
+    for change, why in (
+        ({"rank": 2}, "rank was 4 and is 2"),
+        ({"seed": 1}, "seed was 0 and is 1"),
+        ({"train": "all"}, "train was 'lora' and is 'all'"),
+        ({"steps": 0, "epochs": 1}, "epochs was 0 and is 1"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            run_of(llama(), dataclasses.replace(HOW, **change), out=out)
+    with pytest.raises(ValueError, match="home was 'device' and is 'host'"):
+        run_of(llama(home="host"), out=out)
+    with pytest.raises(ValueError, match=r"model\.config was '\w+' and is"):
+        Run(jaxengine.load(GOLDEN / "qwen2", dtype="float32"), HOW, rows(), out=out)
+    other = llama()
+    outer = other.params["outer"] | {"embedding": other.params["outer"]["embedding"] + 1}
+    other.params = other.params | {"outer": outer}
+    with pytest.raises(ValueError, match=r"model\.weights was"):
+        run_of(other, out=out)
+    with pytest.raises(DataError, match="data was"):
+        Run(llama(), HOW, rows(first=3), out=out)
+    # at a constant rate a run may become longer
+    with run_of(llama(), dataclasses.replace(HOW, steps=8), out=out) as run:
+        assert (run.step, run.steps) == (2, 8)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("precious")
+    with pytest.raises(ValueError, match="no run's folder"):
+        run_of(llama(), out=tmp_path / "mine")
+
+
+def test_ctrl_c_waits_for_the_step_saves_and_the_run_goes_on(
+    resident: dict[str, list[float]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = run_of(llama(), out=tmp_path / "out")
+    advance = run._advance
+
+    def interrupted(batch: Any) -> Any:
+        made = advance(batch)
+        if run.step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.01)  # Python takes it here, where the old state is written over and the new one not yet kept
+        return made
+
+    monkeypatch.setattr(run, "_advance", interrupted)
+    found = []
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        run.run(progress=lambda record: found.append(record.loss))
+    assert signal.getsignal(signal.SIGINT) is before
+    assert run._manager.all_steps() == [3]
+    run.close()
+    with run_of(llama(), out=tmp_path / "out") as run:
+        assert [*found, *resident["lora"][2:3], *losses(run)] == resident["lora"]
+
+
+def test_the_last_checkpoints_and_the_best_one_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = [3.0, 1.0, 2.0, math.nan, 4.0, 5.0]
+    run = Run(llama(), HOW, rows(), rows(3), out=tmp_path / "out", save_every=1, keep=2)
+
+    def scripted() -> float:
+        run._eval_loss = (run.step, held[run.step - 1])
+        return held[run.step - 1]
+
+    monkeypatch.setattr(run, "evaluate", scripted)
+    states = {record.step: np.asarray(run._state.trained["banks"][0][0]["q"]["b"]) for record in run}
+    run.wait()
+    assert sorted(run._manager.all_steps()) == [2, 5, 6]
+    assert run.best == (2, 1.0)
+    run.take_best()
+    np.testing.assert_array_equal(run._state.trained["banks"][0][0]["q"]["b"], states[2])
+    assert np.abs(states[2] - states[6]).max() > 0
+    assert list(run) == []
+    run.close()
+
+
+def test_events(tmp_path: Path, resident: dict[str, list[float]]) -> None:
+    with Run(llama(), HOW, rows(), rows(4, 60), out=tmp_path / "out", eval_every=3) as run:
+        records = run.run()
+    (file,) = (tmp_path / "out" / "events").iterdir()
+    told = read_events(file)
+    trained = {step: numbers for step, numbers in told if "train/loss" in numbers}
+    assert [trained[i]["train/loss"] for i in range(1, 7)] == resident["lora"]
+    assert trained[1]["train/learning_rate"] == np.float32(0.3)
+    assert trained[1]["bytes/device"] == run.memory()["device"]
+    assert {s: n["eval/loss"] for s, n in told if "eval/loss" in n} == {
+        r.step: np.float32(r.eval_loss) for r in records if r.eval_loss is not None
+    }
+    assert [r.step for r in records if r.eval_loss is not None] == [3, 6]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Adapters
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_pefts_adapters_beside_and_merged(case: str, tmp_path: Path) -> None:
+    """Logits that peft gave, from the adapter beside the matrices, and from a folder that it was merged into."""
+    base = case.partition("_")[0]
+    with np.load(ADAPTERS / case / "logits.npz") as file:
+        wanted = file["logits"]
+    ids = golden(base)[0][0]
+    how = {"home": "host"} if "rslora" in case or "phi3" in case else {}
+    model = with_adapter(jaxengine.load(GOLDEN / base, dtype="float32", **how), ADAPTERS / case)
+    np.testing.assert_allclose(model.logits(ids)[0], wanted, atol=2e-4, rtol=0)
+    merge(model, tmp_path / "merged")
+    np.testing.assert_allclose(jaxengine.load(tmp_path / "merged").logits(ids)[0], wanted, atol=2e-4, rtol=0)
+
+
+def test_an_adapter_is_written_as_peft_reads_it(tmp_path: Path) -> None:
+    settings = dataclasses.replace(HOW, train="dora", targets=("q", "layers.1.down"), rs=True, steps=2)
+    model, ids = llama(), np.arange(9)
+    with run_of(model, settings, out=tmp_path / "out") as run:
+        run.run()
+        tuned, state = np.asarray(run.tuned().logits(ids)), run._state.trained["banks"][0]
+    folder = tmp_path / "out" / "adapter"
+    raw = json.loads((folder / "adapter_config.json").read_text())
+    assert (raw["r"], raw["lora_alpha"], raw["use_rslora"], raw["use_dora"]) == (4, 8, True, True)
+    assert raw["base_model_name_or_path"] == str(LLAMA)
+    lead = "base_model.model.model.layers."
+    with Reader.open(folder / "adapter_model.safetensors") as reader:
+        assert {name.removeprefix(lead) for name in reader.names} == {
+            f"{module}.{part}"
+            for module in ("0.self_attn.q_proj", "1.self_attn.q_proj", "1.mlp.down_proj")
+            for part in ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
+        }
+        b = reader.read(f"{lead}1.self_attn.q_proj.lora_B.weight")
+        np.testing.assert_array_equal(b, np.asarray(state[1]["q"]["b"]).reshape(-1, 4))
+        assert np.abs(b).max() > 0
+    arch = model.architecture
+    adapters, config = read_adapter(folder, arch.name_table(), arch.params(), arch.num_layers)
+    assert config.scale("layers.0.q") == 8 / 2
+    np.testing.assert_array_equal(adapters["layers.1.down"].magnitude, state[1]["down"]["magnitude"])
+    again = with_adapter(llama(home="host"), folder)  # one layer's down has none, in a stack
+    np.testing.assert_allclose(again.logits(ids), tuned, atol=1e-5)
+    assert np.abs(np.asarray(model.logits(ids)) - tuned).max() > 0.001
+
+
+def test_beside_quantised_matrices_and_merged(tmp_path: Path) -> None:
+    """QLoRA: what is trained beside an int8 matrix is merged into the matrix that it stands for."""
+    model, ids = llama(weights="int8", home="host"), np.arange(9)
+    run = run_of(model)
+    found = losses(run)
+    assert moved_by(found) > 0.1
+    assert {x.dtype.name for x in jax.tree.leaves(model.params["banks"])} >= {"int8"}
+    merge(run.tuned(), tmp_path / "merged")
+    tuned = np.asarray(run.tuned().logits(ids))
+    np.testing.assert_allclose(jaxengine.load(tmp_path / "merged").logits(ids), tuned, atol=2e-5)
+    assert np.abs(np.asarray(model.logits(ids)) - tuned).max() > 0.01
+    with pytest.raises(ValueError, match="not empty"):
+        merge(run.tuned(), tmp_path / "merged")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+
+
+def invoke(*words: str) -> Result:
+    return CliRunner().invoke(command.app, ["finetune", *words])
+
+
+@pytest.fixture
+def sums(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Rows of a task that the demo does not know."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    made = ({"prompt": f"{i} + {j} =", "completion": f" {i + j}"} for i in range(12) for j in range(12))
+    path = tmp_path / "sums.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in made))
+    return str(path)
+
+
+def test_the_demo_learns_goes_on_after_ctrl_c_and_is_merged(
+    sums: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    words = (
+        "demo", sums, "--out", str(out), "--context", "48", "--batch", "8", "--steps", "12", "--learning-rate", "1e-2",
+        "--compute", "float32", "--eval", "0.1", "--save-every", "4", "--merge", str(tmp_path / "merged"),
+    )  # fmt: skip
+    told: list[runs.Record] = []
+
+    def show(self: Any, record: runs.Record) -> None:
+        told.append(record)
+        if len(told) == 6:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune_command.Steps, "__call__", show)
+        done = invoke(*words)
+    assert (done.exit_code, done.stdout) == (130, "")
+    assert len(told) == 6
+    assert not (out / "adapter").exists()
+    done = invoke(*words)
+    assert done.exit_code == 0, done.output
+    said = done.stdout.splitlines()
+    assert said[0].startswith("step 8: held-out loss ")
+    assert said[-2:] == [f"wrote {out / 'adapter'}", f"wrote {tmp_path / 'merged'}"]
+    last = float(next(line for line in said if line.startswith("12 steps")).rpartition(" ")[2])
+    assert last < 0.6 * told[0].loss
+    assert told[3].eval_loss is not None
+    assert float(said[1].rpartition(" ")[2]) < told[3].eval_loss
+    # the merged folder is bfloat16, as the demo is: 2^-9 of each weight
+    beside = with_adapter(jaxengine.load(jaxengine.demo_folder(), dtype="float32"), out / "adapter")
+    merged = jaxengine.load(tmp_path / "merged", dtype="float32")
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["dtype"] == "bfloat16"
+    ids = merged.tokenizer.encode("7 + 4 =") if merged.tokenizer else []
+    plain = np.asarray(jaxengine.load(jaxengine.demo_folder(), dtype="float32").logits(ids))
+    apart = np.abs(np.asarray(beside.logits(ids)) - np.asarray(merged.logits(ids))).max()
+    assert apart < 0.02 * np.abs(np.asarray(beside.logits(ids)) - plain).max()
+    assert beside.generate("7 + 4 =", max_new_tokens=3)[0].text == merged.generate("7 + 4 =", max_new_tokens=3)[0].text
+    # the same again makes nothing new, but for the folder that is there
+    done = invoke(*words)
+    assert done.exit_code == 2
+    assert "is not empty" in done.output
+    done = invoke(*words[:-2])
+    assert (done.exit_code, done.stdout.splitlines()[-1]) == (0, f"wrote {out / 'adapter'}")
+
+
+def test_memory_chooses_where_layers_stand(sums: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {o.name: o.default for o in finetune_command.finetune.params}
+    given |= {n: None for n, v in given.items() if n in ("folder", "data", "out") or not isinstance(v, str | int | float)}
+    given = {n: v for n, v in given.items() if n not in ("folder", "data", "out")}
+    for n in ("held_out", "eval_every", "save_every", "keep", "best", "merge", "skip_bad"):
+        del given[n]
+    given |= {"rs": False, "context": 64}
+    found = {}
+    for memory in ("64MB", "7MB"):
+        _, plan, settings = finetune_command.chosen_plan(jaxengine.demo_folder(), given | {"memory": memory})
+        found[memory] = (plan.home, settings.remat)
+    assert found["64MB"] == ("device", "none")
+    assert found["7MB"][0] in ("split", "host")
+    with pytest.raises(ValueError, match=r"memory='1MB': a step on 4 x 64 tokens needs at least .* MB of the device"):
+        finetune_command.chosen_plan(jaxengine.demo_folder(), given | {"memory": "1MB"})
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (("--context", "4096"), "the model has positions for 384 tokens"),
+        (("--home", "disk"), "Say home='host', or home='split'"),
+        (("--home", "host", "--form", "ahead"), "Say home='host', or home='split'"),
+        (("--train", "all", "--weights", "int8"), "train='lora' beside the quantised matrices"),
+        (("--train", "all", "--dtype", "bfloat16"), "load with dtype='float32'"),
+        (("--train", "al"), "Did you mean 'all'"),
+        (("--train", "all", "--rank", "4"), "--rank is of lora and dora"),
+        (("--train", "all", "--merge", "x"), "OUT/model is the whole model"),
+        (("--target", "query"), "Nearest: "),
+        (("--weights", "nf5"), "There is no 'nf5'"),
+        (("--optimizer", "adam"), "Did you mean 'adamw'"),
+        (("--steps", "3", "--epochs", "1"), "leave one out"),
+        (("--rank", "0"), "--rank"),
+        (("--eval", "1.5"), "between 0 and 1"),
+        (("--eval", "none.jsonl"), "there is no file none.jsonl"),
+        (("--best",), "give --eval too"),
+        (("--ram", "1GB"), "give --memory too"),
+        (("--memory", "1GB", "--home", "host"), "leave --home out"),
+        (("--mesh", "data=8", "--sharding", "data"), "say batch=8"),
+        (("--merge", "."), "--merge: . is not empty"),
+    ],
+)
+def test_bad_options_are_refused_before_anything_is_loaded(
+    words: tuple[str, ...], why: str, sums: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jaxengine, "load", None)
+    done = invoke("demo", sums, "--out", str(tmp_path / "out"), *words)
+    assert done.exit_code == 2, (done.output, done.exception)
+    assert why in done.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_dora_beside_a_part_of_a_joined_matrix_is_refused_before_it_is_trained() -> None:
+    model = jaxengine.load(GOLDEN / "phi3", dtype="float32")
+    with pytest.raises(ValueError, match=r"qkv_proj.* target k, v too, or train='lora'"):
+        Run(model, dataclasses.replace(HOW, train="dora", targets=("q",)), rows())
+    with pytest.raises(ValueError, match="packed for 16 tokens, and the context is 8"):
+        Run(model, dataclasses.replace(HOW, context=8), rows())
+
+
+def test_bad_rows_are_named_by_line(sums: str, tmp_path: Path) -> None:
+    with open(sums, "a") as file:
+        file.write('{"promt": "x"}\n')
+    done = invoke("demo", sums, "--out", str(tmp_path / "out"), "--context", "48")
+    assert done.exit_code == 2
+    assert f"{sums}:145:" in done.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_script_is_the_command() -> None:
+    words = [sys.executable, "scripts/finetune.py", "--help"]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0
+    assert done.stdout.splitlines()[1:] == invoke("--help").output.splitlines()[1:]
