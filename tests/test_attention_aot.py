@@ -15,6 +15,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import aot, disassembly
 from pallas_kernels.attention import tiles as tiling
@@ -134,6 +136,28 @@ def test_few_queries_and_lists_of_blocks() -> None:
     for kernel in found:
         assert kernel.shared_memory <= spec.limits.shared_memory_block
         assert kernel.stack == 0
+
+
+@pytest.mark.skipif(False, reason="TODO")
+def test_split_over_two_cards() -> None:
+    """Each card compiles the kernels of its kv heads and of their queries', and nothing goes between them."""
+    length, H = 1024, 64
+    how = P(None, None, "tensor"), P(None, "tensor"), P(None, "tensor"), P(), P()
+    with aot.target(aot.CARDS["H200"], tensor=2) as target:
+        given = [
+            jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(target.mesh, spec))
+            for x, spec in zip(shapes(H, length), how, strict=True)
+        ]
+        program = compiled(target, gradients(), given)
+    text = program.as_text()
+    told = set(re.findall(r"(all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(", text))
+    assert told <= {"all-reduce"}  # of the loss
+    assert all("f32[]" in line for line in text.splitlines() if re.search(r" all-reduce(?:-start)?\(", line))
+    found = {k.name: k.grid for k in disassembly.kernels(program) if k.name in KERNELS}
+    tiles = tiling.choose(aot.CARDS["H200"].capability, H, length)
+    assert found["attention_forward"][:2] == (length // tiles.forward.block_q, N // 2)
+    assert found["attention_backward_keys"][:2] == (length // tiles.keys.block_k, K // 2)
+    assert found["attention_backward_queries"][:2] == (length // tiles.queries.block_q, N // 2)
 
 
 def test_a_tile_too_large_is_told_by_the_compiler_and_by_the_form() -> None:

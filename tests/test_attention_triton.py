@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -21,7 +23,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import dispatch
 from pallas_kernels.attention import reference, triton
@@ -31,6 +34,7 @@ from pallas_kernels.cards import LIMITS
 
 U = 2.0**-24  # float32's unit roundoff
 FUNCTION = 8 * U  # what an exponential or a logarithm may be off, relatively
+QUICK = {"xla_backend_optimization_level": 0}  # half of the seconds
 SMALL = Tiles(Config(16, 32, 4, 2), Config(32, 16, 4, 2), Config(16, 16, 4, 2))
 
 
@@ -228,22 +232,38 @@ FORWARD = [
 ]
 
 
-@pytest.mark.parametrize("case", GRADIENTS, ids=str)
-def test_forward_and_gradients(case: Case) -> None:
-    """What sees nothing (an empty row, a query at -1, one before all keys) is zero, and its gradients, exactly."""
-    x = inputs(case)
+NAMES = ("out", "lse", "dq", "dk", "dv", "dsinks")
 
-    @jax.jit
-    def run(q: Any, k: Any, v: Any, sinks: Any) -> Any:
+
+def quickly(f: Any, *arrays: Any) -> tuple[Any, str]:
+    """What f gives under jit, and the compiled program's text."""
+    program = jax.jit(f).lower(*arrays).compile(compiler_options=QUICK)
+    return program(*arrays), str(program.as_text())
+
+
+def differentiated(case: Case, x: Inputs) -> Any:
+    """A function of arrays in the fields of Inputs to NAMES."""
+
+    def run(x: Inputs) -> Any:
         def f(q: Any, k: Any, v: Any, sinks: Any) -> Any:
             how = arguments(case, x)
             return triton.attention(q, k, v, x.q_at, x.k_at, sinks=sinks, interpret=True, tiles=SMALL, **how)
 
-        out, pull = jax.vjp(f, q, k, v, sinks)
-        return *out, *pull((jnp.asarray(x.do), jnp.asarray(x.dlse)))
+        out, pull = jax.vjp(f, x.q, x.k, x.v, x.sinks)
+        return *out, *pull((x.do, x.dlse))
 
-    names: tuple[str, ...] = ("out", "lse", "dq", "dk", "dv", "dsinks")
-    found: dict[str, Any] = dict(zip(names, run(x.q, x.k, x.v, x.sinks), strict=True))
+    return lambda arrays: run(dataclasses.replace(x, **arrays))
+
+
+def arrays(x: Inputs) -> dict[str, Any]:
+    return {f.name: getattr(x, f.name) for f in dataclasses.fields(x) if f.name != "scale"}
+
+
+@pytest.mark.parametrize("case", GRADIENTS, ids=str)
+def test_forward_and_gradients(case: Case) -> None:
+    """What sees nothing (an empty row, a query at -1, one before all keys) is zero, and its gradients, exactly."""
+    x = inputs(case)
+    found: dict[str, Any] = dict(zip(NAMES, quickly(differentiated(case, x), arrays(x))[0], strict=True))
     assert (found["out"].dtype, found["dq"].dtype, found["dk"].dtype) == (x.q.dtype,) * 3
     wanted = oracle(case, x, tiles=-(-case.shape[2] // 16))
     for name, what in wanted.items():
@@ -256,7 +276,7 @@ def test_forward(case: Case) -> None:
     """With the tiles that are chosen, so that the heads of a kv head share one where queries are few."""
     x = inputs(case)
     how = arguments(case, x) | {"sinks": x.sinks, "interpret": True}
-    found = jax.jit(functools.partial(triton.attention, **how))(x.q, x.k, x.v, x.q_at, x.k_at)
+    found, _ = quickly(functools.partial(triton.attention, **how), x.q, x.k, x.v, x.q_at, x.k_at)
     wanted = oracle(case, x, tiles=-(-case.shape[2] // 16))
     for name, value in zip(("out", "lse"), found, strict=True):
         agrees(value, wanted[name], name)
@@ -272,7 +292,7 @@ def test_a_gradient_is_that_of_the_reference() -> None:
 
     ours = functools.partial(triton.attention, interpret=True, tiles=SMALL)
     found, wanted = (
-        jax.jit(jax.grad(functools.partial(loss, f), (0, 1, 2)))(x.q, x.k, x.v) for f in (ours, reference.attention)
+        quickly(jax.grad(functools.partial(loss, f), (0, 1, 2)), x.q, x.k, x.v)[0] for f in (ours, reference.attention)
     )
     without_lse = dataclasses.replace(x, dlse=np.zeros_like(x.dlse))
     bounds = oracle(case, without_lse, tiles=3)
@@ -318,8 +338,11 @@ def test_sparse(sinks: bool) -> None:
             allowed[b, n, 32 * i : 32 * i + 32, 32 * j : 32 * j + 32] = True
     how = arguments(case, x) | {"block_q": 32, "block_k": 32, "sinks": x.sinks, "interpret": True}
     tiles = dataclasses.replace(SMALL, forward=Config(16, 16, 4, 2))
-    sparse = jax.jit(functools.partial(triton.sparse_attention, tiles=tiles, **how))
-    found = sparse(x.q, x.k, x.v, x.q_at, x.k_at, blocks=jnp.asarray(blocks))
+
+    def sparse(blocks: Any, *arrays: Any) -> Any:
+        return triton.sparse_attention(*arrays, blocks=blocks, tiles=tiles, **how)
+
+    found, _ = quickly(sparse, blocks, x.q, x.k, x.v, x.q_at, x.k_at)
     wanted = oracle(case, x, tiles=6, allowed=allowed)
     for name, value in zip(("out", "lse"), found, strict=True):
         agrees(value, wanted[name], name)
@@ -339,6 +362,114 @@ def test_sparse_refuses_what_is_no_list() -> None:
         jax.grad(lambda q: triton.sparse_attention(
             q, x.k, x.v, x.q_at, x.k_at, scale=1.0, interpret=True, blocks=jnp.zeros((1, 2, 3, 1), jnp.int32),
             block_q=16, block_k=16).sum())(x.q)  # fmt: skip
+
+
+# ---- over a mesh
+
+
+def mesh() -> Mesh:
+    return Mesh(np.array(jax.devices()[:8]).reshape(2, 4), ("data", "tensor"))
+
+
+def placed(x: Inputs, q: P, k: P) -> dict[str, Any]:
+    """The arrays of x: queries [B, T, N, H] and keys [B, K, S, H] as said, the others along with them."""
+    (b, t, n, h), (b_k, _, s, _) = ((*spec, *(None,) * (4 - len(spec))) for spec in (q, k))
+    specs = {
+        "q": q, "k": k, "v": k, "do": P(b, t, n, h), "dlse": P(b, t, n), "sinks": P(n), "q_at": P(b, t), "q_of": P(b, t),
+        "k_at": P(b_k, s), "k_of": P(b_k, s),
+    }  # fmt: skip
+    there = mesh()
+    return {
+        name: None if a is None else jax.device_put(a, NamedSharding(there, specs[name]))
+        for name, a in arrays(x).items()
+    }
+
+
+def told(text: str) -> dict[str, list[str]]:
+    """Each collective in a program, and the shapes of what it gives."""
+    found: dict[str, list[str]] = {}
+    kinds = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
+    for shape, kind in re.findall(rf"= (.*?) ({kinds})(?:-start)?\(", text):
+        found.setdefault(kind, []).append(shape)
+    return found
+
+
+# kv heads, how queries [B, T, N, H] and keys [B, K, S, H] are split, and collectives
+MESHES = {
+    "batch and heads": (4, P("data", None, "tensor"), P("data", "tensor"), {"all-reduce"}),
+    "2 kv heads over 4 devices": (2, P("data", None, "tensor"), P("data"), {"all-reduce", "all-gather"}),
+    "lengths and head_dim": (1, P(None, "tensor", None, "data"), P(None, None, "tensor"), None),
+}
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_split_over_a_mesh(name: str) -> None:
+    """Nothing is sent but the sum of the sinks' gradient over the batch; what cannot be split is gathered."""
+    K, q, k, collectives = MESHES[name]
+    case = Case("float32", (2, 20, 36, 8, K, 16), "packed", window=11, segments=True, sinks=collectives is not None)
+    x = inputs(case)
+    found, text = quickly(differentiated(case, x), placed(x, q, k))
+    wanted = oracle(case, x, tiles=3)
+    for name, value in zip(NAMES, found, strict=True):
+        if value is not None:
+            agrees(value, wanted[name], name)
+    if collectives is None:
+        return
+    heard = told(text)
+    assert set(heard) == collectives
+    assert heard["all-reduce"] == ["f32[2]{0}"]
+    assert not [shape for shape in heard.get("all-gather", ()) if "36" in shape]  # neither keys nor values
+    for name, value in zip(NAMES, found, strict=True):
+        like = P("data", None, "tensor") if name in ("out", "lse", "dq") else P("tensor") if name == "dsinks" else k
+        assert value.sharding.is_equivalent_to(NamedSharding(mesh(), like), value.ndim), name
+
+
+def test_one_token_and_lists_over_a_mesh() -> None:
+    """With the heads of a kv head in one tile, and with lists of blocks, which go with heads: nothing is sent."""
+    case = Case("float32", (2, 1, 36, 8, 4, 16), "last", sinks=True)
+    x = inputs(case)
+    blocks = np.random.default_rng(0).integers(-1, 3, (2, 8, 1, 2)).astype(np.int32)
+    allowed = (np.arange(36) // 16 == blocks[..., None]).any(-2)
+    there = placed(x, P("data", None, "tensor"), P("data", "tensor"))
+    names = ("q", "k", "v", "q_at", "k_at")
+
+    def both(blocks: Any, sinks: Any, *given: Any) -> Any:
+        how = arguments(case, x) | {"interpret": True, "sinks": sinks, "tiles": SMALL}
+        return triton.attention(*given, **how), triton.sparse_attention(
+            *given, blocks=blocks, block_q=16, block_k=16, **how
+        )
+
+    lists = jax.device_put(blocks, NamedSharding(mesh(), P("data", "tensor")))
+    found, text = quickly(both, lists, there["sinks"], *(there[n] for n in names))
+    assert not told(text)
+    for value, mask in zip(found, (True, allowed), strict=True):
+        wanted = oracle(case, x, tiles=3, allowed=mask)
+        agrees(value[0], wanted["out"], "out")
+        agrees(value[1], wanted["lse"], "lse")
+
+
+@pytest.mark.parametrize(
+    ("shape", "q", "k", "wanted"),
+    [
+        ((8, 4), P(("data", "tensor")), P("data"), (("data", "tensor"), ())),  # keys are cut further
+        ((8, 4), P(), P("data", "tensor"), (("data",), ("tensor",))),
+        ((8, 4), P("data", None, "tensor"), P(), (("data",), ("tensor",))),
+        ((2, 4), P(("data", "tensor")), P(), (("data",), ())),  # as far as it divides
+        ((3, 4), P("data", None, "tensor"), P("data", "tensor"), ((), ("tensor",))),
+        ((8, 2), P("data", None, "tensor"), P("data"), (("data",), ())),
+        ((8, 4), P("tensor", None, "data"), P("data", "tensor"), (("data",), ("tensor",))),  # queries are moved
+        ((8, 4), P(None, "data", None, "tensor"), P(None, None, "tensor", "data"), ((), ())),
+    ],
+)
+def test_what_is_split(shape: tuple[int, int], q: P, k: P, wanted: Any) -> None:
+    """Batch and kv heads over the mesh data=2, tensor=4."""
+    B, K = shape
+    there = AbstractMesh((2, 4), ("data", "tensor"))
+    given = {
+        name: SimpleNamespace(shape=(B, K, 16, 16), sharding=NamedSharding(there, spec))
+        for name, spec in (("q", q), ("k", k), ("v", k))
+    }
+    assert triton._split(there, given) == wanted
 
 
 # ---- which tiles are walked over

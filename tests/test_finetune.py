@@ -14,12 +14,11 @@ import json
 import math
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,16 +48,9 @@ CASES = sorted(folder.name for folder in ADAPTERS.iterdir())
 T, V = 16, 101
 CLOSE = 64 * 2.0**-24
 HOW = Settings(
-    context=T, batch=2, steps=6, compute="float32", optimizer="sgd", learning_rate=0.3, schedule="constant", warmup=0,
+    context=T, batch=2, steps=6, compute="float32", optimizer="sgd", learning_rate=0.3, schedule="linear", warmup=0,
     rank=4, alpha=8.0,
 )  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def lenient() -> Iterator[None]:
-    """optax multiplies integers by floats."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
 
 
 def documents(n: int = 24, first: int = 0) -> Documents:
@@ -72,7 +64,8 @@ def rows(n: int = 24, first: int = 0) -> Packed:
 
 
 def llama(**how: Any) -> Model:
-    return jaxengine.load(LLAMA, **({"dtype": "float32"} | how))
+    given: dict[str, Any] = {"dtype": "float32"} | how
+    return jaxengine.load(LLAMA, **given)
 
 
 def losses(run: Run, steps: int | None = None) -> list[float]:
@@ -128,7 +121,9 @@ def test_settings_refuse_what_cannot_be(given: dict[str, Any], why: str) -> None
 
 def test_a_schedule_is_as_long_as_the_run() -> None:
     rate = Settings(learning_rate=1.0, warmup=0.25, schedule="linear").make_optimizer(8).rate()
-    np.testing.assert_allclose([rate(i) for i in range(9)], [0, 0.5, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6, 0], atol=1e-6)
+    np.testing.assert_allclose(
+        [rate(i) for i in range(9)], [0, 0.5, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6, 0], atol=1e-6
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -138,8 +133,7 @@ def test_a_schedule_is_as_long_as_the_run() -> None:
 @pytest.fixture(scope="module")
 def resident() -> dict[str, list[float]]:
     """The losses of all layers on one device, by what is trained."""
-    with jax.numpy_dtype_promotion("standard"):
-        return {train: losses(run_of(llama(), dataclasses.replace(HOW, train=train))) for train in ("lora", "all")}
+    return {train: losses(run_of(llama(), dataclasses.replace(HOW, train=train))) for train in ("lora", "all")}
 
 
 def moved_by(found: Sequence[float]) -> float:
@@ -147,8 +141,11 @@ def moved_by(found: Sequence[float]) -> float:
     return max(found) - min(found)
 
 
-@pytest.mark.parametrize("train", ["lora", "all"])
-@pytest.mark.parametrize("how", [{"home": "host"}, {"home": "split", "resident": 1}], ids=["host", "split"])
+@pytest.mark.parametrize(
+    ("train", "how"),
+    [("lora", {"home": "host"}), ("lora", {"home": "split", "resident": 1}), ("all", {"home": "host"})],
+    ids=["lora-host", "lora-split", "all-host"],
+)
 def test_streamed_layers_give_the_losses_of_resident_ones(
     train: str, how: dict[str, Any], resident: dict[str, list[float]]
 ) -> None:
@@ -164,21 +161,22 @@ def test_parts_of_a_batch_are_one_batch(resident: dict[str, list[float]]) -> Non
     np.testing.assert_allclose(found, resident["lora"], rtol=CLOSE)
 
 
-@pytest.mark.parametrize(
-    ("train", "how"),
-    [("lora", {"mesh": "data=8", "sharding": "data"}), ("all", {"mesh": "data=2,fsdp=4", "sharding": "fsdp", "home": "host"})],
-)
-def test_eight_devices_are_one(train: str, how: dict[str, str]) -> None:
-    settings = dataclasses.replace(HOW, batch=8, steps=3, train=train, optimizer="adamw", learning_rate=1e-3)
-    one, eight = run_of(llama(), settings), run_of(llama(**how), settings)
+def test_eight_devices_are_one() -> None:
+    """Rows split over all of them; the frozen matrices in host memory, A, B and their moments over four."""
+    settings = dataclasses.replace(HOW, batch=8, steps=3)
+    one, eight = (
+        run_of(llama(home="host", **how), settings) for how in ({}, {"mesh": "data=2,fsdp=4", "sharding": "fsdp"})
+    )
     wanted = losses(one)
     assert moved_by(wanted) > 1000 * CLOSE * max(wanted)
-    np.testing.assert_allclose(losses(eight), wanted, rtol=CLOSE)
-    # rows are split, and an optimizer's moments as their parameters
-    batch = eight._next_batch()[0] if eight._ahead is None else eight._ahead[0]
+    batch = eight._put(next(eight._feed), 1, 8)
     assert batch.tokens.sharding.shard_shape((1, 8, T)) == (1, 1, T)
-    if train == "all":
-        assert sum(eight.memory().values()) < sum(one.memory().values()) / 2
+    eight._feed = eight._batches(state=None)
+    np.testing.assert_allclose(losses(eight), wanted, rtol=CLOSE)
+    a = eight._state.trained["banks"][0][0]["q"]["a"]
+    assert a.sharding.shard_shape(a.shape) == (2, 4, 48 // 4)
+    shapes = [(x.shape, x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(eight._state.optimizer)]
+    assert ((2, 4, 48), (2, 4, 12)) in shapes
 
 
 def test_held_out_loss_is_that_of_each_document_alone() -> None:
@@ -234,12 +232,13 @@ def test_an_async_save_holds_what_was_there_when_it_was_asked_for(tmp_path: Path
     import orbax.checkpoint as ocp
 
     mesh, n = make_mesh(None), 2**21
-    places = [jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(), memory_kind=k) for k in (None, "pinned_host")]
+    places = [
+        jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(), memory_kind=k) for k in (None, "pinned_host")
+    ]
     step = jax.jit(lambda state: [x + 1 for x in state], donate_argnums=0, out_shardings=places)
     state = step([jax.device_put(np.arange(n, dtype=np.float32), place) for place in places])
-    manager = runs._manager(tmp_path / "kept", 2)
-    args: Any = ocp.args
-    manager.save(1, args=args.Composite(state=args.StandardSave(dict(enumerate(map(lambda x: x, state)))) if False else args.StandardSave({"a": state[0], "b": state[1]})))  # noqa: E501
+    manager, args = runs._manager(tmp_path / "kept", 2, best=False), ocp.args
+    manager.save(1, args=args.Composite(state=args.StandardSave(dict(zip("ab", state, strict=True)))))
     for _ in range(5):
         state = step(state)
     manager.wait_until_finished()
@@ -252,25 +251,22 @@ def test_an_async_save_holds_what_was_there_when_it_was_asked_for(tmp_path: Path
     manager.close()
 
 
-ADAM = dataclasses.replace(HOW, optimizer="adamw", learning_rate=1e-2, schedule="cosine", warmup=0.2, steps=8)
-
-
 @pytest.mark.parametrize(
-    ("train", "how"), [("lora", {}), ("dora", {"home": "split", "resident": 1}), ("all", {}), ("all", {"home": "host"})]
+    ("train", "how"), [("lora", {}), ("lora", {"home": "split", "resident": 1}), ("all", {}), ("all", {"home": "host"})]
 )
 def test_a_run_goes_on_from_its_folder_bit_for_bit(train: str, how: dict[str, Any], tmp_path: Path) -> None:
     """After ends at different places: the losses, the state and what is written are those of an unbroken run."""
-    settings = dataclasses.replace(ADAM, train=train)
+    settings = dataclasses.replace(HOW, train=train)
     unbroken = run_of(llama(**how), settings, out=tmp_path / "whole", save_every=3)
     wanted = [record.loss for record in unbroken.run()]
     found: dict[int, float] = {}
-    for steps in (4, 1, None):  # ends after 4, 4 (3 + 1) and 8
+    for steps in (4, 1, None):  # ends after the 4th, again the 4th (3 + 1) and the last
         with run_of(llama(**how), settings, out=tmp_path / "parts", save_every=3) as run:
             assert run.step == {4: 0, 1: 3, None: 3}[steps]
             for record in itertools.islice(run, steps):
                 assert found.setdefault(record.step, record.loss) == record.loss
             last = run
-    assert [found[i] for i in range(1, 9)] == wanted
+    assert [found[i] for i in range(1, 7)] == wanted
     assert last.memory() == unbroken.memory()
     for one, other in zip(jax.tree.leaves(unbroken._state), jax.tree.leaves(last._state), strict=True):
         assert one.sharding.memory_kind == other.sharding.memory_kind
@@ -285,8 +281,8 @@ def test_a_run_goes_on_from_its_folder_bit_for_bit(train: str, how: dict[str, An
 KILLED = """
 import sys
 sys.path.insert(0, "tests")
-from test_finetune import ADAM, dataclasses, llama, run_of
-with run_of(llama(home="host"), dataclasses.replace(ADAM, train="all", steps=30), out=sys.argv[1], save_every=1) as run:
+from test_finetune import HOW, dataclasses, llama, run_of
+with run_of(llama(home="host"), dataclasses.replace(HOW, train="all"), out=sys.argv[1], save_every=1) as run:
     for record in run:
         print(record.step, record.loss.hex(), flush=True)
 """
@@ -301,7 +297,7 @@ def test_killed_at_any_moment_it_goes_on_bit_for_bit(tmp_path: Path) -> None:
     draw.seed(seed)
     found: dict[int, str] = {}
     ends = []
-    for kill_at in (draw.randrange(1, 8), draw.randrange(2, 8), None):
+    for kill_at in (draw.randrange(1, 4), draw.randrange(1, 3), None):
         words = [sys.executable, "-W", "ignore", "-c", KILLED, str(tmp_path / "out")]
         with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=environment, cwd=ROOT) as process:
             assert process.stdout is not None
@@ -309,13 +305,13 @@ def test_killed_at_any_moment_it_goes_on_bit_for_bit(tmp_path: Path) -> None:
                 step, loss = line.split()
                 assert found.setdefault(int(step), loss) == loss, f"step {step}, seed {seed}"
                 if count == kill_at:
-                    time.sleep(draw.random() * 0.02)
+                    time.sleep(draw.random() * 0.1)
                     process.kill()
                     break
             ends.append(process.wait())
     assert ends == [-signal.SIGKILL, -signal.SIGKILL, 0]
-    unbroken = losses(run_of(llama(home="host"), dataclasses.replace(ADAM, train="all", steps=30)))
-    assert [found[i] for i in range(1, 31)] == [loss.hex() for loss in unbroken]
+    unbroken = losses(run_of(llama(home="host"), dataclasses.replace(HOW, train="all")))
+    assert [found[i] for i in range(1, 7)] == [loss.hex() for loss in unbroken]
 
 
 def test_other_settings_models_and_data_are_refused(tmp_path: Path) -> None:
@@ -341,9 +337,13 @@ def test_other_settings_models_and_data_are_refused(tmp_path: Path) -> None:
         run_of(other, out=out)
     with pytest.raises(DataError, match="data was"):
         Run(llama(), HOW, rows(first=3), out=out)
+    with pytest.raises(ValueError, match="steps was 6 and is 8"):
+        run_of(llama(), dataclasses.replace(HOW, steps=8), out=out)
     # at a constant rate a run may become longer
-    with run_of(llama(), dataclasses.replace(HOW, steps=8), out=out) as run:
-        assert (run.step, run.steps) == (2, 8)
+    constant = dataclasses.replace(HOW, schedule="constant")
+    run_of(llama(), constant, out=tmp_path / "other").close()
+    with run_of(llama(), dataclasses.replace(constant, steps=8), out=tmp_path / "other") as run:
+        assert run.steps == 8
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("precious")
     with pytest.raises(ValueError, match="no run's folder"):
@@ -421,10 +421,12 @@ def test_pefts_adapters_beside_and_merged(case: str, tmp_path: Path) -> None:
     with np.load(ADAPTERS / case / "logits.npz") as file:
         wanted = file["logits"]
     ids = golden(base)[0][0]
-    how = {"home": "host"} if "rslora" in case or "phi3" in case else {}
+    how: dict[str, Any] = {"home": "host"} if "rslora" in case or "phi3" in case else {}
     model = with_adapter(jaxengine.load(GOLDEN / base, dtype="float32", **how), ADAPTERS / case)
     np.testing.assert_allclose(model.logits(ids)[0], wanted, atol=2e-4, rtol=0)
     merge(model, tmp_path / "merged")
+    with pytest.raises(ValueError, match="not empty"):
+        merge(model, tmp_path / "merged")
     np.testing.assert_allclose(jaxengine.load(tmp_path / "merged").logits(ids)[0], wanted, atol=2e-4, rtol=0)
 
 
@@ -457,21 +459,6 @@ def test_an_adapter_is_written_as_peft_reads_it(tmp_path: Path) -> None:
     assert np.abs(np.asarray(model.logits(ids)) - tuned).max() > 0.001
 
 
-def test_beside_quantised_matrices_and_merged(tmp_path: Path) -> None:
-    """QLoRA: what is trained beside an int8 matrix is merged into the matrix that it stands for."""
-    model, ids = llama(weights="int8", home="host"), np.arange(9)
-    run = run_of(model)
-    found = losses(run)
-    assert moved_by(found) > 0.1
-    assert {x.dtype.name for x in jax.tree.leaves(model.params["banks"])} >= {"int8"}
-    merge(run.tuned(), tmp_path / "merged")
-    tuned = np.asarray(run.tuned().logits(ids))
-    np.testing.assert_allclose(jaxengine.load(tmp_path / "merged").logits(ids), tuned, atol=2e-5)
-    assert np.abs(np.asarray(model.logits(ids)) - tuned).max() > 0.01
-    with pytest.raises(ValueError, match="not empty"):
-        merge(run.tuned(), tmp_path / "merged")
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The command
 
@@ -495,8 +482,9 @@ def test_the_demo_learns_goes_on_after_ctrl_c_and_is_merged(
 ) -> None:
     out = tmp_path / "out"
     words = (
-        "demo", sums, "--out", str(out), "--context", "48", "--batch", "8", "--steps", "12", "--learning-rate", "1e-2",
-        "--compute", "float32", "--eval", "0.1", "--save-every", "4", "--merge", str(tmp_path / "merged"),
+        "demo", sums, "--out", str(out), "--context", "48", "--batch", "8", "--steps", "12", "--learning-rate", "3e-3",
+        "--compute", "float32", "--eval", "0.1", "--save-every", "4",
+        "--weights", "int8", "--home", "host", "--merge", str(tmp_path / "merged"),
     )  # fmt: skip
     told: list[runs.Record] = []
 
@@ -517,15 +505,16 @@ def test_the_demo_learns_goes_on_after_ctrl_c_and_is_merged(
     assert said[0].startswith("step 8: held-out loss ")
     assert said[-2:] == [f"wrote {out / 'adapter'}", f"wrote {tmp_path / 'merged'}"]
     last = float(next(line for line in said if line.startswith("12 steps")).rpartition(" ")[2])
-    assert last < 0.6 * told[0].loss
+    assert last < 0.7 * told[0].loss
     assert told[3].eval_loss is not None
     assert float(said[1].rpartition(" ")[2]) < told[3].eval_loss
     # the merged folder is bfloat16, as the demo is: 2^-9 of each weight
-    beside = with_adapter(jaxengine.load(jaxengine.demo_folder(), dtype="float32"), out / "adapter")
+    quantised = jaxengine.load(jaxengine.demo_folder(), dtype="float32", weights="int8")
+    beside = with_adapter(quantised, out / "adapter")
     merged = jaxengine.load(tmp_path / "merged", dtype="float32")
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["dtype"] == "bfloat16"
     ids = merged.tokenizer.encode("7 + 4 =") if merged.tokenizer else []
-    plain = np.asarray(jaxengine.load(jaxengine.demo_folder(), dtype="float32").logits(ids))
+    plain = np.asarray(quantised.logits(ids))
     apart = np.abs(np.asarray(beside.logits(ids)) - np.asarray(merged.logits(ids))).max()
     assert apart < 0.02 * np.abs(np.asarray(beside.logits(ids)) - plain).max()
     assert beside.generate("7 + 4 =", max_new_tokens=3)[0].text == merged.generate("7 + 4 =", max_new_tokens=3)[0].text
@@ -537,21 +526,23 @@ def test_the_demo_learns_goes_on_after_ctrl_c_and_is_merged(
     assert (done.exit_code, done.stdout.splitlines()[-1]) == (0, f"wrote {out / 'adapter'}")
 
 
-def test_memory_chooses_where_layers_stand(sums: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    given = {o.name: o.default for o in finetune_command.finetune.params}
-    given |= {n: None for n, v in given.items() if n in ("folder", "data", "out") or not isinstance(v, str | int | float)}
-    given = {n: v for n, v in given.items() if n not in ("folder", "data", "out")}
-    for n in ("held_out", "eval_every", "save_every", "keep", "best", "merge", "skip_bad"):
-        del given[n]
-    given |= {"rs": False, "context": 64}
-    found = {}
-    for memory in ("64MB", "7MB"):
-        _, plan, settings = finetune_command.chosen_plan(jaxengine.demo_folder(), given | {"memory": memory})
-        found[memory] = (plan.home, settings.remat)
-    assert found["64MB"] == ("device", "none")
-    assert found["7MB"][0] in ("split", "host")
-    with pytest.raises(ValueError, match=r"memory='1MB': a step on 4 x 64 tokens needs at least .* MB of the device"):
-        finetune_command.chosen_plan(jaxengine.demo_folder(), given | {"memory": "1MB"})
+def test_memory_chooses_where_layers_stand(sums: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class FoundError(Exception): ...
+
+    def load(folder: str, *, plan: Any, progress: Any) -> None:
+        chosen.append(plan)
+        raise FoundError
+
+    chosen: list[Any] = []
+    monkeypatch.setattr(jaxengine, "load", load)
+    words = ("demo", sums, "--out", str(tmp_path / "out"), "--context", "64", "--memory")
+    for memory in ("64MB", "5.3MB"):
+        assert isinstance(invoke(*words, memory).exception, FoundError)
+    assert [plan.home for plan in chosen] == ["device", "host"]
+    assert chosen[0].remat == "none"
+    done = invoke(*words, "1MB")
+    assert done.exit_code == 2
+    assert "memory='1MB': a step on 4 x 64 tokens needs at least 5.05 MB of the device" in done.output
 
 
 @pytest.mark.parametrize(
@@ -610,4 +601,5 @@ def test_the_script_is_the_command() -> None:
     words = [sys.executable, "scripts/finetune.py", "--help"]
     done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0
-    assert done.stdout.splitlines()[1:] == invoke("--help").output.splitlines()[1:]
+    script, ours = (" ".join(text.split()) for text in (done.stdout, invoke("--help").output))
+    assert script.partition("DATA...")[2] == ours.partition("DATA...")[2] != ""

@@ -206,7 +206,7 @@ def test_every_form(i: int) -> None:
 def test_every_number_of_rows() -> None:
     case = Case("int4", 32, zero=True)
     m = matrix(case, 5, 64)
-    for M in (0, xla.TOGETHER + 1, xla.FEW_ROWS, 40):
+    for M in (0, 2, xla.FEW_ROWS, 40):
         x = rows(M, 64, "float32")
         y = run(x, m.codes, m.scale, m.zero, dtype="bfloat16", implementation=None, **how(case))
         assert_near(y, x, m.dense, dtype="bfloat16", err_msg=f"{M} rows")
@@ -272,11 +272,9 @@ def test_the_form_for_gpus(case: Case) -> None:
     @jax.jit
     def both(x: Any, g: Any, *w: Any) -> tuple[Any, Any]:
         w = xla._matrix(w, case.kind, case.group_size)
-        g = g.astype(jnp.bfloat16)  # which holds numbers of any magnitude
         return xla._chunked(x, *w, 8 * 192, xla._joined), xla._transposed(g, *w, 8 * 192, xla._joined)
 
     y, dx = both(x, g, m.codes, m.scale, *xla._present(m.zero))
-    g = g.astype(jnp.bfloat16)
     for found, a, w in ((y, x, m.dense), (dx, g, m.dense.T)):
         bound = (roundoff(a.dtype) + (w.shape[1] + 8) * U) * (abs(f64(a)) @ abs(w.T)) * (1 + roundoff(a.dtype))
         assert (abs(f64(found) - f64(a) @ w.T) <= bound).all()

@@ -41,7 +41,9 @@ def variants(name: str) -> list[str]:
     return list(dict.fromkeys([name, *(str(formats.find(text)) for text in found)]))
 
 
-FORMATS = [text for name in technique.names(WEIGHTS) for text in variants(name)]
+# every file takes every test; each other value of its options, what an option can break
+FORMATS = list(technique.names(WEIGHTS))
+VARIANTS = [text for name in FORMATS for text in variants(name)[1:]]
 U = 2.0**-24
 
 each_format = pytest.mark.parametrize("name", FORMATS)
@@ -178,6 +180,37 @@ def test_every_array_has_a_name_for_each_dim(name: str, case: Case) -> None:
         assert len(a) == x.ndim
         assert all(n is None or n in case.axes for n in a)
         assert [n for n in case.axes if n in a] == [n for n in a if n is not None]  # in the matrix's own order
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_an_options_value_changes_no_promise(name: str) -> None:
+    """The bound, the abstract form, the axes, a contraction and its gradient, and rows."""
+    for case, scale in ((QUERY, 1.0), (ODD, 1.0), (GATE, 1e-42), (GATE, 1e38)):
+        w = np.clip(matrix(case), -3, 3) * np.float32(scale)
+        leaf = fmt(name).encode(jnp.asarray(w), out=case.out)
+        assert leaf.shape == case.shape
+        dense = dense_of(leaf)
+        assert np.isfinite(dense).all()
+        assert (abs(w.astype(np.float64) - dense) <= f64(leaf.error_bound())).all()
+    leaf = fmt(name).encode(jnp.asarray(matrix(QUERY)), out=2)
+    planned = jax.eval_shape(lambda w: fmt(name).encode(w, out=2), jnp.zeros(QUERY.shape))
+    assert jax.tree.structure(planned) == jax.tree.structure(leaf)
+    axes = fmt(name).leaf_axes(QUERY.axes, 2)
+    is_axes = lambda a: isinstance(a, tuple)  # noqa: E731
+    assert jax.tree.structure(axes, is_leaf=is_axes) == jax.tree.structure(leaf)
+    leaves = zip(jax.tree.leaves(planned), jax.tree.leaves(leaf), jax.tree.leaves(axes, is_leaf=is_axes), strict=True)
+    assert all((p.shape, p.dtype, len(a)) == (m.shape, m.dtype, m.ndim) for p, m, a in leaves)
+    x, dense = activations(QUERY, 6, "bfloat16"), dense_of(leaf)
+    y, pull = jax.vjp(jax.jit(lambda x: contract(QUERY.spec, x, leaf)), x)
+    assert_contracts(y, QUERY, x, dense)
+    g = jnp.asarray(np.random.default_rng(2).normal(size=y.shape), "bfloat16")
+    exact = np.einsum("btnh,nhd->btd", f64(g), dense)
+    magnitude = np.einsum("btnh,nhd->btd", abs(f64(g)), abs(dense))
+    u = roundoff("bfloat16")
+    assert (abs(f64(pull(g)[0]) - exact) <= (u + (6 + 8) * U) * magnitude * (1 + u) + u * abs(exact)).all()
+    leaf = fmt(name).encode(jnp.asarray(matrix(ODD)), out=1)
+    found = take(leaf, jnp.array([3, 0]), jnp.float32)
+    assert (abs(f64(found) - dense_of(leaf)[[3, 0]]) <= 4 * U * abs(dense_of(leaf)[[3, 0]])).all()
 
 
 # --- contract -----------------------------------------------------------------------------------------------------

@@ -66,7 +66,10 @@ LOADING = (
     click.option(
         "--ram", metavar="SIZE", show_default="what is free", help="Host memory for layers that do not fit --memory."
     ),
-    click.option("--weights", metavar="FORMAT", show_default="dense", help="Format of frozen weights: dense, int8, nf4."),
+    click.option(
+        "--weights", metavar="FORMAT", show_default="the checkpoint's",
+        help="Format of frozen weights: int8, int4, nf4, fp8, ...",
+    ),
     click.option(
         "--dtype", metavar="DTYPE", show_default="the checkpoint's, float32 if trained", help="Dtype of dense weights."
     ),

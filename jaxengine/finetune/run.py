@@ -311,15 +311,14 @@ def _weights_digest(params: Any) -> str:
 # Where the state stands
 
 
-def _adapter_places(settings_train: str, architecture: Architecture, plan: Plan, mesh: Any, tree: Any) -> Any:
+def _adapter_places(train: str, architecture: Architecture, plan: Plan, mesh: Any, tree: Any) -> Any:
     """The trained tree with a sharding for each array of matrices' A and B: split as the matrix itself."""
-    of, rules, parts = trained(settings_train).leaf_axes, plan.sharding_rules(), plan.parts(architecture)
+    of, rules, parts = trained(train).leaf_axes, plan.sharding_rules(), plan.parts(architecture)
 
     def one(path: Any, leaf: Any) -> NamedSharding:
-        keys = [getattr(k, "key", getattr(k, "idx", None)) for k in path]  # banks, bank, kind or layer, ..., name, leaf
-        part = parts[keys[1]]
-        kind = part.kinds[keys[2] % len(part.kinds)]
-        axes = of(architecture.block(kind)[1][keys[-2]])[keys[-1]]
+        _, bank, place, *_, name, array = path  # banks, bank, kind or layer, (one or rest), matrix, a or b
+        kinds = parts[bank.idx].kinds
+        axes = of(architecture.block(kinds[place.idx % len(kinds)])[1][name.key])[array.key]
         stacked = ("layers",) * (leaf.ndim - len(axes))
         return named_sharding(rules, mesh, (*stacked, *axes))
 
@@ -334,7 +333,7 @@ def _optimizer_places(state: Any, places: Any, mesh: Any) -> Any:
     def one(path: Any, leaf: Any) -> NamedSharding:
         names = tuple(map(str, path))
         place = next((own[names[i:]] for i in range(len(names)) if names[i:] in own), None)
-        if place is None or len(place.spec) > leaf.ndim or leaf.ndim == 0:
+        if place is None or len(place.spec) > leaf.ndim:
             return NamedSharding(mesh, PartitionSpec())
         with contextlib.suppress(ValueError):  # a row's or a column's mean, of another shape
             place.shard_shape(leaf.shape)
@@ -409,7 +408,7 @@ class Run:
         self.step, each = 0, settings.batch * settings.accumulate
         self.steps = settings.steps or math.ceil(settings.epochs * len(rows) / each)
         engine = dataclasses.replace(model.engine, dtype=settings.compute, chunk=0)
-        self.tuning = Tuning(
+        self.tuning: Any = Tuning(  # in the place of a Program's Engine
             engine, settings.train, settings.options, settings.make_optimizer(self.steps), settings.remat,
             settings.clip, settings.loss_chunk,
         )  # fmt: skip
@@ -434,7 +433,7 @@ class Run:
             self.out.mkdir(parents=True, exist_ok=True)
             with output_file(self.out / SETTINGS, overwrite=True) as path:
                 path.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
-            self._manager = _manager(self.out / CHECKPOINTS, self.keep)
+            self._manager = _manager(self.out / CHECKPOINTS, self.keep, best=self.held_out is not None)
         self._abstract = self._abstract_state()
         self._frozen = jax.tree.map(lambda a: None, model.params) if self._every else model.params
         self._banks = tuple(dataclasses.replace(bank, weights=()) for bank in model.params["banks"])
@@ -465,9 +464,11 @@ class Run:
         def placed(s: Any, place: Any) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place)
 
-        step = jax.ShapeDtypeStruct((), np.dtype("int32"), sharding=NamedSharding(mesh, PartitionSpec()))
-        of_optimizer = _optimizer_places(optimizer, places, mesh)
-        return State(jax.tree.map(placed, made, places), jax.tree.map(placed, optimizer, of_optimizer), step)
+        places = places, _optimizer_places(optimizer, places, mesh), NamedSharding(mesh, PartitionSpec())
+        step = jax.ShapeDtypeStruct((), np.dtype("int32"))
+        return State(
+            *(jax.tree.map(placed, x, place) for x, place in zip((made, optimizer, step), places, strict=True))
+        )
 
     def _first_state(self) -> State:
         model, settings, wanted = self.model, self.settings, self._abstract
@@ -618,7 +619,8 @@ class Run:
 
         step, loss = self._eval_loss
         parts = {"state": ocp.args.StandardSave(_named(self._state)), "position": ocp.args.JsonSave(self._position)}
-        metrics = {EVAL_LOSS: loss} if step == self.step and math.isfinite(loss) else None
+        known = step == self.step and math.isfinite(loss)
+        metrics = None if self.held_out is None else {EVAL_LOSS: loss if known else math.inf}
         with interrupts_deferred():
             self._manager.save(self.step, args=ocp.args.Composite(**parts), metrics=metrics, force=True)
 
@@ -650,12 +652,12 @@ class Run:
     @property
     def best(self) -> tuple[int, float] | None:
         """(step, held-out loss) of the best checkpoint there is; None where no loss was taken."""
-        if self._manager is None:
+        if self._manager is None or self.held_out is None:
             return None
         self.wait()
         step = self._manager.best_step()
-        metrics = None if step is None else self._manager.metrics(step)
-        return None if not metrics else (step, float(metrics[EVAL_LOSS]))
+        loss = math.inf if step is None else float((self._manager.metrics(step) or {}).get(EVAL_LOSS, math.inf))
+        return None if step is None or math.isinf(loss) else (step, loss)
 
     def take_best(self) -> None:
         """Put the best checkpoint's state in the place of the last one's, to be exported or looked at."""
@@ -712,17 +714,19 @@ def _named(state: Any) -> dict[str, Any]:
     return {keystr(path, simple=True, separator="."): leaf for path, leaf in tree_flatten_with_path(state)[0]}
 
 
-def _manager(folder: Path, keep: int) -> Any:
-    """orbax's manager of checkpoints: the last `keep`, and the one of the lowest held-out loss."""
+def _manager(folder: Path, keep: int, *, best: bool) -> Any:
+    """orbax's manager of checkpoints: the last `keep` stay, and with `best` the one of the lowest held-out loss."""
     import orbax.checkpoint as ocp
     from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
     def loss(metrics: Mapping[str, float]) -> float:
         return metrics[EVAL_LOSS]
 
-    best = BestN(get_metric_fn=loss, reverse=True, n=1, keep_checkpoints_without_metrics=False)
+    policies: list[Any] = [LatestN(keep)]
+    if best:
+        policies.append(BestN(get_metric_fn=loss, reverse=True, n=1, keep_checkpoints_without_metrics=False))
     options = ocp.CheckpointManagerOptions(
-        preservation_policy=AnyPreservationPolicy([LatestN(keep), best]), best_fn=loss, best_mode="min",
+        preservation_policy=AnyPreservationPolicy(policies), best_fn=loss if best else None, best_mode="min",
         cleanup_tmp_directories=True,
     )  # fmt: skip
     return ocp.CheckpointManager(folder, options=options)
@@ -813,15 +817,14 @@ def with_adapter(model: Model, folder: str | os.PathLike[str]) -> Model:
     return Model(arch, plan, mesh, params, model.origin, model.tokenizer, model.budget)
 
 
-def _beside(kind: Any, options: Any, w: Any, leaf: dict[str, np.ndarray]) -> Any:
+def _beside(kind: Any, options: Any, w: Any, given: dict[str, np.ndarray]) -> Any:
     """One matrix outside the layers with its adapter."""
-    if "magnitude" in leaf:
-        dense = w.dense() if isinstance(w, Weight) else w.astype(np.float32)
-        leaf = leaf | {"square": jax.numpy.square(dense).sum(tuple(range(leaf["magnitude"].ndim, dense.ndim)))}
-    bank = jax.tree.map(jax.numpy.asarray, leaf)
-    return (
-        kind.Dora(w, **bank, scale=options.scale) if "magnitude" in leaf else kind.Lora(w, **bank, scale=options.scale)
-    )
+    leaf = jax.tree.map(jax.numpy.asarray, given)
+    if "magnitude" not in leaf:
+        return kind.Lora(w, **leaf, scale=options.scale)
+    dense = w.dense() if isinstance(w, Weight) else w.astype(np.float32)
+    square = jax.numpy.square(dense).sum(tuple(range(leaf["magnitude"].ndim, dense.ndim)))
+    return kind.Dora(w, **leaf, square=square, scale=options.scale)
 
 
 def merge(model: Model, folder: str | os.PathLike[str], *, overwrite: bool = False) -> None:

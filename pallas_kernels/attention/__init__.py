@@ -1,14 +1,16 @@
 """Attention by positions: one call for prefill, decode and training, and which implementation serves it.
 
 `reference.py` is the meaning. It writes out all scores, which is right where they are few: a query or two for each kv head
-over any number of slots, where they take less than the keys do, or rows of up to a MiB. On a CPU it is also the faster one
-there (PERF below). Everything else is served in linear memory: on a CPU by `xla.py`, in blocks; on a GPU by the first that
-serves of cuDNN, our Triton kernel and `xla.py`. A refusal is logged once, with its reason; `implementation` asks for one by
-name, and then a refusal is the caller's error.
+over any number of slots, where they take less than the keys do, or rows of up to a MiB; on a CPU it is also the faster one
+there. Everything else is served in linear memory: on a CPU by `xla.py`, in blocks; on a GPU by the first that serves of cuDNN,
+our Triton kernel and `xla.py`. A refusal is logged once, with its reason; `implementation` asks for one by name, and then a
+refusal is the caller's error.
 
-PERF. Two cores of a Xeon at 2.5 GHz, jax 0.12, 12 heads of 64, float32, CPU milliseconds, reference against blocks: one query
-over 2,048 slots 1.8 and 3.0, 8 such rows 11.7 and 32; with 4 kv heads 8 queries 1.7 and 1.4, 16 queries 3.6 and 2.9, 64 queries
-over 8,192 slots 119 and 40; 512 tokens 25 and 15.
+Two cores of a Xeon at 2.5 GHz, jax 0.12, 12 heads of 64, float32, CPU milliseconds, reference against blocks: one query over
+2,048 slots 1.8 and 3.0, 8 such rows 12 and 33; with 4 kv heads 8 queries 1.7 and 1.4, 16 queries 3.6 and 2.9, 64 queries over
+8,192 slots 119 and 40; 512 tokens 31 and 20, 2,048 tokens 1220 and 197. In bfloat16 one query over 2,048 slots of 4 kv heads
+0.8 and 0.3 to 0.8, 8 such rows 3.7 and 7.6; of 12 kv heads 2.3 and 1.8, 68 and 26, for there the reference makes a copy in
+float32.
 
 B batch, T queries, S slots, N query heads, K kv heads, H head dim.
 """

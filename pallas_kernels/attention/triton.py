@@ -667,30 +667,32 @@ DIMS = {
 
 
 def _split(mesh: Any, arrays: dict[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The mesh axes that batch and kv heads are split over: what keys are split over before what others are, since they are
-    the most to move; of several axes as many, from the first, as divide."""
+    """The mesh axes that batch and kv heads are split over: those of keys, which are the most to move, and what others are
+    split over further, since a whole or a part is cut with no communication; as many, from the first, as divide."""
 
-    def over(dims: str, size: int, taken: tuple[str, ...]) -> tuple[str, ...]:
-        for name in sorted(arrays, key=lambda name: name != "k"):
-            x = arrays[name]
-            for dim, axes in zip(DIMS[name], x.sharding.spec, strict=False):
-                if dim not in dims or axes is None:
+    def over(of: dict[str, Any], dims: str, size: int, taken: tuple[str, ...]) -> tuple[str, ...]:
+        found: tuple[str, ...] = ()
+        for name, x in of.items():
+            spec = () if x.sharding is None else x.sharding.spec  # without Shardy there are some that are not known yet
+            for dim, entry in zip(DIMS[name], spec, strict=False):
+                if dim not in dims or entry is None:
                     continue
-                axes = (axes,) if isinstance(axes, str) else tuple(axes)
+                axes = (entry,) if isinstance(entry, str) else tuple(entry)
                 while axes and (size % math.prod(mesh.shape[a] for a in axes) or set(axes) & set(taken)):
                     axes = axes[:-1]
-                if axes:
-                    return axes
-        return ()
+                if axes[: len(found)] == found:
+                    found = axes
+        return found
 
+    keys = {"k": arrays["k"]}
     B, K = arrays["k"].shape[:2]
-    batch = over("b", B, ())
-    return batch, over("kn", K, batch)
+    batch = over(keys | arrays, "b", B, over(keys, "k", K, ()))
+    return batch, over(keys | arrays, "kn", K, batch)
 
 
 @functools.cache
 def _partitioned(
-    function: Callable[..., Any], static: tuple[Any, ...], there: tuple[str, ...], results: tuple[str, ...], G: int
+    function: Callable[..., Any], static: tuple[Any, ...], there: tuple[str, ...], results: tuple[str, ...]
 ) -> Callable[..., Any]:
     """function(*static, **arrays) as an op that says how it splits, from a dict of arrays, those `there` and None, to a tuple."""
 
@@ -713,6 +715,8 @@ def _partitioned(
         result, operands = shardings(mesh, arguments[0], made)
         return mesh, run, result, (operands,)
 
+    # heads of queries and of keys are two factors here: of one, Shardy would give 2 kv heads half of a mesh axis of 4, which
+    # jax cannot name
     operands, outcome = (", ".join(" ".join(DIMS[name]) for name in names) for names in (sorted(there), results))
     whole = dict.fromkeys(f for f in operands if f in "tshim")
     op = custom_partitioning(run)
@@ -729,7 +733,7 @@ def _over_mesh(
     function: Callable[..., Any], static: tuple[Any, ...], results: tuple[str, ...], arrays: dict[str, Any]
 ) -> Any:
     there = tuple(name for name, x in arrays.items() if x is not None)
-    return _partitioned(function, static, there, results, arrays["q"].shape[2] // arrays["k"].shape[1])(arrays)
+    return _partitioned(function, static, there, results)(arrays)
 
 
 def _attended(

@@ -12,6 +12,7 @@ additions are not reordered. All rows stand in one reduction with M operands: a 
 multiplied M times. Two traps. A reduction of one operand XLA:CPU hands to YNNPACK, which passes over the data once for each
 operation in it: one row is therefore written out as C sums. And C units must cost less than what LLVM unrolls as a whole:
 above that, the loop over c is the innermost one, and nothing is a vector (5 to 10 times slower; jax 0.10.2 and 0.12.0.1).
+Partial sums are 4 M / (C J) bytes for each weight, so that few rows are few.
 
 More rows, and on GPU: a loop over chunks of the outputs; one chunk is dequantised, and goes into plain dots. A chunk is
 every n-th output, so that outputs which are split over devices are split in each chunk.
@@ -23,6 +24,8 @@ M rows, N outputs, K inputs, G group size.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -33,13 +36,13 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.quant_matmul import layout
 
-TOGETHER = 4  # rows of one reduction: with more, the partial sums of the units that LLVM unrolls outgrow the codes
-FEW_ROWS = 8  # above it, chunks: their loop runs on one core but for its larger dots, a reduction on all
+FEW_ROWS = 4  # in one reduction, at most
 UNROLLED = 320  # operations of a loop that LLVM unrolls as a whole, as counted here
-WRITTEN_OUT = (
-    96  # operations to make numbers in sums that are written out: more take long to compile, and are not faster
-)
+WRITTEN_OUT = 96  # the same, of one row's sums that are written out: more of them only take longer to compile
 OPERATIONS = {"int8": 2, "nf4": 22, "fp8": 12, "fp8_block": 12, "mxfp4": 9, "int3": 10}  # to make a number; others 5
+# XLA:CPU of jax 0.10 fuses a written out sum with the reshape behind it, in spite of the barrier, and makes no vectors of it:
+# there a row of zeros goes with the one
+ONE_ALONE = jax.__version_info__ >= (0, 11)
 LANES = 16  # of a unit where no group says so
 CPU_CHUNK = 2**20  # weights of a chunk: 4 MiB in float32, which caches hold
 GPU_CHUNK = 2**24  # 32 MiB in 16 bits
@@ -59,9 +62,10 @@ def quant_matmul(
     """x times the transpose of the matrix, in `dtype`."""
 
     def few(x: Array, *w: Any) -> Array:
-        x, matrix = x.astype(jnp.float32), _matrix(w, kind, group_size)
-        y = [_reduced(x[i : i + TOGETHER], *matrix) for i in range(0, len(x), TOGETHER)]
-        return jnp.concatenate(y).astype(dtype)
+        rows = x.astype(jnp.float32)
+        if len(x) == 1 and not ONE_ALONE:
+            rows = jnp.concatenate([rows, jnp.zeros_like(rows)])
+        return _reduced(rows, *_matrix(w, kind, group_size))[: len(x)].astype(dtype)
 
     def many(x: Array, *w: Any) -> Array:
         return _chunked(x.astype(jnp.float32), *_matrix(w, kind, group_size), CPU_CHUNK, _apart).astype(dtype)
@@ -69,7 +73,8 @@ def quant_matmul(
     def gpu(x: Array, *w: Any) -> Array:
         return _chunked(x, *_matrix(w, kind, group_size), GPU_CHUNK, _joined).astype(dtype)
 
-    cpu = few if 0 < len(x) <= FEW_ROWS else many
+    M, K = x.shape
+    cpu = few if _few(M, K, _How(kind, group_size)) else many
     return lax.platform_dependent(x, codes, scale, *_present(zero), cpu=cpu, default=gpu)
 
 
@@ -101,16 +106,29 @@ def _present(zero: Array | None) -> tuple[Array, ...]:
 # --- the matrix -------------------------------------------------------------------------------------------------------
 
 
+@dataclasses.dataclass(frozen=True)
 class _How:
-    """What is static of a matrix: its kind and its units, J vectors of r inputs; G 0 where a scale is an output's."""
+    """What is static of a matrix. G: group size, 0 where a scale is an output's; e5m2: which of the two float8."""
 
-    def __init__(self, kind: str, G: int, e5m2: bool):
-        self.kind, self.G, self.e5m2 = kind, G, e5m2
-        planes = layout.planes(kind)
-        unit = G or LANES
-        self.J = 16 // min(planes) if planes else 4 if unit % 32 == 0 else 1
-        self.r = unit // self.J
-        self.bits = planes[0] if planes else 8
+    kind: str
+    G: int
+    e5m2: bool = False
+
+    @property
+    def bits(self) -> int:
+        """Of a code in its (first) plane."""
+        return max(layout.planes(self.kind), default=8)
+
+    @property
+    def J(self) -> int:  # noqa: N802
+        """Vectors of a unit."""
+        unit = self.G or LANES
+        return 16 // min(planes) if (planes := layout.planes(self.kind)) else 4 if unit % 32 == 0 else 1
+
+    @property
+    def r(self) -> int:
+        """Inputs of a vector."""
+        return (self.G or LANES) // self.J
 
 
 def _matrix(w: tuple[Any, ...], kind: str, group_size: int) -> tuple[Any, Array, Array | None, _How]:
@@ -175,6 +193,11 @@ def _nf4(raw: Int[Array, "..."]) -> Float[Array, "..."]:
 
 
 # --- a few rows -------------------------------------------------------------------------------------------------------
+
+
+def _few(M: int, K: int, how: _How) -> bool:
+    """Whether the partial sums, which are written and read again, are no more bytes than the codes would be as int8."""
+    return 0 < M <= FEW_ROWS and how.J * _together(M, K // (how.J * how.r), how) >= 4 * M
 
 
 def _reduced(x: Array, codes: Any, scale: Array, zero: Array | None, how: _How) -> Float[Array, "M N"]:
@@ -308,11 +331,11 @@ def _chunked(
     def product(operands: Any) -> Float[Array, "n M"]:
         codes, scale, zero = operands
         parts = matrices(codes, scale if how.G else None, zero, how)
-        factor = None if how.G else scale
+        factor = None if how.G else scale[:, None]
         if x.dtype == jnp.float16 and how.G:
-            parts, factor = _within_half(parts)
+            parts, factor = _within_half(parts, (1,))
         y = _total([_dot("mk,nk->nm", v, w) for v, w in zip(_vectors(x, len(parts), how), parts, strict=True)])
-        return y if factor is None else y * factor[:, None]
+        return y if factor is None else y * factor
 
     operands = (codes, scale, zero)
     if chunks == 1:
@@ -323,11 +346,12 @@ def _chunked(
     return y if chunks * each == N else jnp.concatenate([y, product(rest).T], 1)
 
 
-def _within_half(parts: list[Array]) -> tuple[list[Array], Array]:
-    """Rows of a matrix over a power of two each, so that float16 holds them, and the powers."""
-    largest = jnp.max(jnp.stack([jnp.abs(w).max(1) for w in parts]), 0)
-    power = jnp.exp2(jnp.ceil(jnp.log2(jnp.maximum(largest, 2.0**-100))))
-    return [w / power[:, None] for w in parts], power
+def _within_half(parts: list[Array], dims: tuple[int, ...]) -> tuple[list[Array], Array]:
+    """A matrix over powers of two, so that float16 holds it, and the powers: of the largest magnitudes over `dims`."""
+    largest = functools.reduce(jnp.maximum, (jnp.abs(w).max(dims, keepdims=True) for w in parts))
+    exponent = lax.bitcast_convert_type(jnp.maximum(largest, 2.0**-100), jnp.uint32) & jnp.uint32(0x7F800000)
+    power = lax.bitcast_convert_type(exponent, jnp.float32)
+    return [w / power for w in parts], power
 
 
 def _dot(spec: str, a: Array, w: Array) -> Array:
@@ -350,6 +374,9 @@ def _transposed(
         parts = matrices(codes, scale if how.G else None, zero, how)
         if not how.G:
             parts = [w * scale[:, None] for w in parts]
+        if g.dtype == jnp.float16:
+            parts, power = _within_half(parts, (0, 1))
+            return [_dot("mn,nk->mk", g, w) * power for w in parts]
         return [_dot("mn,nk->mk", g, w) for w in parts]
 
     operands = (codes, scale, zero)
@@ -362,9 +389,9 @@ def _transposed(
         dx = lax.fori_loop(0, chunks, lambda i, dx: _sum_of(dx, product(_at(g_main, i).T, _at(main, i))), none)
         if chunks * each < N:
             dx = _sum_of(dx, product(g_rest.T, rest))
-    return (
-        dx[0] if len(dx) == 1 else jnp.stack([d.reshape(M, K // (len(dx) * how.r), how.r) for d in dx], 2).reshape(M, K)
-    )
+    if len(dx) == 1:
+        return dx[0]
+    return jnp.stack([d.reshape(M, K // (how.J * how.r), how.r) for d in dx], 2).reshape(M, K)
 
 
 def _sum_of(a: list[Array], b: list[Array]) -> list[Array]:
