@@ -286,6 +286,9 @@ def activation_bytes(architecture: Architecture, plan: Plan, *, batch: int, toke
     chunk = architecture.chunk(plan.chunk, tokens)
     T, widest = chunk or tokens, 0
     rows = batch * T
+    parts = plan.parts(architecture)
+    beside = streamed_bytes(architecture, plan)  # not there yet while resident layers run
+    listed = any(home(p.home).TIER == "device" and not p.stacked for p in parts)
     for kind in set(architecture.kinds):
         attention = architecture.attention(kind)
         N, K, H = attention.num_heads, attention.num_kv_heads, attention.head_dim
@@ -300,7 +303,9 @@ def activation_bytes(architecture: Architecture, plan: Plan, *, batch: int, toke
         read_again = batch * S * 2 * K * H * size if chunk else 0  # slots as attention takes them
         scores = min((4 + size) * rows * S * N, SCORES) if plan.dtype == "float32" or rows * N <= 32 * K * batch else 0
         attending = scores + read_again + rows * (3 * N + 2 * K) * H * size
-        widest = max(widest, 2 * batch * tokens * D * size + max(attending, 3 * rows * F * size))
+        # of layers that are written out XLA makes one product of gate and up, and both again from it
+        halves = max(2 * rows * F * size, 4 * rows * F * size - beside if listed else 0)
+        widest = max(widest, 2 * batch * tokens * D * size + max(attending, halves))
     return widest
 
 

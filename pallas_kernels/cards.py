@@ -116,7 +116,7 @@ class Card:
         fields = " ".join(f"{k}: {v}" for k, v in info.items())
         return (
             f"gpu_device_info {{ {fields} cuda_compute_capability {{ major: {major} minor: {minor} }} }}"
-            f' platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 8 }} device_description_str: "{self.kind}"'
+            f' platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 8 }} device_description_str: "{self.limits.lowers_as}"'
         )
 
     def describe(self) -> str:

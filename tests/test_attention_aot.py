@@ -138,7 +138,6 @@ def test_few_queries_and_lists_of_blocks() -> None:
         assert kernel.stack == 0
 
 
-@pytest.mark.skipif(False, reason="TODO")
 def test_split_over_two_cards() -> None:
     """Each card compiles the kernels of its kv heads and of their queries', and nothing goes between them."""
     length, H = 1024, 64
