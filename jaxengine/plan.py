@@ -287,7 +287,8 @@ def activation_bytes(architecture: Architecture, plan: Plan, *, batch: int, toke
     T, widest = chunk or tokens, 0
     rows = batch * T
     parts = plan.parts(architecture)
-    beside = streamed_bytes(architecture, plan)  # not there yet while resident layers run
+    beside = streamed_bytes(architecture, plan)  # not there yet while resident layers run, but for a first one ahead
+    beside -= max(layer_bytes(architecture, plan)) if any(p.form == "ahead" for p in parts) else 0
     listed = any(home(p.home).TIER == "device" and not p.stacked for p in parts)
     for kind in set(architecture.kinds):
         attention = architecture.attention(kind)

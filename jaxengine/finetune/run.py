@@ -3,7 +3,7 @@
     model = jaxengine.load(folder)
     rows = pack(read("data.jsonl", Rows(model.tokenizer)), 1024)
     run = Run(model, Settings(epochs=2), rows, out="out")
-    run.run()                                    # or: for record in run: print(record.loss)
+    run.run()                                    # or: with run: for record in run: print(record.loss)
     run.tuned().generate("...")
 
 **Going on.** In `out` stand settings.json (what decides the losses), checkpoints/ (orbax: what is trained, the optimizer's
@@ -515,6 +515,8 @@ class Run:
             record = dataclasses.replace(record, eval_loss=self.evaluate())
         if self.step % self.save_every == 0 or last:
             self.save()
+        if last:
+            self.wait()
         return record
 
     def run(self, progress: Callable[[Record], None] | None = None) -> list[Record]:
@@ -669,7 +671,7 @@ class Run:
         self.steps = step  # nothing goes on from here
 
     def close(self) -> None:
-        """End what writes; a Run can be left without."""
+        """Wait for what is being written, and end. A process that ends before loses the checkpoint in the making."""
         if self._manager is not None:
             self._manager.close()
         if self._events is not None:

@@ -219,7 +219,7 @@ def _reduced(x: Array, codes: Any, scale: Array, zero: Array | None, how: _How) 
 def _together(M: int, units: int, how: _How) -> int:
     """C: units in one sum."""
     work = how.J * OPERATIONS.get(how.kind, 5)
-    most = UNROLLED // (work + 3 * M * (how.J + bool(how.G))) if M > 1 else WRITTEN_OUT // work
+    most = UNROLLED // (work + 3 * M * (how.J + bool(how.G))) if M > 1 else max(2, WRITTEN_OUT // work)
     most = max(1, min(most, 16, units))
     if not how.G:
         return 1 << (most.bit_length() - 1)
