@@ -101,7 +101,7 @@ def rows(*lengths: int, width: int) -> np.ndarray:
 @pytest.mark.parametrize("softcap", [None, 2.0])
 def test_prefill_of_ragged_rows(window: int | None, softcap: float | None) -> None:
     at = rows(6, 2, width=6)
-    check(inputs(2, 6, 6, 4, 2), at, at, small=window == 3, window=window, softcap=softcap)
+    check(inputs(2, 6, 6, 4, 2), at, at, small=window == 3 and softcap is None, window=window, softcap=softcap)
 
 
 @pytest.mark.parametrize(("N", "K"), [(1, 1), (3, 3), (3, 1), (6, 2), (8, 1), (16, 2)])
@@ -463,20 +463,18 @@ def test_places(how: dict[str, Any], sinks: bool) -> None:
     compare(x, "reference", "small blocks", scale=0.35, **how)
 
 
-@pytest.mark.parametrize("window", [None, 1])
-def test_one_query_over_many_slots(window: int | None) -> None:
+def test_one_query_over_many_slots() -> None:
     x = case(3, 1, 130, 4, 2, 8, [[129], [64], [0]], rows(130, 65, 1, width=130))
-    compare(x, "reference", "blocks of 16 and 48", scale=0.35, window=window)
+    compare(x, "reference", "blocks of 16 and 48", scale=0.35, window=70)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_packed_texts_see_their_own_tokens(dtype: str) -> None:
+def test_packed_texts_see_their_own_tokens() -> None:
     """Five texts in two rows, each from position 0, with padding at the end: as each alone, forwards and backwards."""
     of, at = np.full((2, 60), -1), np.full((2, 60), -1)
     texts = [(0, slice(0, 20)), (0, slice(20, 21)), (0, slice(21, 51)), (1, slice(0, 3)), (1, slice(3, 47))]
     for i, (b, cut) in enumerate(texts):
         of[b, cut], at[b, cut] = i, range(cut.stop - cut.start)
-    x = case(2, 60, 60, 4, 2, 8, at, at, dtype=dtype, segments=(of, of))
+    x = case(2, 60, 60, 4, 2, 8, at, at, dtype="bfloat16", segments=(of, of))
     compare(x, "reference", "blocks of 16 and 48", scale=0.35)
     whole = differentiated(x, scale=0.35)
     for b, cut in texts:

@@ -124,7 +124,7 @@ def tokamax() -> list[Spec]:
 
 
 TOKAMAX = tokamax()
-STRIDE = {"alphafold": 2, "flash_attention_v3": 17, "alphafold_3": 29}
+STRIDE = {"alphafold": 3, "flash_attention_v3": 17, "alphafold_3": 40}
 SCALED = [
     spec
     for project in dict.fromkeys(s.project for s in TOKAMAX)
