@@ -184,8 +184,8 @@ LOADING = (
         help="Tokens of a row that --memory is to hold.",
     ),
     click.option(
-        "--weights", metavar="FORMAT", show_default="the checkpoint's",
-        help="Format of the weights: int8, int4, nf4, fp8, ...; with options int4:group_size=64,affine=true.",
+        "--weights", metavar="FORMAT", show_default="dense",
+        help="Format of the weights: int8, int4, nf4, fp8, mxfp4, int4:group_size=64.",
     ),
     click.option(
         "--dtype", metavar="DTYPE", show_default="the checkpoint's", help="Compute in float32, bfloat16 or float16."

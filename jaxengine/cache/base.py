@@ -120,9 +120,9 @@ class PlainAttend:
     segments: Int[Array, "B T"] | None = None
 
     def __call__(self, attention: Attention, q: Array, k: Array, v: Array, kv: Any) -> tuple[Array, Any]:
-        packed = {} if self.segments is None else {"q_segments": self.segments, "k_segments": self.segments}
         out = attention_kernel(
             q, k.swapaxes(1, 2), v.swapaxes(1, 2), self.positions, self.positions,
-            scale=attention.scale, window=attention.window, softcap=attention.softcap, **packed,
+            scale=attention.scale, window=attention.window, softcap=attention.softcap,
+            q_segments=self.segments, k_segments=self.segments,
         )  # fmt: skip
         return out, kv

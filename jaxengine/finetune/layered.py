@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Hashable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -196,7 +196,7 @@ def abstract(tuning: Tuning, banks: Any, trained: Any) -> State:
     states = tuple(tuple(of(b, weights) for weights in held) for b, held in zip(banks, trained["banks"], strict=True))
     outer = placed(jax.eval_shape(transformation.init, trained["outer"]), trained["outer"], None, 0)
     step = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(tuning.mesh, PartitionSpec()))
-    return State(trained, {"outer": outer, "banks": states}, step)
+    return State(trained, {"outer": outer, "banks": states}, cast(Any, step))
 
 
 def initial(tuning: Tuning, banks: Any, trained: Any) -> State:

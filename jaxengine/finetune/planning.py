@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -102,7 +102,7 @@ def program(
     tuning, params = task.tuning(architecture, plan, mesh), placement.abstract(architecture, plan, mesh)
     made = abstract_trained(architecture, plan, task, params)
     ints, floats = (
-        jax.ShapeDtypeStruct((task.accumulate, batch, context), dtype) for dtype in (jnp.int32, jnp.float32)
+        cast(Any, jax.ShapeDtypeStruct)((task.accumulate, batch, context), dtype) for dtype in (jnp.int32, jnp.float32)
     )
     rows = Batch(ints, ints, floats, ints, ints)
     if task.layered(plan):
