@@ -8,7 +8,7 @@ Which tier a field of `planning.Need` belongs to is asked of `Need` itself: what
 and any other field is a tier. A field that is added there is drawn.
 
 matplotlib draws (the extra `jaxengine[notebook]`), onto its own canvas: a notebook's figures and settings stay as they are.
-Colours are those of Okabe and Ito (2008), told apart by every kind of colour vision.
+Colours are those of Okabe and Ito (2008), then of Tol (2021), told apart by every kind of colour vision.
 """
 
 # pyright: reportMissingImports=false
@@ -39,12 +39,14 @@ DEVICE = "device"
 SAID = {
     "outer": "embeddings and head", "resident": "resident layers", "streaming": "streamed layers, while there",
     "cache": "KV cache", "activations": "activations", "host": "layers in host memory", "disk": "layers on disk",
+    "trained": "trained parameters", "gradients": "gradients", "optimizer": "optimizer state", "kept": "kept for the way back",
 }  # fmt: skip
 COLOURS = {
     "outer": "#999999", "resident": "#0072B2", "streaming": "#E69F00", "cache": "#009E73", "activations": "#CC79A7",
-    "host": "#F0E442", "disk": "#56B4E9",
+    "host": "#F0E442", "disk": "#56B4E9", "trained": "#D55E00", "gradients": "#882255", "optimizer": "#44AA99",
+    "kept": "#332288",
 }  # fmt: skip
-SPARE = ("#882255", "#44AA99", "#332288", "#AA4499", "#117733", "#661100")
+SPARE = ("#AA4499", "#117733", "#661100", "#DDCC77", "#6699CC", "#AA4466")
 LIMIT, OVER, CHOSEN, QUIET = "#111111", "#B84700", "#E3F1EA", "#555555"
 TITLES = {DEVICE: "device memory", "host": "pinned host memory", "disk": "disk"}
 LIMITED_BY = {DEVICE: "memory", "host": "ram"}  # the fields of Outcome that limit a tier

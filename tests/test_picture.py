@@ -168,25 +168,25 @@ def test_a_field_that_is_added_to_need_is_drawn(outcomes: dict[str, Outcome]) ->
 
     @dataclasses.dataclass(frozen=True)
     class More(type(found.candidates[0].need)):
-        gradients: int = 0
+        another: int = 0
         second_host: int = 0
 
         @property
         def device(self) -> int:
-            return super().device + self.gradients
+            return super().device + self.another
 
     def more(row: int, need: Any) -> More:
-        return More(**dataclasses.asdict(need), gradients=(row + 1) * GB, second_host=row * GB)
+        return More(**dataclasses.asdict(need), another=(row + 1) * GB, second_host=row * GB)
 
     wider = tuple(dataclasses.replace(c, need=more(i, c.need)) for i, c in enumerate(found.candidates))
     found = dataclasses.replace(found, candidates=wider)
     assert picture.tiers(wider[0])["second_host"] == ("second_host",)
-    assert "gradients" in picture.tiers(wider[0])["device"]
+    assert "another" in picture.tiers(wider[0])["device"]
     figure = picture.figure(found)
     drawn, said = bars(figure), [t.get_text() for t in words(figure)]
-    assert drawn["device", 2, "gradients"].get_width() == 3 * GB
+    assert drawn["device", 2, "another"].get_width() == 3 * GB
     assert drawn["second_host", 2, "second_host"].get_width() == 2 * GB
-    assert {"gradients", "second host"} <= set(said)
+    assert {"another", "second host"} <= set(said)
     colours = [drawn["device", 2, f].get_facecolor() for f in picture.tiers(wider[0])["device"]]
     assert len(set(colours)) == len(colours)
 
