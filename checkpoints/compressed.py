@@ -69,6 +69,23 @@ def scheme(matrix: Matrix, bits: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def layout(name: str, matrix: Any, bits: int) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
+    """{tensor name: (dtype, shape)} of what `tensors` makes, of arrays' shapes and dtypes alone."""
+    said = scheme(matrix, bits)
+    O, I = matrix.codes.shape  # noqa: E741
+    groups, words = 1 if said["group_size"] is None else I // said["group_size"], lambda n: -(-n * bits // 32)
+    found = {
+        f"{name}_packed": (np.dtype(np.int32), (O, words(I))),
+        f"{name}_scale": (np.dtype(matrix.scale.dtype), (O, groups)),
+        f"{name}_shape": (np.dtype(np.int64), (2,)),
+    }
+    if matrix.zero is not None:
+        found[f"{name}_zero_point"] = (np.dtype(np.int32), (words(O), groups))
+    if "actorder" in said:
+        found[f"{name}_g_idx"] = (np.dtype(np.int32), (I,))
+    return found
+
+
 def tensors(name: str, matrix: Matrix, bits: int) -> dict[str, np.ndarray]:
     """{tensor name: array} of the matrix that `name` ('....q_proj.weight') stands for.
 

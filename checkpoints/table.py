@@ -272,6 +272,10 @@ class Table:
         """The names of ours that make up their tensor, in order (in whichever of the prefixes it is spelt)."""
         return self._by_theirs(theirs_name, params).ours
 
+    def transposed(self, theirs_name: str, params: Mapping[str, Param]) -> bool:
+        """Whether their tensor is stored [in, out]."""
+        return self._by_theirs(theirs_name, params).row.transpose
+
     def assemble(self, theirs_name: str, get: Callable[[str], np.ndarray], params: Mapping[str, Param]) -> np.ndarray:
         """Their tensor, C-contiguous, from ours: `get(full name)` is asked for each part in turn."""
         use = self._by_theirs(theirs_name, params)

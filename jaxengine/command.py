@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 import click
 
 from jaxengine import machine
+from jaxengine.calibration.command import quantize
 from jaxengine.finetune.command import finetune
 from jaxengine.paths import cache_folder
 
@@ -200,10 +201,11 @@ LOADING = (
         "--disk", metavar="FOLDER", show_default="~/.cache/jaxengine/layers",
         help="Folder for the packed layers of a disk home, as large as the model.",
     ),
-    click.option("--kv", metavar="CODEC", show_default="raw", help="How the KV cache is stored: raw, int8."),
+    click.option("--kv", metavar="CODEC", show_default="raw", help="How the KV cache is stored: raw, int8, int4."),
     click.option(
         "--kv-layout", metavar="LAYOUT", show_default="window", help="Cache of sliding-window layers: window, full."
     ),
+    click.option("--adapter", metavar="FOLDER", help="A PEFT folder, LoRA or DoRA, to stand beside the weights."),
     click.option("--mesh", metavar="AXES", show_default="one device", help="Several devices, e.g. data=2,tensor=4."),
     click.option(
         "--sharding", metavar="TABLE", show_default="single",
@@ -373,7 +375,11 @@ def from_stdin() -> str:
     default="3GB",
     help="What the disk gives in a second (scripts/bench_disk.py measures it).",
 )
-@click.option("--task", default="generate", help="What to plan for: generate, or fine-tuning: lora, dora, full.")
+@click.option(
+    "--task",
+    default="generate",
+    help="What to plan for: generate; or training: lora, dora, full, lisa, badam, hift, mezo.",
+)
 @click.option(
     "--context", metavar="N", type=click.IntRange(1), show_default="2048", help="Tokens of a row, prompt included."
 )
@@ -385,7 +391,14 @@ def from_stdin() -> str:
     help="Format of the weights: int8, int4, nf4, fp8, ...",
 )
 @click.option("--dtype", metavar="DTYPE", show_default="the config's", help="Plan for float32, bfloat16 or float16.")
-@click.option("--kv", metavar="CODEC", default="raw", help="How the KV cache is stored: raw, int8.")
+@click.option("--kv", metavar="CODEC", default="raw", help="How the KV cache is stored: raw, int8, int4.")
+@click.option("--mesh", metavar="AXES", default="", show_default="one card", help="Several such cards, e.g. tensor=2.")
+@click.option(
+    "--sharding",
+    metavar="TABLE",
+    default="single",
+    help="How the model is split over them: data, fsdp, tensor, fsdp+tensor.",
+)
 @click.option("--compile/--no-compile", "proved", default=True, help="Compile the chosen plan for the card as a proof.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option(
@@ -404,6 +417,8 @@ def plan(
     weights: str | None,
     dtype: str | None,
     kv: str,
+    mesh: str,
+    sharding: str,
     proved: bool,
     as_json: bool,
     plot: Path | None,
@@ -424,7 +439,7 @@ def plan(
         picture.check(plot)
     outcome = plan_folder(
         resolve(folder), gpu=gpu, memory=memory, ram=ram, batch=batch, context=context, task=task, weights=weights,
-        dtype=dtype, kv=kv, disk_rate=disk_rate,
+        dtype=dtype, kv=kv, mesh=mesh, sharding=sharding, disk_rate=disk_rate,
     )  # fmt: skip
     if plot is not None:
         picture.draw(outcome, plot)
@@ -463,11 +478,14 @@ def _show_outcome(outcome: Any, proofs: Any, why: str | None) -> None:
     from rich.table import Table
 
     from jaxengine.plan import show_bytes
-    from jaxengine.planning import traps
+    from jaxengine.planning import devices, traps
 
     console, o = Console(), outcome
     host = "" if o.ram is None else f" and {show_bytes(o.ram)} of host memory"
-    console.print(f"{o.card.name}: {show_bytes(o.memory)}{host} for {o.batch} x {o.context} tokens", highlight=False)
+    each = f" each of {devices(o.candidates[0].plan)}" if devices(o.candidates[0].plan) > 1 else ""
+    console.print(
+        f"{o.card.name}: {show_bytes(o.memory)}{each}{host} for {o.batch} x {o.context} tokens", highlight=False
+    )
     if o.card.notes:
         console.print(f"({o.card.notes})", highlight=False)
     table = Table("plan", box=SIMPLE_HEAD, padding=(0, 1))
@@ -518,7 +536,18 @@ def _show_outcome(outcome: Any, proofs: Any, why: str | None) -> None:
 @app.command(**SETTINGS)
 @click.argument("source")
 @click.argument("target", type=click.Path(path_type=Path))
-@click.option("--to", metavar="FORMAT", required=True, help="hf, a Hugging Face folder, or orbax, one chunk per layer.")
+@click.option(
+    "--to",
+    metavar="FORMAT",
+    required=True,
+    help="hf, a Hugging Face folder; compressed-tensors, one whose weights are packed integers; orbax, one chunk per layer.",
+)
+@click.option(
+    "--weights",
+    metavar="FORMAT",
+    show_default="as they are",
+    help="For compressed-tensors: int8, int4, int4:group_size=64, ...",
+)
 @click.option("--dtype", metavar="DTYPE", show_default="as it is", help="Cast to float32, bfloat16 or float16.")
 @click.option("--overwrite", is_flag=True, help="Replace a target that is there.")
 @click.option(
@@ -528,7 +557,15 @@ def _show_outcome(outcome: Any, proofs: Any, why: str | None) -> None:
     help="Split what hf writes into files of at most this size.",
 )
 @reported()
-def convert(source: str, target: Path, to: str, dtype: str | None, overwrite: bool, max_shard_size: str | None) -> None:
+def convert(
+    source: str,
+    target: Path,
+    to: str,
+    weights: str | None,
+    dtype: str | None,
+    overwrite: bool,
+    max_shard_size: str | None,
+) -> None:
     """Convert a checkpoint folder, one tensor at a time.
 
     SOURCE is a Hugging Face checkpoint folder, or one that was converted; 'demo' is the small model that comes along.
@@ -540,12 +577,14 @@ def convert(source: str, target: Path, to: str, dtype: str | None, overwrite: bo
     size = None if max_shard_size is None else parse_bytes(max_shard_size, "max-shard-size")
     with Reading("converting") as bar:
         export.convert(
-            resolve(source), target, to=to, dtype=dtype, overwrite=overwrite, max_shard_bytes=size, track=bar
-        )
+            resolve(source), target, to=to, weights=weights, dtype=dtype, overwrite=overwrite, max_shard_bytes=size,
+            track=bar,
+        )  # fmt: skip
     print(f"wrote {target}", flush=True)
 
 
 app.add_command(finetune)
+app.add_command(quantize)
 
 
 def main() -> None:

@@ -1,4 +1,5 @@
-"""Writing a model: a Hugging Face folder that transformers opens, or an orbax checkpoint. One parameter at a time.
+"""Writing a model: a Hugging Face folder that transformers opens, plain or packed (compressed.py), or an orbax checkpoint.
+One parameter at a time.
 
 Both writers ask `get(name)` for one parameter of ours at a time and write into a folder that is not yet under its final
 name (checkpoints.output). An export of what was imported unchanged is byte for byte what was read: each tensor in its own
@@ -33,7 +34,7 @@ from jaxengine.sources import (
 )
 from jaxengine.weights.base import Weight
 
-FORMATS = ("hf", "orbax")
+FORMATS = ("hf", "orbax", "compressed-tensors")
 MAX_SHARD_BYTES = 5_000_000_000  # of a file, where the source was not split
 BESIDE = (
     ".json",
@@ -168,24 +169,33 @@ def convert(
     target: str | Path,
     *,
     to: str,
+    weights: str | None = None,
     dtype: str | None = None,
     overwrite: bool = False,
     max_shard_bytes: int | None = None,
     track: Track | None = None,
 ) -> None:
-    """Read one folder, write another, one parameter at a time; nothing is placed on a device.
+    """Read one folder, write another, one parameter at a time; no more than that is placed on a device.
 
-    to: 'hf' or 'orbax'. dtype: cast all parameters (each keeps its own if not given). max_shard_bytes: split what is
-    written to 'hf' into files of at most this size (if not given, as the source is split, or 5 GB where it is not).
+    to: 'hf', 'orbax', or 'compressed-tensors', a Hugging Face folder whose integer weights stay packed. weights: the format
+    that a plain source is encoded in for it, e.g. 'int4:group_size=32'; the codes are those of `load` with these weights.
+    dtype: cast all parameters (each keeps its own if not given). max_shard_bytes: split what is
+    written to safetensors into files of at most this size (if not given, as the source is split, or 5 GB where it is not).
     Raises, before anything is written: ValueError for a choice there is not and for layers that orbax cannot stack,
     CheckpointError for a target that is not empty or a source that cannot be read, ConfigError for a model that is not
     done.
     """
     if to not in FORMATS:
         raise ValueError(f"convert: to is {to!r}; it can be {' or '.join(FORMATS)}")
+    if weights is not None and to != "compressed-tensors":
+        raise ValueError(
+            f"convert: weights={weights!r} goes with to='compressed-tensors'; to='hf' is plain, and for to='orbax' load the"
+            f" model with these weights and save it"
+        )
+    chosen = None if weights is None else Plan(weights=weights)  # refuses a format that there is not
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"convert: dtype is {dtype!r}; it can be {', '.join(DTYPES)}")
-    if max_shard_bytes is not None and to != "hf":
+    if max_shard_bytes is not None and to == "orbax":
         raise ValueError(f"convert: max_shard_bytes goes with to='hf'; to={to!r} is not split into files of a size")
     source = Path(source)
     raw = read_config(source)
@@ -198,6 +208,14 @@ def convert(
         if to == "hf":
             write_hf(
                 folder, arch, parameters.read, dtype_of, origin, max_shard_bytes=max_shard_bytes, track=track
+            )  # fmt: skip
+            return
+        if to == "compressed-tensors":
+            from jaxengine import compressed
+
+            plan, get = compressed.prepared(parameters, chosen, dtype or one_dtype(arch, parameters.dtype, raw))
+            compressed.write(
+                folder, arch, plan, get, dtype_of, origin, max_shard_bytes=max_shard_bytes, track=track
             )  # fmt: skip
             return
         if plan is None:

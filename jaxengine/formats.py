@@ -38,6 +38,21 @@ class Format:
         """The tree that `encode` makes, with the logical axes of each array in its place."""
         return self.module.leaf_axes(axes, out, **dict(self.options))
 
+    def refuses(self, stored: str, dtype: str) -> str | None:
+        """Why numbers of dtype `stored` are not held under a plan of dtype `dtype`; None where they are."""
+        said = getattr(self.module, "refuses", None)
+        return None if said is None else said(stored, dtype)
+
+    def check(self, name: str, leaf: Any) -> None:
+        """Raises ValueError where `encode` could not hold the numbers of the matrix `name`."""
+        check = getattr(self.module, "check", None)
+        if check is None:
+            return
+        try:
+            check(leaf)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+
     def __str__(self) -> str:
         given = ",".join(f"{k}={str(v).lower() if isinstance(v, bool) else v}" for k, v in self.options)
         return f"{self.name}:{given}" if given else self.name

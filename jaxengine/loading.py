@@ -18,7 +18,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from checkpoints.errors import CheckpointError
-from jaxengine import placement
+from checkpoints.peft import read_adapter
+from jaxengine import formats, placement
 from jaxengine.architecture import Architecture, architecture
 from jaxengine.export import one_dtype
 from jaxengine.homes.base import home as find_home
@@ -26,7 +27,7 @@ from jaxengine.machine import POOL, POOL_SHARE, available_ram, pool_limit_bytes
 from jaxengine.model import Model
 from jaxengine.packing import Place, files_of
 from jaxengine.paths import cache_folder
-from jaxengine.plan import Plan, choose, parameter_bytes, parse_bytes, show_bytes
+from jaxengine.plan import Plan, check_mesh, choose, parameter_bytes, parse_bytes, show_bytes
 from jaxengine.planning import streamed_form
 from jaxengine.selftest import check_streaming
 from jaxengine.sources import Origin, Source, open_source, read_config
@@ -56,20 +57,22 @@ def load(
     disk: str | os.PathLike[str] | None = None,
     kv: str | None = None,
     kv_layout: str | None = None,
+    adapter: str | os.PathLike[str] | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Model:
     """Load a Hugging Face checkpoint folder, or one that `Model.save` wrote, ready to generate.
 
     plan: every choice at once; the other arguments go before its fields. memory: a budget of device memory such as
-    '16GB', which chooses the home for `batch` rows (1) of up to `context` tokens each (2048, or what the model can at most);
-    a call that would need more is refused. ram: host memory for layers that do not fit there (what is free, if not given);
-    what fits neither is read from disk in every pass. disk: the folder for such layers, packed once
-    (~/.cache/jaxengine/layers). weights: the format of matrices ('dense', 'int8'). dtype: 'float32', 'bfloat16'
+    '16GB' (of each device of a mesh), which chooses the home for `batch` rows (1) of up to `context` tokens each (2048, or
+    what the model can at most); a call that would need more is refused. ram: host memory for layers that do not
+    fit there (what is free, if not given); what fits neither is read from disk in every pass. disk: the folder for such
+    layers, packed once (~/.cache/jaxengine/layers). weights: the format of matrices ('dense', 'int8'). dtype: 'float32', 'bfloat16'
     or 'float16' (the checkpoint's own if not given). mesh: e.g. 'data=2,tensor=4' over all devices, or a jax Mesh;
     sharding: the table of rules. home: 'device', 'host', 'split', of which the first `resident` layers are on the device,
     or 'disk', of which the first `resident` are there and the next `kept` in host memory; form: 'unrolled', 'scan',
-    'ahead' or 'python'. kv: the cache's codec ('raw', 'int8'); kv_layout: the layout of
-    sliding-window layers ('window', 'full'). progress: called with (name, bytes read, bytes in all),
+    'ahead' or 'python'. kv: the cache's codec ('raw', 'int8', 'int4'); kv_layout: the layout of
+    sliding-window layers ('window', 'full'). adapter: a PEFT folder, whose LoRA or DoRA stands beside the weights, in
+    whatever format and home they are but on disk. progress: called with (name, bytes read, bytes in all),
     and for layers that are packed first in the same way, from zero.
 
     Of the plan that an orbax folder was saved with, only what its bytes are decides here too, where no plan is given:
@@ -94,23 +97,22 @@ def load(
         chosen = dataclasses.replace(start, **{k: v for k, v in given.items() if v is not None})
         if not chosen.dtype:
             chosen = dataclasses.replace(chosen, dtype=one_dtype(arch, source.dtype, raw))
+        over = mesh if isinstance(mesh, Mesh) else make_mesh(chosen.mesh or None)
+        if "-1" in chosen.mesh:
+            chosen = dataclasses.replace(chosen, mesh=",".join(f"{k}={v}" for k, v in over.shape.items()))
+        check_mesh(arch, chosen)
         if memory is not None:
             if any(x is not None for x in (home, form, resident, kept)):
                 raise ValueError(
                     f"memory={memory!r} chooses the home, its form and how many layers are resident or kept, and one of"
                     f" these was given too: give one or the other"
                 )
-            if chosen.mesh:
-                raise ValueError(
-                    f"memory={memory!r} is counted for one device, and mesh is {chosen.mesh!r}: with several devices say"
-                    f" home='device' or home='host'"
-                )
             for what, size in (("batch", batch), ("context", context)):
                 if size is not None and size < 1:
                     raise ValueError(f"{what} is {size}; it is at least 1")
             longest = min(2048, arch.config.max_position_embeddings) if context is None else context
             room = _room(parse_bytes(memory)) if ram is None else parse_bytes(ram, "ram")
-            rows, device = 1 if batch is None else batch, jax.devices()[0]
+            rows, device = 1 if batch is None else batch, over.devices.flat[0]
             card = next((c for c in CARDS.values() if c.kind == device.device_kind), None)
             streamed = "" if card is None else streamed_form(arch, chosen, card, rows)
             chosen = choose(arch, chosen, memory, batch=rows, length=longest, ram=room, form=streamed)
@@ -123,19 +125,19 @@ def load(
             raise ValueError(
                 f"disk is {os.fspath(disk)!r} and home {chosen.home!r}; only home='disk' reads layers from there"
             )
-        over = mesh if isinstance(mesh, Mesh) else make_mesh(chosen.mesh or None)
-        if over.size > 1 and chosen.sharding == "single" and not chosen.rules:
-            raise ValueError(
-                f"mesh is {chosen.mesh!r} and sharding 'single', which would put a whole copy on each of {over.size} devices:"
-                f" say sharding='data', 'fsdp', 'tensor' or 'fsdp+tensor'"
-            )
-        if over.size == 1 and chosen.sharding != "single":
-            raise ValueError(
-                f"sharding is {chosen.sharding!r} and there is one device in the mesh: say mesh='tensor=4' or the like"
-            )
+        if adapter is not None:
+            if any(find_home(part.home).TIER == "disk" for part in chosen.parts(arch)):
+                raise ValueError(
+                    f"adapter is {os.fspath(adapter)!r} and home {chosen.home!r}: layers read from disk have nothing beside"
+                    f" them; say home='host' or 'split', or merge the adapter into the model once"
+                )
+            read_adapter(
+                adapter, arch.name_table(), arch.params(), arch.num_layers
+            )  # or it is refused after all is read
         _check_host(arch, chosen, over)
         _check_rules(arch, chosen)
         _check_formats(arch, source.plan, chosen)
+        _check_numbers(arch, source, chosen)
         done, total = 0, source.nbytes - _left_on_disk(arch, chosen, source)
 
         def track(name: str, size: int) -> None:
@@ -152,7 +154,12 @@ def load(
         params = placement.place(arch, chosen, over, source.read, track, place)
         origin = source.origin(raw)
     budget = None if memory is None else parse_bytes(memory)
-    return Model(arch, chosen, over, params, origin, tokenizer(folder), budget)
+    model = Model(arch, chosen, over, params, origin, tokenizer(folder), budget)
+    if adapter is None:
+        return model
+    from jaxengine.finetune.run import with_adapter  # which loads models itself
+
+    return with_adapter(model, adapter)
 
 
 def _room(memory: int) -> int:
@@ -256,6 +263,16 @@ def _check_formats(arch: Architecture, stored: Plan | None, chosen: Plan) -> Non
                 f" argument, and a plan only with the same weights and weight_rules), or start from the checkpoint that it"
                 f" was made from"
             )
+
+
+def _check_numbers(arch: Architecture, source: Source, plan: Plan) -> None:
+    """Refuse a format for a checkpoint whose numbers it does not hold."""
+    for name, spec in arch.specs().items():
+        wanted = plan.format_of(name, spec)
+        if source.plan is not None and source.plan.format_of(name, spec) == wanted:
+            continue
+        if (why := formats.find(wanted).refuses(source.dtype(name).name, plan.dtype)) is not None:
+            raise ValueError(f"weights={wanted!r} for {name}: {why}")
 
 
 def tokenizer(folder: Path) -> Tokenizer | None:

@@ -23,9 +23,9 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from checkpoints.output import output_folder
-from jaxengine import engine, export, outside, placement, sampling
+from jaxengine import compressed, engine, export, outside, placement, sampling
 from jaxengine.architecture import Architecture
-from jaxengine.plan import DTYPES, Plan, activation_bytes, cache_bytes, device_bytes, show_bytes
+from jaxengine.plan import DTYPES, Plan, activation_bytes, cache_bytes, device_bytes, show_bytes, weight_bytes
 from jaxengine.sources import Origin
 from jaxengine.text import Detokenizer, StopStrings, Tokenizer
 
@@ -73,8 +73,13 @@ class Model:
 
     def __repr__(self) -> str:
         c = self.architecture
-        count = sum(x.size for x in jax.tree.leaves(self.params))
-        return f"Model({c.family}, {c.num_layers} layers, {count / 1e6:.4g} M stored values, home={self.plan.home!r})"
+        plain = dataclasses.replace(self.plan, weights="dense", weight_rules=())
+        held, whole = ((b := weight_bytes(c, plan))["outer"] + b["layers"] for plan in (self.plan, plain))
+        share = "" if held == whole else f" ({held / whole:.3f} of {self.plan.dtype}'s)"
+        return (
+            f"Model({c.family}, {c.num_layers} layers, {show_bytes(held)} of weights{share}, weights={self.plan.weights!r},"
+            f" home={self.plan.home!r})"
+        )
 
     @property
     def config(self) -> Any:
@@ -231,7 +236,8 @@ class Model:
         format 'hf': safetensors under Hugging Face's names, in `dtype` (the plan's if not given), quantised weights
         decoded, in files of at most `max_shard_bytes` (if not given, split as the folder it came from, or by 5 GB).
         'orbax': one chunk per layer, weights in the formats they are in, to be loaded by `load` or by plain orbax, with
-        the plan beside them. Config and tokenizer go along.
+        the plan beside them. 'compressed-tensors': as 'hf', with weights in integer formats (int8, int4, int3, int2) packed as
+        they are, for transformers and vLLM. Config and tokenizer go along.
 
         What is written is what is in memory. `load` has cast it to the plan's dtype: parameters that were stored wider
         (float32 norms beside bfloat16 matrices) have lost those digits for good, and a warning says so.
@@ -242,9 +248,9 @@ class Model:
         """
         if format not in export.FORMATS:
             raise ValueError(f"save: format is {format!r}; it can be {' or '.join(export.FORMATS)}")
-        if dtype is not None and (format != "hf" or dtype not in DTYPES):
+        if dtype is not None and (format == "orbax" or dtype not in DTYPES):
             raise ValueError(f"save: dtype is {dtype!r}; it goes with format='hf' and can be {', '.join(DTYPES)}")
-        if max_shard_bytes is not None and format != "hf":
+        if max_shard_bytes is not None and format == "orbax":
             raise ValueError(
                 f"save: max_shard_bytes goes with format='hf'; {format!r} is not split into files of a size"
             )
@@ -263,6 +269,11 @@ class Model:
                 export.write_orbax(
                     temporary, self.architecture, self.plan, lambda n: parts[n](), lambda n: stored, self.origin
                 )
+            elif format == "compressed-tensors":
+                compressed.write(
+                    temporary, self.architecture, self.plan, lambda n: parts[n](), lambda n: stored, self.origin,
+                    max_shard_bytes=max_shard_bytes,
+                )  # fmt: skip
             else:
                 export.write_hf(
                     temporary, self.architecture, lambda n: parts[n](), lambda n: stored, self.origin,

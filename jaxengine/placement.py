@@ -56,7 +56,7 @@ def place(
     def one(name: str, spec: Spec, memory: str | None) -> Any:
         array = read(name)
         size = sum(a.nbytes for a in jax.tree.leaves(array))
-        leaf = _encoded(array, plan.format_of(name, spec), spec, plan.dtype, rules, mesh, memory)
+        leaf = _encoded(name, array, plan.format_of(name, spec), spec, plan.dtype, rules, mesh, memory)
         track(name, size)
         return leaf
 
@@ -108,7 +108,7 @@ def _on_disk(
 
     def encoded(name: str) -> Any:
         spec = architecture.specs()[name]
-        return _encoded(read(name), plan.format_of(name, spec), spec, plan.dtype, rules, mesh, None)
+        return _encoded(name, read(name), plan.format_of(name, spec), spec, plan.dtype, rules, mesh, None)
 
     @functools.cache  # asked for in every pass
     def shardings(i: int) -> Any:
@@ -208,8 +208,11 @@ class _Axes(tuple):
     """Axes names as one leaf: a subclass of tuple is not taken apart by tree.map."""
 
 
-def _encoded(array: Any, format_name: str, spec: Spec, dtype: str, rules: Rules, mesh: Mesh, memory: str | None) -> Any:
-    """One parameter in its format and place; `array` is numpy, or a Weight of numpy arrays that is in its format already."""
+def _encoded(
+    name: str, array: Any, format_name: str, spec: Spec, dtype: str, rules: Rules, mesh: Mesh, memory: str | None
+) -> Any:
+    """One parameter in its format and place; `array` is numpy, or a Weight of numpy arrays that is in its format already.
+    Raises ValueError for numbers that the format does not hold."""
     places = _places(format_name, spec, dtype, rules, mesh, memory)
     plain = spec.out is None or format_name == "dense"
     if isinstance(array, Weight) or (plain and array.dtype == jnp.dtype(dtype)):
@@ -217,6 +220,8 @@ def _encoded(array: Any, format_name: str, spec: Spec, dtype: str, rules: Rules,
     on_device = _places(format_name, spec, dtype, rules, mesh, None)
     raw = jax.device_put(array, named_sharding(rules, mesh, spec.axes))
     leaf = _encoder(format_name, spec.out, dtype, jax.tree.structure(on_device), tuple(jax.tree.leaves(on_device)))(raw)
+    if not plain:
+        formats.find(format_name).check(name, leaf)
     return leaf if memory is None else jax.device_put(leaf, places)
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh
 
 from jaxengine import formats
 from jaxengine.architecture import Architecture, Spec, segments
@@ -26,7 +27,8 @@ from jaxengine.cache.base import Caching, empty
 from jaxengine.engine import bucket
 from jaxengine.homes.base import Part, home
 from jaxengine.walk import REMAT
-from sharding.rules import RULES, Rules
+from sharding.mesh import abstract_mesh
+from sharding.rules import RULES, Rules, check, named_sharding
 
 RING = 3  # buffers that layers are read into from disk: one is used, one is copied, one is being filled
 SCORES = 2**27  # bytes of attention's scores and weights that stand at a time where it runs in XLA
@@ -204,40 +206,89 @@ def parameter_bytes(plan: Plan, name: str, spec: Spec) -> int:
     return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(leaf))
 
 
+@functools.cache
+def mesh_of(plan: Plan) -> AbstractMesh | None:
+    """The mesh that a plan names, without its devices; None: one device. ValueError for one that is none."""
+    return abstract_mesh(plan.mesh) if plan.mesh else None
+
+
+def check_mesh(architecture: Architecture, plan: Plan) -> None:
+    """Refuse, before anything is read, a mesh that the plan's rules do not go with or do not divide the model over."""
+    mesh = mesh_of(plan)
+    if mesh is not None and mesh.size > 1 and plan.sharding == "single" and not plan.rules:
+        raise ValueError(
+            f"mesh is {plan.mesh!r} and sharding 'single', which would put a whole copy on each of {mesh.size} devices:"
+            f" say sharding='data', 'fsdp', 'tensor' or 'fsdp+tensor'"
+        )
+    if (mesh is None or mesh.size == 1) and plan.sharding != "single":
+        raise ValueError(
+            f"sharding is {plan.sharding!r} and there is one device in the mesh: say mesh='tensor=4' or the like"
+        )
+    if mesh is not None:
+        specs = architecture.specs().items()
+        check(plan.sharding_rules(), mesh, {name: (s.shape, s.axes) for name, s in specs})
+
+
+def on_one(plan: Plan, axes: tuple[str | None, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape that one device of the plan's mesh has of an array with these logical axes."""
+    mesh = mesh_of(plan)
+    if mesh is None:
+        return shape
+    return named_sharding(plan.sharding_rules(), mesh, axes, shape=shape).shard_shape(shape)
+
+
+def shard_bytes(plan: Plan, name: str, spec: Spec) -> int:
+    """Bytes that one device of the plan's mesh has of a parameter."""
+    if not plan.mesh:
+        return parameter_bytes(plan, name, spec)
+    stored = plan.format_of(name, spec)
+    leaf, axes = abstract_leaf(stored, spec.shape, spec.out, plan.dtype), spec.axes
+    if spec.out is not None:
+        axes = formats.find(stored).leaf_axes(spec.axes, spec.out)
+    is_axes = lambda a: isinstance(a, tuple) and all(n is None or isinstance(n, str) for n in a)  # noqa: E731
+    each = zip(jax.tree.leaves(leaf), jax.tree.leaves(axes, is_leaf=is_axes), strict=True)
+    return sum(math.prod(on_one(plan, a, x.shape)) * x.dtype.itemsize for x, a in each)
+
+
 def layer_bytes(architecture: Architecture, plan: Plan) -> list[int]:
-    """Bytes of each layer's stored parameters."""
+    """Bytes of each layer's stored parameters, on one device where the plan has a mesh."""
     return list(_stored_bytes(architecture, _formats_alone(plan))[1])
 
 
 def weight_bytes(architecture: Architecture, plan: Plan) -> dict[str, int]:
-    """Bytes of the stored parameters, by part: 'outer' (before and after the layers), 'layers', 'largest_layer'."""
+    """Bytes of the stored parameters, by part: 'outer' (before and after the layers), 'layers', 'largest_layer'; those of
+    one device where the plan has a mesh."""
     outer, each = _stored_bytes(architecture, _formats_alone(plan))
     return {"outer": outer, "layers": sum(each), "largest_layer": max(each, default=0)}
 
 
 def _formats_alone(plan: Plan) -> Plan:
     """What of a plan decides the bytes that are stored."""
-    return Plan(dtype=plan.dtype, weights=plan.weights, weight_rules=plan.weight_rules)
+    names = ("dtype", "weights", "weight_rules", "sharding", "rules", "mesh")
+    return Plan(**{name: getattr(plan, name) for name in names})
 
 
 @functools.cache  # a search for what fits asks for hundreds of plans of the same formats
 def _stored_bytes(architecture: Architecture, plan: Plan) -> tuple[int, tuple[int, ...]]:
     """Of what stands outside the layers, and of each layer."""
-    outer = sum(parameter_bytes(plan, n, s) for n, s in architecture.outer()[1].items())
+    outer = sum(shard_bytes(plan, n, s) for n, s in architecture.outer()[1].items())
     each = (
-        sum(parameter_bytes(plan, f"layers.{i}.{n}", s) for n, s in architecture.block(kind)[1].items())
+        sum(shard_bytes(plan, f"layers.{i}.{n}", s) for n, s in architecture.block(kind)[1].items())
         for i, kind in enumerate(architecture.kinds)
     )
     return outer, tuple(each)
 
 
 def cache_bytes(architecture: Architecture, plan: Plan, *, batch: int, length: int) -> int:
-    """Bytes of a KV cache for `batch` sequences of up to `length` tokens."""
+    """Bytes of a KV cache for `batch` sequences of up to `length` tokens, on one device where the plan has a mesh."""
+    axes = ("cache_batch", "cache_kv_heads", "cache_slots", "cache_head_dim")
     total = 0
     for kind, layers in collections.Counter(architecture.kinds).items():
         attention = architecture.attention(kind)
         made = jax.eval_shape(lambda a=attention: empty(plan.caching, a, batch, length, jnp.dtype(plan.dtype)))
-        total += layers * sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(made))
+        for x in jax.tree.leaves(made):
+            held = on_one(plan, (*axes, *(None,) * x.ndim)[: x.ndim], x.shape)
+            total += layers * math.prod(held) * x.dtype.itemsize
     return total
 
 
@@ -285,10 +336,11 @@ def activation_bytes(architecture: Architecture, plan: Plan, *, batch: int, toke
     size = jnp.dtype(plan.dtype).itemsize
     chunk = architecture.chunk(plan.chunk, tokens)
     T, widest = chunk or tokens, 0
+    batch = on_one(plan, ("batch",), (batch,))[0]
     rows = batch * T
     parts = plan.parts(architecture)
-    beside = streamed_bytes(architecture, plan)  # not there yet while resident layers run, but for a first one ahead
-    beside -= max(layer_bytes(architecture, plan)) if any(p.form == "ahead" for p in parts) else 0
+    beside = streamed_bytes(architecture, plan)  # not there yet while resident layers run
+    gathered = _gathered_bytes(architecture, plan)
     listed = any(home(p.home).TIER == "device" and not p.stacked for p in parts)
     for kind in set(architecture.kinds):
         attention = architecture.attention(kind)
@@ -296,7 +348,8 @@ def activation_bytes(architecture: Architecture, plan: Plan, *, batch: int, toke
         dims = {
             a: n for spec in architecture.block(kind)[1].values() for a, n in zip(spec.axes, spec.shape, strict=True)
         }
-        D, F = dims["embed"], dims["mlp"]
+        D, F = dims["embed"], on_one(plan, ("mlp",), (dims["mlp"],))[0]
+        (N,), (K,) = (on_one(plan, (a,), (n,)) for a, n in (("act_heads", N), ("act_kv_heads", K)))
         layout = plan.caching.layout_for(attention)
         S = layout.num_slots(length, attention.window) if chunk else T
         if chunk and not layout.holds(T, S, attention.window):
@@ -304,10 +357,26 @@ def activation_bytes(architecture: Architecture, plan: Plan, *, batch: int, toke
         read_again = batch * S * 2 * K * H * size if chunk else 0  # slots as attention takes them
         scores = min((4 + size) * rows * S * N, SCORES) if plan.dtype == "float32" or rows * N <= 32 * K * batch else 0
         attending = scores + read_again + rows * (3 * N + 2 * K) * H * size
-        # of layers that are written out XLA makes one product of gate and up, and both again from it
+        # of layers that are written out more stands than one needs: XLA runs one's products beside another's
         halves = max(2 * rows * F * size, 4 * rows * F * size - beside if listed else 0)
-        widest = max(widest, 2 * batch * tokens * D * size + max(attending, halves))
-    return widest
+        # partial products of a matrix that is split along what it contracts, summed over devices in float32
+        sums = (1 if beside else 3) * rows * D * 4 if dims["mlp"] > F else 0
+        widest = max(widest, 2 * batch * tokens * D * size + max(attending, halves) + sums)
+    return widest + gathered
+
+
+def _gathered_bytes(architecture: Architecture, plan: Plan) -> int:
+    """Bytes of layers that are split over devices by their inputs (fsdp) and whole while they are used: of those that are
+    written out all, since nothing keeps XLA from bringing them together early, of others one."""
+    if plan.mesh == "" or on_one(plan, ("embed",), (D := architecture.config.hidden_size,)) == (D,):
+        return 0
+    most, split = 0, ("embed", "latent")
+    rules = (*((name, None) for name in split), *(r for r in plan.rules if r[0] not in split))
+    each = layer_bytes(architecture, Plan(dtype=plan.dtype, sharding=plan.sharding, rules=rules, mesh=plan.mesh))
+    for part in plan.parts(architecture):
+        sizes = each[part.start : part.start + part.num_layers]
+        most = max(most, max(sizes) if part.stacked else sum(sizes))
+    return most
 
 
 def parse_bytes(size: str | int, name: str = "memory") -> int:
@@ -335,9 +404,9 @@ def show_bytes(n: int) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Need:
-    """Bytes by what they are for. Device: embeddings and head, resident layers, streamed layers while they are there, KV
-    cache, activations (of reading a prompt, or of a step). Host: streamed layers, pinned, and the buffers that a disk is
-    read into. Disk: the layers that are read from it.
+    """Bytes by what they are for. Device (each of a mesh): embeddings and head, resident layers, streamed layers while they
+    are there, KV cache, activations (of reading a prompt, or of a step). Host: streamed layers, pinned, and the buffers
+    that a disk is read into. Disk: the layers that are read from it.
 
     When fine-tuning, also on the device: what is trained beside those, its gradient, the optimizer's state, and what is
     kept of each layer for its way back; and in host memory what of these stands there.
@@ -362,17 +431,23 @@ class Need:
 
 
 def need(architecture: Architecture, plan: Plan, *, batch: int, context: int) -> Need:
-    """What a plan needs to generate: `batch` rows of up to `context` tokens, their prompts as long as that."""
-    tiers = tier_bytes(architecture, plan)
-    ring = RING * max(layer_bytes(architecture, plan)) if tiers["disk"] else 0
+    """What a plan needs to generate: `batch` rows of up to `context` tokens, their prompts as long as that.
+
+    Over a mesh the device is each of its devices, and host memory and disk are those of the one machine that they are in,
+    where each device has its share in pinned memory of its own.
+    """
+    tiers, mesh = tier_bytes(architecture, plan), mesh_of(plan)
+    whole = plan if mesh is None else dataclasses.replace(plan, mesh="")
+    disk = tier_bytes(architecture, whole)["disk"] if tiers["disk"] else 0
+    ring = RING * max(layer_bytes(architecture, whole)) if disk else 0
     return Need(
         outer=weight_bytes(architecture, plan)["outer"],
         resident=tiers["device"],
         streaming=streamed_bytes(architecture, plan),
         cache=cache_bytes(architecture, plan, batch=batch, length=context),
         activations=activation_bytes(architecture, plan, batch=batch, tokens=context, length=context),
-        host=tiers["host"] + ring,
-        disk=tiers["disk"],
+        host=tiers["host"] * (1 if mesh is None else mesh.size) + ring,
+        disk=disk,
     )
 
 

@@ -25,8 +25,10 @@ from jaxengine.plan import (
     Need,
     Plan,
     Variant,
-    parameter_bytes,
+    check_mesh,
+    mesh_of,
     parse_bytes,
+    shard_bytes,
     show_bytes,
     tier_bytes,
     variants,
@@ -90,15 +92,15 @@ def judge(
     tiers = tier_bytes(architecture, plan)
     # every stored weight is used once a row; two operations for each, whatever its format
     layers = sum(math.prod(s.shape) for name, s in architecture.specs().items() if name.startswith("layers.") and s.out)
-    elements = layers + math.prod(architecture.specs()["embedding"].shape)
+    elements = (layers + math.prod(architecture.specs()["embedding"].shape)) / devices(plan)
     seconds = [
         ("device memory", (sum(tiers.values()) + _head_bytes(architecture, plan) + n.cache) / card.bandwidth),
         ("matmuls", 2 * elements * batch / card.tensor),
     ]
     if streamed := tiers["host"] + tiers["disk"]:
         seconds.append(("host link", streamed / card.link))
-    if tiers["disk"]:
-        seconds.append(("disk", tiers["disk"] / disk_rate))
+    if n.disk:
+        seconds.append(("disk", n.disk / disk_rate))
     return Candidate(plan, n, variant.refused, tuple(seconds), batch)  # a token a row
 
 
@@ -106,7 +108,13 @@ def _head_bytes(architecture: Architecture, plan: Plan) -> int:
     """Of what stands outside the layers a step reads the head whole, and one row of the rest."""
     outer = architecture.outer()[1]
     name = "lm_head" if "lm_head" in outer else "embedding"
-    return parameter_bytes(plan, name, outer[name])
+    return shard_bytes(plan, name, outer[name])
+
+
+def devices(plan: Plan) -> int:
+    """Devices of the plan's mesh."""
+    mesh = mesh_of(plan)
+    return 1 if mesh is None else mesh.size
 
 
 def streamed_form(architecture: Architecture, plan: Plan, card: Card, batch: int) -> str:
@@ -116,7 +124,7 @@ def streamed_form(architecture: Architecture, plan: Plan, card: Card, batch: int
     elements = sum(
         math.prod(s.shape) for name, s in architecture.specs().items() if name.startswith("layers.") and s.out
     )
-    compute = max(2 * elements * batch / card.tensor, size / card.bandwidth)
+    compute = max(2 * elements * batch / devices(plan) / card.tensor, size / card.bandwidth)
     return "ahead" if AHEAD[0] < size / card.link / compute < AHEAD[1] else ""
 
 
@@ -159,7 +167,7 @@ def changes(
     """What would make it fit, where nothing does: each change alone, then two together, the first three that fit, or more
     memory where there are not so many."""
     single: list[tuple[str, dict[str, Any], dict[str, int]]] = []
-    if plan.weights == "dense" and task != "full":
+    if plan.weights == "dense" and not _as_they_are(task):
         single += [(f"weights {name}", {"weights": name}, {}) for name in ("int8", "int4")]
     if plan.kv_codec == "raw" and task == "generate":
         single.append(("kv int8", {"kv_codec": "int8"}, {}))
@@ -204,10 +212,20 @@ def changes(
     return found
 
 
+def _as_they_are(task: str) -> bool:
+    """Whether a task changes the model's own parameters, which are then in no other format."""
+    return task != "generate" and not tuning.task(task).beside
+
+
 def traps(architecture: Architecture, candidate: Candidate, card: Card) -> list[str]:
     """What to know before running it on this card."""
     said = []
-    tiers, whole = tier_bytes(architecture, candidate.plan), weight_bytes(architecture, candidate.plan)["layers"]
+    tiers = tier_bytes(architecture, candidate.plan)
+    whole = weight_bytes(architecture, dataclasses.replace(candidate.plan, mesh="", sharding="single", rules=()))[
+        "layers"
+    ]
+    if devices(candidate.plan) > 1:
+        said.append("what goes from card to card within a step is not in these speeds")
     if tiers["host"] > machine.pool_limit_bytes({}):
         said.append(
             f"{show_bytes(tiers['host'])} of pinned host memory: XLA's pool stops at 64 GiB unless"
@@ -217,7 +235,7 @@ def traps(architecture: Architecture, candidate: Candidate, card: Card) -> list[
     if tiers["disk"]:
         said.append(
             f"the packed layers take {show_bytes(whole)} of disk, those that are kept in memory included, and a step reads"
-            f" {show_bytes(tiers['disk'])} of them"
+            f" {show_bytes(candidate.need.disk)} of them"
         )
     with contextlib.suppress(ValueError):  # a system that does not say
         name, least = machine.ram_limits()[0]
@@ -276,7 +294,8 @@ class Outcome:
 
         chosen = self.chosen
         return {
-            "task": self.task, "card": self.card.name, "card_notes": self.card.notes, "memory": self.memory, "ram": self.ram,
+            "task": self.task, "mesh": self.candidates[0].plan.mesh, "card": self.card.name,
+            "card_notes": self.card.notes, "memory": self.memory, "ram": self.ram,
             "batch": self.batch, "context": self.context, "chosen": None if chosen is None else one(chosen),
             "candidates": [one(c) for c in self.candidates], "short": self.short,
             "short_of_ram": self.short_of_ram,
@@ -300,26 +319,29 @@ def plan_for(
     """The nearest plan that fits, every one that was looked at, and what would fit where none does.
 
     task: 'generate', or what is fine-tuned: 'lora' or 'dora' (rank 8 beside every matrix of a layer, AdamW), 'full' (every
-    parameter in float32, AdamW, arithmetic in bfloat16), each on `batch` rows of `context` tokens a step.
+    parameter in float32, AdamW, arithmetic in bfloat16), 'lisa', 'badam' or 'hift' (some layers at a time, as their papers
+    say, AdamW), each on `batch` rows of `context` tokens a step.
     plan: the choices that stand (dtype, weights, cache; a chunk if it has one); home, form and resident layers are chosen.
     memory: bytes of the card to use (all that a process can have, if not given); ram: bytes of host memory for layers, the
     rest being read from a disk that gives disk_rate bytes a second (no limit, and no disk, if not given); context: tokens
-    of a row (2048, or what the model can at most), padded as a call pads them.
+    of a row (2048, or what the model can at most), padded as a call pads them. A plan with a mesh is for so many such cards
+    in one machine: memory is that of each, ram that of the machine, and what goes between cards is not in the speeds.
     Raises ValueError for a task that is not done, or a budget larger than the card.
     """
     if task not in TASKS:
         raise ValueError(f"task is {task!r}; what is planned for is {', '.join(TASKS)}")
+    if _as_they_are(task) and (plan.weights != "dense" or plan.weight_rules):
+        raise ValueError(
+            f"task {task!r} trains parameters as they are, and weights is {plan.weights!r}: task 'lora' trains beside"
+            f" quantised ones"
+        )
     if task == "full":
-        if plan.weights != "dense" or plan.weight_rules:
-            raise ValueError(
-                f"task 'full' trains every parameter as it is, and weights is {plan.weights!r}: task 'lora' trains beside"
-                f" quantised ones"
-            )
         plan = dataclasses.replace(plan, dtype="float32")
     if task != "generate" and plan.kv_codec != "raw":
         raise ValueError(f"kv is {plan.kv_codec!r}; fine-tuning keeps no cache: leave it out")
-    if plan.mesh:
-        raise ValueError(f"mesh is {plan.mesh!r}; a plan is made for one card")
+    if plan.mesh and task != "generate":
+        raise ValueError(f"mesh is {plan.mesh!r}; task {task!r} is planned for one card, and 'generate' for several")
+    check_mesh(architecture, plan)
     if memory is not None and memory > card.usable:
         raise ValueError(
             f"memory is {show_bytes(memory)}, and a process can have {show_bytes(card.usable)} of a {card.name}: give that"
@@ -354,12 +376,15 @@ def plan_folder(
     weights: str | None = None,
     dtype: str | None = None,
     kv: str = "raw",
+    mesh: str = "",
+    sharding: str = "single",
     disk_rate: str | int = int(DISK_RATE),
 ) -> Outcome:
     """`plan_for` a checkpoint folder and a card by its name or numbers ('rtx4090').
 
     Of the folder config.json is read, and where its weights are stored quantised their formats. Sizes as `jaxengine.load`
-    takes them; weights: the format of the others (dense); dtype: the config's, if not given. `picture.figure` draws the
+    takes them; weights: the format of the others (dense); dtype: the config's, if not given; mesh: 'tensor=2' for two such
+    cards, split as the table `sharding` says. `picture.figure` draws the
     outcome, and `proof.prove` compiles what was chosen. Raises ValueError for what `plan_for` refuses and for an unknown
     card.
     """
@@ -375,7 +400,9 @@ def plan_folder(
     if named not in DTYPES:
         raise ValueError(f"dtype is {named!r} in config.json and none is given; say dtype {', '.join(DTYPES)}")
     start = Plan(weights=weights or "dense") if stored is None else stored
-    plan = Plan(dtype=named, weights=start.weights, weight_rules=start.weight_rules, kv_codec=kv)
+    plan = Plan(
+        dtype=named, weights=start.weights, weight_rules=start.weight_rules, kv_codec=kv, mesh=mesh, sharding=sharding
+    )
     return plan_for(
         found, plan, card, batch=batch, context=context, task=task,
         memory=None if memory is None else parse_bytes(memory), ram=None if ram is None else parse_bytes(ram, "ram"),

@@ -21,7 +21,7 @@ from jaxengine.architecture import Architecture
 from jaxengine.engine import Engine
 from jaxengine.finetune import planning as tuning
 from jaxengine.homes.base import home
-from jaxengine.plan import Plan, cache_bytes, layer_bytes, resident_bytes, weight_bytes
+from jaxengine.plan import Plan, cache_bytes, layer_bytes, mesh_of, resident_bytes, weight_bytes
 from pallas_kernels import aot
 from pallas_kernels.audit import Report, audit
 from pallas_kernels.cards import Card
@@ -169,8 +169,13 @@ def prove(
     among its problems.
 
     Raises RuntimeError where XLA's GPU compiler is not installed."""
-    proofs = []
-    with aot.target(card) as target:
+    proofs, mesh = [], mesh_of(plan)
+    axes = {} if mesh is None else dict(mesh.shape)
+    if further := {a: n for a, n in axes.items() if a not in aot.AXES and n > 1}:
+        raise ValueError(
+            f"mesh is {plan.mesh!r}; programs are compiled ahead for the axes {', '.join(aot.AXES)}, not {further}"
+        )
+    with aot.target(card, **axes) as target:
         found = programs(architecture, plan, cast(Any, target.mesh), batch=batch, length=length, task=task)
         for name, called in found.items():
             start = time.perf_counter()

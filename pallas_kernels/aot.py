@@ -36,6 +36,8 @@ AXES = ("data", "fsdp", "tensor")
 OPTIONS = {
     "xla_gpu_enable_latency_hiding_scheduler": True,
     "xla_gpu_experimental_parallel_async_compute_limit": 16,
+    # or it makes one matrix product of two (gate and up) by writing their weights side by side, for all layers at once
+    "xla_gpu_dot_merger_threshold_mb": 0,
 }
 
 

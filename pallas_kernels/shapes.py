@@ -1,4 +1,4 @@
-"""Matrices of real models: what tests compile, benchmarks time and tuning tunes.
+"""Matrices and attentions of real models: what tests compile, benchmarks time and tuning tunes.
 
 A row is a matrix [N, K] as it stands in a decoder layer: N outputs, K inputs. q, k and v, and gate and up, are separate
 products. From the models' config.json.
@@ -39,3 +39,31 @@ MATRICES = (
 )
 
 ROWS = (1, 16, 64)  # one sequence, a small batch, and the most that a prompt's tail or a large batch brings
+
+
+@dataclasses.dataclass(frozen=True)
+class Heads:
+    """The attention of a model's layers: N query heads, K kv heads of H; what bends and hides scores in some or all of them."""
+
+    model: str
+    N: int
+    K: int
+    H: int
+    window: int | None = None
+    softcap: float | None = None
+    sinks: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.model} {self.N}/{self.K}x{self.H}"
+
+
+ATTENTIONS = (
+    Heads("Llama 3.1 8B", 32, 8, 128),
+    Heads("Llama 3.1 70B", 64, 8, 128),
+    Heads("Qwen2.5 0.5B", 14, 2, 64),
+    Heads("gpt-oss 20B", 64, 8, 64, window=128, sinks=True),
+    Heads("OPT 2.7B", 32, 32, 80),
+    Heads("Phi-3 mini", 32, 32, 96, window=2047),
+    Heads("Gemma 2 9B", 16, 8, 256, window=4096, softcap=50.0),
+    Heads("Gemma 3 27B", 32, 16, 128, window=1024),
+)

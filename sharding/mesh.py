@@ -56,6 +56,18 @@ def make_mesh(spec: str | Mapping[str, int] | Mesh | None = None, devices: Devic
     return jax.make_mesh(shape, names, (AxisType.Auto,) * len(names), devices=devices)
 
 
+def abstract_mesh(spec: str) -> AbstractMesh:
+    """The mesh that `make_mesh` makes of a text such as "data=2,tensor=4", of devices that need not be there.
+
+    Raises ValueError for a text that is not a mesh, or a size of -1: there are no devices to take the rest of.
+    """
+    sizes = _parse(spec)
+    if -1 in sizes.values():
+        raise ValueError(f"mesh {spec!r}: -1 is the rest of the devices, and none are counted here; write the number")
+    names = (*(axis for axis in sorted(sizes) if axis not in AXES), *AXES)
+    return AbstractMesh(tuple(sizes.get(axis, 1) for axis in names), names, axis_types=(AxisType.Auto,) * len(names))
+
+
 def initialize_distributed(
     coordinator_address: str | None = None,
     num_processes: int | None = None,

@@ -36,6 +36,8 @@ STEPS = ((8, 1, 3), (1, 1, 1), (1, 1, 0), (3, 2, 0), (1, 1, 1), (2, 3, 3))
 WIDTHS = (8, 1, 1, 3, 1, 3)
 
 CODEC_NAMES, LAYOUT_NAMES = technique.names(CODECS), technique.names(LAYOUTS)
+# what an element may be off, of the largest magnitude that shares its scale
+HALF_STEP = {"raw": 0.0, "int8": 1 / 254, "int4": 1 / 14}
 products = [
     (Caching(layout, codec, store), window)
     for layout in LAYOUT_NAMES
@@ -245,7 +247,7 @@ def test_attends_in_the_plans_dtype() -> None:
         # one token is all there is to see: its value comes back, rounded by the codec and to bfloat16
         wanted = np.repeat(np.asarray(v, np.float64), N // K, axis=2)
         error = abs(np.asarray(out, np.float64) - wanted)
-        assert (error <= abs(wanted).max(-1, keepdims=True) * (1 / 254 + 2.0**-7)).all()
+        assert (error <= abs(wanted).max(-1, keepdims=True) * (HALF_STEP[codec] + 2.0**-7)).all()
 
 
 @pytest.mark.parametrize("window", [None, 3])
@@ -287,6 +289,7 @@ def test_bytes_of_a_cache() -> None:
     assert size(Caching("window"), 50) == slots * 50 * H * 2
     assert size(Caching("window"), 5000) == slots * 1000 * H * 2  # no more slots than tokens
     assert size(Caching("window", "int8"), 50) == slots * 50 * (H + 4)
+    assert size(Caching("window", "int4"), 50) == slots * 50 * (H // 2 + 8)
 
 
 def test_layers_that_see_all_tokens_keep_all() -> None:
@@ -335,25 +338,47 @@ def test_the_raw_codec_is_exact() -> None:
     np.testing.assert_array_equal(raw.decode(raw.encode(x), jnp.bfloat16), x)
 
 
+def steps(codec: str, stored: Any, width: int) -> np.ndarray:
+    """The scale of each element."""
+    s = np.asarray(stored["scale"], np.float64)
+    return s[..., None] if codec == "int8" else np.repeat(s, width // 2, axis=-1)
+
+
 @pytest.mark.parametrize("scale", [1.0, 1e-30, 1e-37, 1e-42, 1e38])
-def test_the_int8_codec_is_off_by_half_a_step(scale: float) -> None:
+@pytest.mark.parametrize("codec", ["int8", "int4"])
+def test_codes_are_off_by_half_a_step(codec: str, scale: float) -> None:
     """s / 2, and two roundings relative to at most 127 s: of x / s and of q s."""
-    codec = technique.find(CODECS, "int8")
     x = np.random.default_rng(0).uniform(-1, 1, size=(2, 3, 5, 8)).astype(np.float32) * np.float32(scale)
-    stored = codec.encode(jnp.asarray(x))
-    s = np.asarray(stored["scale"], np.float64)[..., None]
-    back = np.asarray(codec.decode(stored, jnp.float32), np.float64)
-    assert (abs(x - back) <= s * (0.5 + 2 * 127 * U)).all()
+    x[..., 4:] *= np.float32(0.01)  # int4's halves each have a scale
+    module = technique.find(CODECS, codec)
+    stored = module.encode(jnp.asarray(x))
+    back = np.asarray(module.decode(stored, jnp.float32), np.float64)
+    off, s = abs(x - back), steps(codec, stored, 8)
+    assert (off <= s * (0.5 + 2 * 127 * U)).all()
+    if scale == 1.0 and codec == "int4":
+        assert (off[..., 4:] <= 0.01 * (HALF_STEP[codec] + 2 * 7 * U)).all()
 
 
-def test_the_int8_codec_is_the_float64_quantisers() -> None:
-    codec = technique.find(CODECS, "int8")
+@pytest.mark.parametrize(("codec", "levels"), [("int8", 127), ("int4", 7)])
+def test_codes_are_the_float64_quantisers(codec: str, levels: int) -> None:
     x = np.random.default_rng(1).normal(size=(2, 3, 50, 8)).astype(np.float32)
-    stored, wanted = codec.encode(jnp.asarray(x)), symmetric(x, (3,))
-    decided = wanted.slack > tie_width()
+    stored = technique.find(CODECS, codec).encode(jnp.asarray(x))
+    grouped = x.reshape(2, 3, 50, 1 if codec == "int8" else 2, -1)
+    wanted = symmetric(grouped, (4,), levels)
+    codes = np.asarray(stored["codes"])
+    if codec == "int4":  # a byte holds element h of the first half in its low bits, and of the second in its high ones
+        codes = np.concatenate([codes % 16, codes // 16], -1).astype(np.int64) - 8
+    decided = wanted.slack > tie_width(levels)
     assert decided.mean() > 0.9
-    np.testing.assert_array_equal(np.asarray(stored["codes"])[decided], wanted.codes[decided])
-    np.testing.assert_allclose(stored["scale"], wanted.scale[..., 0], rtol=4 * U, atol=0)
+    np.testing.assert_array_equal(codes.reshape(grouped.shape)[decided], wanted.codes[decided])
+    np.testing.assert_allclose(
+        np.asarray(stored["scale"]).reshape(2, 3, 50, -1), wanted.scale[..., 0], rtol=4 * U, atol=0
+    )
+
+
+def test_int4_takes_an_even_width() -> None:
+    with pytest.raises(ValueError, match=r"head_dim is 5.*int8"):
+        technique.find(CODECS, "int4").encode(jnp.zeros((1, 1, 1, 5)))
 
 
 # --- stores -------------------------------------------------------------------------------------------------------

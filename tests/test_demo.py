@@ -220,6 +220,37 @@ def test_bits_per_byte_of_a_uniform_model_is_its_vocabularys(tokenizer, monkeypa
     assert (figure.value, figure.error, figure.samples) == (pytest.approx(expected, rel=1e-12), pytest.approx(0.0), 2)
 
 
+def test_a_table_holds_formats_against_the_first(tokenizer, monkeypatch, tmp_path):
+    """Each window costs a tenth of a bit a byte more in the second format, so that the error of the difference is none."""
+    sizes = [100, 250, 60]
+    bits = {"dense": [150.0, 300.0, 99.0]}
+    bits["int8"] = [b + n / 10 for b, n in zip(bits["dense"], sizes, strict=True)]
+    monkeypatch.setattr(evaluation, "text_bits", lambda model, *rest: (bits[model.plan.weights], sizes))
+    monkeypatch.setattr(
+        evaluation, "accuracy", lambda model, tokenizer, task, n, seed: evaluation.Figure(len(task) / 20, 0, n)
+    )
+    options = ["--table", "--of", "dense", "--of", "int8", "--markdown", str(tmp_path / "table.md")]
+    found = CliRunner().invoke(evaluation.main, [str(FOLDER), *options])
+    assert found.exit_code == 0, found.output
+    head, _, dense, int8 = (
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in (tmp_path / "table.md").read_text().splitlines()
+    )
+    assert head[:5] == ["weights", "bits", "MB", "bits per byte", "above the first"]
+    assert dense[:5] == ["dense", "16.00", "2.10", f"{549 / 410:.4f}", ""]
+    # a float32 scale for each of 1,280 rows of 196,608 weights
+    assert int8[1:5] == [f"{8 + 32 * 1280 / 196608:.2f}", "1.33", f"{549 / 410 + 0.1:.4f}", "+0.1000 ± 0.0000"]
+    named = [len(task) / 20 for task in tasks.TASKS if task.startswith("copy")]
+    assert int8[head.index("copy")] == f"{sum(named) / len(named):.3f}"
+
+
+@pytest.mark.parametrize("words", [("--of", "int8"), ("--table", "--weights", "int8"), ("--table", "--of", "int9")])
+def test_eval_refuses_what_makes_no_table(words):
+    found = CliRunner().invoke(evaluation.main, [str(FOLDER), *words])
+    assert found.exit_code == 2
+    assert "--of" in found.output or "There is no 'int9'" in found.output
+
+
 def test_eval_refuses_a_folder_of_another_model(tmp_path):
     found = CliRunner().invoke(evaluation.main, [str(tmp_path)])
     assert found.exit_code == 2

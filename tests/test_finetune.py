@@ -424,7 +424,7 @@ def test_pefts_adapters_beside_and_merged(case: str, tmp_path: Path) -> None:
         wanted = file["logits"]
     ids = golden(base)[0][0]
     how: dict[str, Any] = {"home": "host"} if "rslora" in case or "phi3" in case else {}
-    model = with_adapter(jaxengine.load(GOLDEN / base, dtype="float32", **how), ADAPTERS / case)
+    model = jaxengine.load(GOLDEN / base, dtype="float32", adapter=ADAPTERS / case, **how)
     np.testing.assert_allclose(model.logits(ids)[0], wanted, atol=2e-4, rtol=0)
     merge(model, tmp_path / "merged")
     with pytest.raises(ValueError, match="not empty"):

@@ -13,7 +13,8 @@ import jaxengine
 from jaxengine import placement
 from jaxengine.architecture import architecture
 from jaxengine.engine import empty_cache
-from jaxengine.plan import Plan, activation_bytes, cache_bytes, choose, device_bytes, parse_bytes, weight_bytes
+from jaxengine.homes.base import home
+from jaxengine.plan import Plan, activation_bytes, cache_bytes, choose, device_bytes, need, parse_bytes, weight_bytes
 from jaxengine.sources import read_config
 from sharding.mesh import make_mesh
 
@@ -79,6 +80,50 @@ def test_bytes_are_those_of_the_arrays(case: str, given: dict) -> None:
         assert a.sharding.memory_kind == b.sharding.memory_kind
 
 
+@pytest.mark.parametrize(
+    ("sharding", "mesh"),
+    [("data", "data=8"), ("fsdp", "fsdp=8"), ("tensor", "data=4,tensor=2"), ("fsdp+tensor", "data=2,fsdp=2,tensor=2")],
+)
+@pytest.mark.parametrize("given", [{}, {"weights": "int8", "home": "host"}, {"weights": "int4:group_size=16"}])
+def test_bytes_of_a_mesh_are_those_that_one_device_has(sharding: str, mesh: str, given: dict) -> None:
+    plan = Plan(sharding=sharding, mesh=mesh, rules=(("vocab", None),), **given)
+    model = jaxengine.load(GOLDEN / "llama", plan=plan)
+    arch, first = model.architecture, model.mesh.devices.flat[0]
+
+    def here(tree: Any) -> int:
+        shards = (s for x in jax.tree.leaves(tree) for s in x.addressable_shards)
+        return sum(s.data.nbytes for s in shards if s.device == first)
+
+    counted = weight_bytes(arch, model.plan)
+    assert counted["outer"] == here(model.params["outer"])
+    assert counted["layers"] == here(model.params["banks"])
+    for batch in (1, 8):
+        cache = jax.jit(lambda p, b=batch: empty_cache(model.engine, p, b, 40))(model.params)
+        assert cache_bytes(arch, model.plan, batch=batch, length=40) == here(cache)
+    if home(model.plan.home).TIER == "host":
+        every = sum(s.data.nbytes for x in jax.tree.leaves(model.params["banks"]) for s in x.addressable_shards)
+        assert need(arch, model.plan, batch=1, context=40).host == every
+
+
+def test_memory_of_each_device_chooses_the_home() -> None:
+    arch = architecture(read_config(GOLDEN / "gemma2"))
+    alone = Plan(dtype="float32")
+    over = dataclasses.replace(alone, mesh="tensor=2,data=4", sharding="tensor", rules=(("vocab", None),))
+    budgets = [need(arch, dataclasses.replace(over, **h), batch=1, context=64).device for h in ({}, {"home": "host"})]
+    assert choose(arch, over, max(budgets), length=64).home == "device"
+    with pytest.raises(ValueError, match="the smallest plan"):
+        choose(arch, alone, min(budgets), length=64)
+    given = {"max_new_tokens": 8, "stop_ids": ()}
+    asked = {"plan": over, "context": 64, "mesh": "tensor=2,data=-1"}
+    ids = jaxengine.load(GOLDEN / "gemma2", dtype="float32").generate([[1, 2, 3]], **given)[0].tokens
+    for memory in budgets:
+        model = jaxengine.load(GOLDEN / "gemma2", memory=memory, **asked)
+        assert model.plan.mesh == "data=4,fsdp=1,tensor=2"
+        assert model.generate([[1, 2, 3]], **given)[0].tokens == ids
+    with pytest.raises(ValueError, match="does not divide"):
+        jaxengine.load(GOLDEN / "llama", memory=budgets[0], mesh="data=4,tensor=2", sharding="tensor")
+
+
 def test_memory_chooses_the_home() -> None:
     """All on the device if it fits, else as many layers as do, else none; and what fits is held in every call."""
     arch = architecture(read_config(GOLDEN / "gemma2"))
@@ -114,8 +159,8 @@ def test_memory_chooses_the_home() -> None:
 def test_what_goes_with_a_budget_is_told() -> None:
     with pytest.raises(ValueError, match="give one"):
         jaxengine.load(GOLDEN / "llama", memory="1GB", home="host")
-    with pytest.raises(ValueError, match="counted for one device"):
-        jaxengine.load(GOLDEN / "llama", memory="1GB", mesh="data=8", sharding="data")
+    with pytest.raises(ValueError, match="whole copy on each"):
+        jaxengine.load(GOLDEN / "llama", memory="1GB", mesh="data=8")
     with pytest.raises(ValueError, match="no memory is given"):
         jaxengine.load(GOLDEN / "llama", context=512)
 

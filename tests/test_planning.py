@@ -109,7 +109,9 @@ def test_what_fits_neither_memory_is_read_from_disk() -> None:
     [
         ({"task": "loro"}, "task is 'loro'.*generate, lora"), ({"memory": 10**12}, "a process can have"),
         ({"batch": 0}, "at least 1"), ({"context": 10**9}, "at most 131072"),
-        ({"plan": Plan(dtype="bfloat16", sharding="tensor", mesh="tensor=2")}, "one card"),
+        ({"plan": Plan(dtype="bfloat16", sharding="tensor", mesh="tensor=2"), "task": "lora"}, "planned for one card"),
+        ({"plan": Plan(dtype="bfloat16", sharding="tensor", mesh="tensor=3")}, "does not divide"),
+        ({"plan": Plan(dtype="bfloat16", mesh="tensor=2")}, "a whole copy on each of 2"),
     ],
 )  # fmt: skip
 def test_refused(given: dict[str, Any], said: str) -> None:
@@ -166,6 +168,28 @@ def test_arithmetic_against_the_compiled_programs(plan: Plan) -> None:
     assert prefill.host == decode.host == pytest.approx(counted.host, rel=0.01)
     assert decode.device < prefill.device
     assert prefill.report.problems == decode.report.problems == ()
+
+
+@pytest.mark.aot
+@pytest.mark.skipif(aot.missing() is not None, reason=str(aot.missing()))
+@pytest.mark.parametrize(
+    "plan",
+    [
+        dataclasses.replace(BF16, home="host", mesh="tensor=2", sharding="tensor"),
+        dataclasses.replace(BF16, home="host", mesh="data=2", sharding="data"),
+    ],
+    ids=["tensor", "data"],
+)  # fmt: skip
+def test_arithmetic_of_one_of_two_cards_against_the_compiled_programs(plan: Plan) -> None:
+    from jaxengine.plan import need
+    from jaxengine.proof import prove
+
+    arch = architecture(SMALL)
+    counted = need(arch, plan, batch=4, context=2048)
+    found = prove(arch, plan, find("rtx4090"), batch=4, length=2048)
+    assert max(p.device for p in found) == pytest.approx(counted.device, rel=0.05)
+    assert [2 * p.host for p in found] == pytest.approx([counted.host] * 2, rel=0.01)
+    assert [p.report.problems for p in found] == [(), ()]
 
 
 @pytest.mark.aot

@@ -96,6 +96,8 @@ def test_what_is_not_done_is_refused(given: dict[str, Any], said: str) -> None:
         ("RTX 4090", "full", {"home": "host"}, 4, 1024, 8192),
         ("H200", "full", {"home": "split", "resident": 2, "remat": "offload"}, 1, 2048, 8192),
         ("RTX 4090", "full", {}, 2, 1024, 8192),
+        ("RTX 4090", "lisa", {"home": "host"}, 4, 1024, 8192),
+        ("H200", "badam", {"home": "split", "resident": 3}, 2, 1024, 8192),
     ],
     ids=str,
 )  # fmt: skip

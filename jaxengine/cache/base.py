@@ -9,6 +9,8 @@ The three know nothing of each other. A file in `layouts/` has
 a file in `codecs/` has
     encode(x [B, K, T, H]) -> a tree of arrays [B, K, T, ...]
     decode(tree, dtype)    -> [B, K, T, H]
+    coded(tree)            -> (codes, scale or None), as pallas_kernels/decode_attention/reference.py lists them: decoding
+                              attends to these, and the cache is never decoded as a whole
 and a file in `stores/` has
     make(tree of shapes [B, K, S, ...])        -> the empty slots
     write(slots, tree, where [B, T])           -> the slots with the new tokens in them
@@ -32,6 +34,7 @@ from jaxtyping import Array, Int
 from jaxengine import technique
 from jaxengine.nn import Attention
 from pallas_kernels.attention import attention as attention_kernel
+from pallas_kernels.decode_attention import MOST_QUERIES, decode_attention
 
 LAYOUTS, CODECS, STORES = "jaxengine.cache.layouts", "jaxengine.cache.codecs", "jaxengine.cache.stores"
 
@@ -93,9 +96,17 @@ class CachedAttend:
 
         # new tokens as they will be read back: what a row gives must not hang on how many are read at a time
         read_back = {n: codec.decode(codec.encode(new[n]), q.dtype) for n in new}
+        holds = layout.holds(T, S, attention.window)
+        if holds and T <= MOST_QUERIES and not self.fresh:
+            (k_codes, k_scale), (v_codes, v_scale) = (codec.coded(store.read(written[n])) for n in ("k", "v"))
+            out = decode_attention(
+                q, k_codes, v_codes, self.positions, layout.positions(after, S), k_scale=k_scale, v_scale=v_scale,
+                scale=attention.scale, window=attention.window, softcap=attention.softcap,
+            )  # fmt: skip
+            return out, written
         if self.fresh:
             seen, at = read_back, self.positions
-        elif layout.holds(T, S, attention.window):
+        elif holds:
             seen, at = stored(written), layout.positions(after, S)
         else:
             old = stored(kv)

@@ -23,13 +23,27 @@ A_FOLDER = click.Path(file_okay=False, path_type=Path)
 CONTEXT = 1024  # tokens of a row, where nobody says how many and the model takes as many
 
 WHAT = (
-    click.option("--train", metavar="WHAT", default="lora", help="What is trained: lora, dora, or all parameters."),
+    click.option(
+        "--train", metavar="WHAT", default="lora",
+        help="What is trained: lora, dora, all parameters, or some layers at a time: lisa, badam, hift.",
+    ),
     click.option("--rank", metavar="R", type=click.IntRange(1), show_default="8", help="Rank of LoRA and DoRA."),
     click.option("--alpha", metavar="A", type=float, show_default="16", help="Their scale times the rank."),
     click.option("--rs", is_flag=True, help="Their scale as alpha by the root of the rank (rsLoRA)."),
     click.option(
         "--target", metavar="PATTERN", multiple=True, show_default="*",
         help="Matrices that have one beside them: q, layers.3.*; may be given several times.",
+    ),
+    click.option(
+        "--layers", metavar="M", type=click.IntRange(1), show_default="2, 1, 1",
+        help="Of lisa, badam, hift: layers at a time.",
+    ),
+    click.option(
+        "--every", metavar="K", type=click.IntRange(1), show_default="20, 100", help="Of lisa, badam: steps of a turn."
+    ),
+    click.option(
+        "--order", metavar="ORDER", show_default="random, ascending",
+        help="Of badam, hift: ascending, descending or random.",
     ),
 )  # fmt: skip
 HOW = (
@@ -42,9 +56,13 @@ HOW = (
     click.option(
         "--epochs", metavar="N", type=click.IntRange(1), show_default="1", help="Stop after the data were read N times."
     ),
-    click.option("--optimizer", metavar="NAME", default="adamw", help="adamw, lion, sgd or adafactor."),
     click.option(
-        "--learning-rate", metavar="RATE", type=float, show_default="2e-4, of all parameters 1e-5; lion a third",
+        "--optimizer", metavar="NAME", default="adamw",
+        help="adamw, adamw8bit, muon, lion, sgd, adafactor; or mezo, by losses alone, without a gradient.",
+    ),
+    click.option(
+        "--learning-rate", metavar="RATE", type=float,
+        show_default="2e-4, of all parameters 1e-5; lion a third; mezo 5e-5, 1e-6",
         help="The highest learning rate.",
     ),
     click.option("--schedule", metavar="NAME", default="cosine", help="After the warmup: constant, linear or cosine to 0."),
@@ -52,7 +70,13 @@ HOW = (
         "--warmup", metavar="N", type=float, default=0.03, help="Steps of a linear rise; below 1 the part of all steps."
     ),
     click.option("--weight-decay", metavar="D", type=float, default=0.0, help="Decay of matrices, times the rate."),
-    click.option("--clip", metavar="NORM", type=float, default=1.0, help="The largest norm of a gradient; 0 for any."),
+    click.option(
+        "--eps", metavar="EPS", type=float, show_default="1e-8; mezo 1e-2, of all parameters 1e-3",
+        help="Of the optimizer: beside a root, or of mezo the size of the noise.",
+    ),
+    click.option(
+        "--clip", metavar="NORM", type=float, show_default="1; mezo none", help="The largest norm of a gradient; 0 for any."
+    ),
     click.option("--compute", metavar="DTYPE", default="bfloat16", help="Arithmetic in bfloat16 or float32."),
     click.option(
         "--remat", metavar="WHAT", show_default="full, with --memory as fits",
@@ -133,12 +157,12 @@ def finetune(folder: str, data: tuple[Path, ...], out: Path, **given: Any) -> No
 def _finetune(folder: str, data: tuple[Path, ...], out: Path, reading: Any, **given: Any) -> None:
     keeping = {o: given.pop(o) for o in ("held_out", "eval_every", "save_every", "keep", "best", "merge", "skip_bad")}
     merge_into, held_out = keeping["merge"], keeping["held_out"]
-    if given["train"] == "all":
+    if (what := given["train"]) in ("all", "lisa", "badam", "hift"):
         for name in ("rank", "alpha", "rs", "target"):
             if given[name]:
-                raise click.UsageError(f"--{name} is of lora and dora: leave it out with --train all.")
+                raise click.UsageError(f"--{name} is of lora and dora: leave it out with --train {what}.")
         if merge_into is not None:
-            raise click.UsageError("--merge is of lora and dora: with --train all, OUT/model is the whole model.")
+            raise click.UsageError(f"--merge is of lora and dora: with --train {what}, OUT/model is the whole model.")
     if held_out is None and (keeping["best"] or keeping["eval_every"]):
         raise click.UsageError("--best and --eval-every ask for held-out data: give --eval too.")
     fraction = _fraction(held_out)
@@ -191,7 +215,7 @@ def _finetune(folder: str, data: tuple[Path, ...], out: Path, reading: Any, **gi
                 run.export()
         if made:
             print(f"{made[-1].step} steps; the last loss was {made[-1].loss:.4f}", flush=True)
-        print(f"wrote {out / ('model' if settings.train == 'all' else 'adapter')}", flush=True)
+        print(f"wrote {out / ('adapter' if settings.train in ('lora', 'dora') else 'model')}", flush=True)
         if merge_into is not None:
             merge(run.tuned(), merge_into)
             print(f"wrote {merge_into}", flush=True)
@@ -247,7 +271,7 @@ def chosen_plan(folder: str, given: dict[str, Any]) -> tuple[Architecture, Plan,
         said = {k: v for k, v in loading.items() if v is not None}
         plan = dataclasses.replace(plan, **said)
         if not plan.dtype:
-            own = "float32" if settings.train == "all" else one_dtype(arch, source.dtype, raw)
+            own = "float32" if settings.train == "all" and settings.backward else one_dtype(arch, source.dtype, raw)
             plan = dataclasses.replace(plan, dtype=own)
     if memory is None:
         if given["ram"] is not None:

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jaxengine import placement
 from jaxengine.architecture import Architecture
 from jaxengine.engine import Engine, Program
-from jaxengine.finetune import layered
+from jaxengine.finetune import layered, mezo, sampled
 from jaxengine.finetune import step as whole
 from jaxengine.finetune.optimizers.base import Optimizer
 from jaxengine.finetune.step import Batch, Tuning
@@ -56,13 +56,25 @@ class Task:
     def layered(self, plan: Plan) -> bool:
         """Whether each layer's gradient is used as it is made: where every parameter is trained and not all are on the
         device."""
-        return self.train == "all" and plan.home != "device"
+        return self.train == "all" and plan.home != "device" and self.optimizer.order > 0
+
+    @property
+    def beside(self) -> bool:
+        """Whether what is trained stands beside weights, of any format, and not in their place."""
+        return self.train in ("lora", "dora")
+
+    @property
+    def sampled(self) -> bool:
+        """Whether layers are trained in turn."""
+        return self.train in sampled.SAMPLED
 
 
 TASKS = {
     "lora": Task("lora", LowRank()),
     "dora": Task("dora", LowRank()),
     "full": Task("all", Every(), compute="bfloat16"),
+    **{name: Task(name, trained(name).Options(), compute="bfloat16") for name in sampled.SAMPLED},
+    "mezo": Task("all", Every(narrow=True), Optimizer("mezo", 1e-6, eps=1e-3), clip=0.0),
 }
 
 
@@ -75,8 +87,8 @@ def task(name: str) -> Task:
 
 def abstract_trained(architecture: Architecture, plan: Plan, task: Task, params: Any) -> Any:
     """What is trained, as ShapeDtypeStructs; params: abstract."""
-    if task.train == "all":
-        return trained("all").make(task.options, architecture, plan, params, None)
+    if task.train == "all" or task.sampled:
+        return trained(task.train).make(task.options, architecture, plan, params, None)
     thin = trained("lora" if task.train == "dora" else task.train)
     made = jax.eval_shape(lambda: thin.make(task.options, architecture, plan, None, jax.random.key(0)))
     if task.train != "dora":
@@ -108,14 +120,27 @@ def program(
     if task.layered(plan):
         banks = tuple(dataclasses.replace(bank, weights=()) for bank in params["banks"])
         return layered.step, (tuning,), (banks, layered.abstract(tuning, banks, made), rows)
-    state = jax.eval_shape(lambda made: whole.begin.function(tuning, made), made)
+    if task.sampled:
+        turn, _ = largest_turn(architecture, plan, task, batch=batch, context=context)
+        *held, chosen = sampled.arguments(tuning, params["banks"], made, turn)
+        return sampled.step, (tuning,), (*held, rows, chosen)
+    backward = task.optimizer.order > 0
+    state = (
+        jax.eval_shape(lambda made: whole.begin.function(tuning, made), made)
+        if backward
+        else mezo.abstract(tuning, made)
+    )
     if task.train == "all":  # the parameters are those of the state, and stand once
         params = jax.tree.map(lambda a: None, params)
-    return whole.step, (tuning,), (params, state, rows)
+    return whole.step if backward else mezo.step, (tuning,), (params, state, rows)
 
 
 def need(architecture: Architecture, plan: Plan, task: Task, *, batch: int, context: int) -> Need:
     """What a step needs: `batch` rows of `context` tokens a part."""
+    if task.sampled:
+        return largest_turn(architecture, plan, task, batch=batch, context=context)[1]
+    if not task.optimizer.order:
+        return _need_of_losses(architecture, plan, task, batch=batch, context=context)
     tiers, each = tier_bytes(architecture, plan), layer_bytes(architecture, plan)
     outer = weight_bytes(architecture, plan)["outer"]
     dtype, layered = jnp.dtype(task.compute or plan.dtype), task.layered(plan)
@@ -162,8 +187,87 @@ def need(architecture: Architecture, plan: Plan, task: Task, *, batch: int, cont
     )  # fmt: skip
 
 
+def _need_of_losses(architecture: Architecture, plan: Plan, task: Task, *, batch: int, context: int) -> Need:
+    """What a step needs that goes forward twice and never back (mezo.py): a layer and what it is changed to stand together,
+    then that and what it is moved to; and what both passes are at, before the layer and after it."""
+    tiers, each = tier_bytes(architecture, plan), layer_bytes(architecture, plan)
+    streamed = any(home(p.home).TIER != "device" for p in plan.parts(architecture))
+    itemsize, rows = jnp.dtype(task.compute or plan.dtype).itemsize, batch * context
+    both = 2 * task.accumulate * rows * architecture.config.hidden_size * itemsize
+    adapters = adapter_bytes(architecture, task) if task.beside else 0
+    if task.beside:
+        streaming, moved, of_head = streamed_bytes(architecture, plan), 0, 0
+    else:
+        streaming, moved = max(each) if streamed else 0, max(each)
+        of_head = head_bytes(architecture) * jnp.dtype(plan.dtype).itemsize // 4
+    all_rows, vocab = task.accumulate * batch, architecture.config.vocab_size
+    chunk = task.loss_chunk or max(1, whole.LOGITS // (4 * all_rows * vocab))
+    logits = all_rows * min(chunk, context) * vocab * itemsize
+    between = layer_activations(architecture, rows, itemsize).between
+    return Need(
+        outer=weight_bytes(architecture, plan)["outer"], resident=tiers["device"], streaming=streaming, cache=0,
+        activations=max(moved + 2 * both + between, of_head + logits + both - streaming), host=tiers["host"],
+        disk=tiers["disk"], trained=adapters,
+    )  # fmt: skip
+
+
+def largest_turn(
+    architecture: Architecture, plan: Plan, task: Task, *, batch: int, context: int
+) -> tuple[sampled.Turn, Need]:
+    """Where layers are trained in turn: the turn that needs most of the device, and what."""
+    of, steps = trained(task.train).turn, range(architecture.num_layers + 2)
+    turns = {(t.outer, t.slots): t for t in (of(task.options, architecture, 0, step) for step in steps)}
+    found = ((t, _need_in(architecture, plan, task, t, batch=batch, context=context)) for t in turns.values())
+    return max(found, key=lambda f: f[1].device)
+
+
+def _need_in(
+    architecture: Architecture, plan: Plan, task: Task, turn: sampled.Turn, *, batch: int, context: int
+) -> Need:
+    """What a step of this turn needs (sampled.py)."""
+    tiers, each, M = tier_bytes(architecture, plan), layer_bytes(architecture, plan), turn.slots
+    specs, kind = architecture.outer()[1], trained(task.train)
+    stored, dtype = jnp.dtype(plan.dtype).itemsize, jnp.dtype(task.compute or plan.dtype).itemsize
+    elements = {n: math.prod(s.shape) for n, s in specs.items()}
+    layer, rows = max(each) // stored, task.accumulate * batch * context  # elements, and tokens whose x stands
+    own = sum(elements[n] for n in turn.outer)  # of what is trained outside
+    of_head = sum(elements[n] for n in turn.outer if n in whole.head_names(specs))
+    # stands in the plan's dtype too, but where the trained tree has it in float32
+    outer = stored * (sum(elements.values()) - (own if not kind.KEPT or stored == 4 else 0))
+    trained_now = 4 * (M * layer + own)
+    entering = rows * architecture.config.hidden_size * dtype
+    offload = entering * architecture.num_layers if plan.remat == "offload" else 0
+    kept = 0 if offload else architecture.num_layers * entering
+    saved = 2 * (M + 1) * entering if M else 0
+    one = layer_activations(architecture, batch * context, dtype)
+    streaming = streamed_bytes(architecture, plan)
+    # a gradient to which no other is added stays in the arithmetic's dtype until it is used
+    of_head *= dtype if loss_pieces(architecture, task, task.accumulate * batch, context) == 1 else 4
+    of_layers = M * layer * (dtype if M == 1 and task.accumulate == 1 else 4)
+    gradients = of_layers + 4 * own
+    cast = (2 if M > 1 else 1) * layer * dtype if M and dtype < 4 else 0  # a slot's weights, and their gradient
+    loss = loss_activations(architecture, task, task.accumulate * batch, context, dtype)
+    moments = {
+        "loss": kept + of_head + loss,
+        "layers": kept + of_head + saved + streaming + one.within,
+        "weights": saved + of_head + of_layers + cast + one.narrow,
+        "update": gradients,
+    }
+    share, host = state_share(task.optimizer), tiers["host"] + offload
+    if kind.KEPT:  # moments, and float32 values where those that the model runs with are narrower
+        every = sum(elements.values()) + sum(each) // stored
+        host += int((share + (1 if stored < 4 else 0)) * 4 * every)
+    standing = min(gradients, max(moments.values()))
+    return Need(
+        outer=outer, resident=tiers["device"], streaming=0, cache=0, activations=max(moments.values()) - standing,
+        host=host, disk=tiers["disk"], trained=trained_now, gradients=standing, optimizer=int(share * trained_now), kept=0,
+    )  # fmt: skip
+
+
 def state_share(optimizer: Optimizer) -> float:
     """Bytes of an optimizer's state for each byte of large float32 matrices."""
+    if not optimizer.order:
+        return 0.0
     held = jax.ShapeDtypeStruct((1024, 1024), jnp.float32)
     return size_of(jax.eval_shape(optimizer.make().init, held)) / size_of(held)
 
@@ -187,11 +291,13 @@ def adapter_bytes(architecture: Architecture, task: Task) -> int:
 
 class OneLayer(NamedTuple):
     """Bytes of one layer's activations. within: while it is gone back through; dots: what its matrices gave, but for the
-    last, which nothing on the way back asks for; between: what else a way back asks for."""
+    last, which nothing on the way back asks for; between: what else a way back asks for; narrow: while it is gone back
+    through for its weights alone."""
 
     within: int
     dots: int
     between: int
+    narrow: int
 
 
 def layer_activations(architecture: Architecture, rows: int, itemsize: int) -> OneLayer:
@@ -202,8 +308,14 @@ def layer_activations(architecture: Architecture, rows: int, itemsize: int) -> O
         dims = {a: n for s in specs.values() for a, n in zip(s.axes, s.shape, strict=True)}
         D, F = dims["embed"], dims["mlp"]
         outs = sum(math.prod(s.shape[: s.out]) for s in specs.values() if s.out is not None)
-        found.append(tuple(rows * itemsize * n for n in (4 * D + outs + 2 * F, outs - D, 3 * D + F)))
+        found.append(tuple(rows * itemsize * n for n in (4 * D + outs + 2 * F, outs - D, 3 * D + F, outs + 2 * D)))
     return OneLayer(*max(found))
+
+
+def loss_pieces(architecture: Architecture, task: Task, batch: int, context: int) -> int:
+    """In how many pieces the loss is made."""
+    most = max(1, whole.LOGITS // (4 * batch * architecture.config.vocab_size))
+    return -(-context // (task.loss_chunk or most))
 
 
 def loss_activations(architecture: Architecture, task: Task, batch: int, context: int, itemsize: int) -> int:
@@ -231,10 +343,16 @@ def variants(
         return Variant(made, n, refused)
 
     L = architecture.num_layers
-    for remat in (plan.remat,) if plan.remat else ("none", "dots", "full"):
-        found.append(of(home="device", remat=remat))
-    for remat in (plan.remat,) if plan.remat else ("dots", "full", "offload"):
-        if task.layered(dataclasses.replace(plan, home="host")) and remat in ("none", "dots"):
+    nearest, farther = ("full",) if task.sampled else ("none", "dots", "full"), ("dots", "full", "offload")
+    # what goes forward alone keeps nothing; unrolled, the noise of every layer's parameters would be kernels of its own
+    listed = {}
+    if not task.optimizer.order:
+        nearest, farther, listed = ("full",), ("full",), {"form": "scan"}
+    for remat in (plan.remat,) if plan.remat else nearest:
+        found.append(of(home="device", remat=remat, **listed))
+    for remat in (plan.remat,) if plan.remat else farther:
+        again = task.sampled or task.layered(dataclasses.replace(plan, home="host"))
+        if again and remat in ("none", "dots"):
             continue  # each layer is run again anyway
         low, high = 1, L - 1
         while low < high:
@@ -253,6 +371,10 @@ def seconds(
     """What a step takes at least of each resource, all parts together."""
     tokens = task.accumulate * batch * context
     elements = sum(math.prod(s.shape) for s in architecture.specs().values() if s.out is not None)
+    if not task.optimizer.order:
+        return _seconds_of_losses(architecture, plan, task, card, elements=elements, tokens=tokens)
+    if task.sampled:
+        return _seconds_of_turns(architecture, plan, task, card, elements=elements, tokens=tokens)
     again = 0 if plan.remat == "none" else 1
     passes = 2 + again + (1 if task.train == "all" else 0)
     tiers, tunes = tier_bytes(architecture, plan), task.train == "all"
@@ -270,3 +392,34 @@ def seconds(
             moved = 2 * tiers["host"] * task.accumulate
         times["host link"] = moved / card.link
     return times
+
+
+def _seconds_of_turns(
+    architecture: Architecture, plan: Plan, task: Task, card: Any, *, elements: int, tokens: int
+) -> dict[str, float]:
+    """Of a step that trains some layers: each is read forward, run again and gone back through, and the trained ones run
+    once more and gone back through for their weights. Moments that wait in host memory come and go."""
+    tiers, M, L = tier_bytes(architecture, plan), task.options.layers, architecture.num_layers
+    passes, stored = 3 + 2 * M / L, jnp.dtype(plan.dtype).itemsize
+    moved = 2.0 * tiers["host"]
+    if trained(task.train).KEPT:
+        share = state_share(task.optimizer) + (1 if stored < 4 else 0)
+        moved += 2 * share * 4 * M * max(layer_bytes(architecture, plan)) / stored
+    times = {
+        "matmuls": 2 * passes * elements * tokens / card.tensor,
+        "device memory": passes * sum(tiers.values()) / card.bandwidth,
+    }
+    return times | ({"host link": moved / card.link} if moved else {})
+
+
+def _seconds_of_losses(
+    architecture: Architecture, plan: Plan, task: Task, card: Any, *, elements: int, tokens: int
+) -> dict[str, float]:
+    """Of a step that goes forward twice: each layer is brought once, and taken back where it is trained itself."""
+    tiers = tier_bytes(architecture, plan)
+    trips, reads = (1, 2) if task.beside else (2, 8)  # read and changed; twice read, moved, and the moved one read
+    times = {
+        "matmuls": 2 * 2 * elements * tokens / card.tensor,
+        "device memory": reads * sum(tiers.values()) / card.bandwidth,
+    }
+    return times | ({"host link": trips * tiers["host"] / card.link} if tiers["host"] else {})

@@ -48,12 +48,13 @@ from checkpoints.output import output_file, output_folder
 from checkpoints.peft import Adapter, AdapterConfig, read_adapter, uniform, write_adapter
 from jaxengine import export, placement
 from jaxengine.architecture import Architecture
-from jaxengine.finetune import layered
+from jaxengine.finetune import layered, mezo, sampled
 from jaxengine.finetune import step as whole
 from jaxengine.finetune.data import Batches, Packed
 from jaxengine.finetune.events import EventWriter
-from jaxengine.finetune.optimizers.base import SCHEDULES, Optimizer
+from jaxengine.finetune.optimizers.base import SCHEDULES, Optimizer, optimizer
 from jaxengine.finetune.planning import Task, abstract_trained
+from jaxengine.finetune.sampled import SAMPLED
 from jaxengine.finetune.step import Batch, State, Tuning
 from jaxengine.finetune.trained import base
 from jaxengine.finetune.trained.base import targets, trained
@@ -68,8 +69,11 @@ log = logging.getLogger("jaxengine")
 
 ADAPTERS = ("lora", "dora")  # what is written as a PEFT folder
 COMPUTE = ("bfloat16", "float32")
-RATES = {"lora": 2e-4, "dora": 2e-4, "all": 1e-5}  # learning rates that are usual with AdamW
+RATES = {"lora": 2e-4, "dora": 2e-4} | dict.fromkeys(
+    ("all", *SAMPLED), 1e-5
+)  # learning rates that are usual with AdamW
 LION = 1 / 3  # of AdamW's, as its paper says
+MEZO = {"lora": (5e-5, 1e-2), "dora": (5e-5, 1e-2), "all": (1e-6, 1e-3)}  # learning rates and eps that its paper takes
 SETTINGS, CHECKPOINTS, EVENTS, ADAPTER, MODEL = "settings.json", "checkpoints", "events", "adapter", "model"
 EVAL_LOSS = "eval_loss"
 
@@ -78,10 +82,13 @@ EVAL_LOSS = "eval_loss"
 class Settings:
     """All that decides the losses, but for the model and the data.
 
-    train: 'lora', 'dora' or 'all'. rank, alpha, rs, targets: of LoRA and DoRA (trained/_lowrank.py). optimizer: its name;
-    learning_rate: the highest (None: 2e-4 beside frozen matrices, 1e-5 of all parameters, a third of it under 'lion');
-    schedule: what follows the warmup, 'constant', 'linear' or 'cosine' to 0; warmup: steps of a linear rise, or below 1 the
-    part of all steps; b2: None is 0.999, of 'lion' 0.99. clip: the largest global norm of a gradient (0: any). compute:
+    train: 'lora', 'dora', 'all', or some layers at a time: 'lisa', 'badam' or 'hift'. rank, alpha, rs, targets: of LoRA and
+    DoRA (trained/_lowrank.py); layers, every, order: of those that train some layers at a time (trained/lisa.py and the
+    others; None: as their papers). optimizer: its name;
+    learning_rate: the highest (None: 2e-4 beside frozen matrices, 1e-5 of all parameters, a third of it under 'lion', 5e-5
+    and 1e-6 under 'mezo'); schedule: what follows the warmup, 'constant', 'linear' or 'cosine' to 0; warmup: steps of a
+    linear rise, or below 1 the part of all steps; b2: None is 0.999, of 'lion' 0.99; eps: None is 1e-8, of 'mezo', where it
+    is the size of the noise, 1e-2 and 1e-3. clip: the largest global norm of a gradient (0: any; None: 1). compute:
     dtype of the arithmetic. remat: what is kept of a layer for its way back (walk.REMAT). loss_chunk: tokens of each row
     whose logits stand at a time (0: as many as fit 256 MB). A step is on batch x accumulate rows of `context` tokens,
     `batch` at a time. steps or epochs: how long (one epoch, if neither is said). seed: of A's beginning, the packing and the
@@ -93,6 +100,9 @@ class Settings:
     alpha: float = 16.0
     rs: bool = False
     targets: tuple[str, ...] = ("*",)
+    layers: int | None = None
+    every: int | None = None
+    order: str | None = None
     optimizer: str = "adamw"
     learning_rate: float | None = None
     schedule: str = "cosine"
@@ -100,8 +110,8 @@ class Settings:
     weight_decay: float = 0.0
     b1: float = 0.9
     b2: float | None = None
-    eps: float = 1e-8
-    clip: float = 1.0
+    eps: float | None = None
+    clip: float | None = None
     compute: str = "bfloat16"
     remat: str = "full"
     loss_chunk: int = 0
@@ -149,11 +159,40 @@ class Settings:
             if self.optimizer == "sgd":
                 raise ValueError("learning_rate is not given, and none is usual with sgd: try 0.1, and 10 times less")
             made["learning_rate"] = RATES[self.train] * (LION if self.optimizer == "lion" else 1)
+            if self.optimizer == "mezo":
+                made["learning_rate"] = MEZO.get(self.train, MEZO["all"])[0]
         if self.b2 is None:
             made["b2"] = 0.99 if self.optimizer == "lion" else 0.999
+        if self.eps is None:
+            made["eps"] = MEZO.get(self.train, MEZO["all"])[1] if self.optimizer == "mezo" else 1e-8
+        if self.clip is None:
+            made["clip"] = 0.0 if self.optimizer == "mezo" else 1.0
+        own = {f.name: f.default for f in dataclasses.fields(trained(self.train).Options)}
+        for name in ("layers", "every", "order"):
+            if name in own and getattr(self, name) is None:
+                made[name] = own[name]
+            elif name not in own and getattr(self, name) is not None:
+                kinds = [n for n in SAMPLED if name in {f.name for f in dataclasses.fields(trained(n).Options)}]
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}, and train is {self.train!r}: it goes with {', '.join(kinds)}"
+                )
+        if self.train in SAMPLED:
+            sampled.check_remat(self.train, self.remat)
         for name, value in made.items():
             object.__setattr__(self, name, value)
         _ = self.options, self.make_optimizer(0, "constant")
+        if not self.backward:
+            _check_zeroth_order(self)
+
+    @property
+    def backward(self) -> bool:
+        """Whether a step goes back through the layers, for a gradient."""
+        return optimizer(self.optimizer).ORDER > 0
+
+    @property
+    def narrow(self) -> bool:
+        """Whether what is trained of the model itself may be narrower than float32."""
+        return not self.backward
 
     @property
     def options(self) -> Any:
@@ -165,6 +204,7 @@ class Settings:
         """For a run of so many steps."""
         assert self.learning_rate is not None
         assert self.b2 is not None
+        assert self.eps is not None
         warmup = int(self.warmup if self.warmup >= 1 else self.warmup * steps)
         return Optimizer(
             self.optimizer, self.learning_rate, schedule or self.schedule, warmup, steps, self.weight_decay, self.b1,
@@ -174,6 +214,7 @@ class Settings:
     @property
     def task(self) -> Task:
         """What is planned for."""
+        assert self.clip is not None
         return Task(
             self.train, self.options, self.make_optimizer(0, "constant"), self.compute, self.accumulate, self.clip,
             self.loss_chunk,
@@ -197,7 +238,21 @@ class Settings:
         return cls(**raw)
 
 
-_USUAL = ("learning_rate", "b2")  # fields that may be left to what is usual
+_USUAL = ("learning_rate", "b2", "eps", "clip")  # fields that may be left to what is usual
+
+
+def _check_zeroth_order(settings: Settings) -> None:
+    """Refuse what says how a gradient is made or used, where none is."""
+    name, given = settings.optimizer, settings.train
+    if given not in MEZO:
+        raise ValueError(f"train is {given!r} and optimizer {name!r}, which trains {', '.join(MEZO)}")
+    if not settings.eps:
+        raise ValueError(f"eps is 0; of {name!r} it is the size of the noise, such as {MEZO[given][1]:g}")
+    for field, usual in (("clip", 0), ("remat", "full")):
+        if (said := getattr(settings, field)) != usual:
+            raise ValueError(
+                f"{field} is {said!r}, and {name!r} makes no gradient and keeps nothing of a layer: leave it out"
+            )
 
 
 def check(settings: Settings, architecture: Architecture, plan: Plan, mesh: jax.sharding.Mesh) -> None:
@@ -370,8 +425,9 @@ class Run:
     steps between checkpoints and held-out losses (eval_every None: as save_every; both are always made at the end); keep:
     checkpoints that stay, the best one apart.
 
-    With train='all' the model's own arrays are trained: it holds the trained parameters at every time. With 'lora' and
-    'dora' it stays as it is, and `tuned()` is the model with what is trained beside it.
+    With train='all' the model's own arrays are trained: it holds the trained parameters at every time (of 'mezo', but for
+    the last step's change, which `tuned`, `evaluate`, `export` and the end of the run make). With 'lora' and 'dora' it
+    stays as it is, and `tuned()` is the model with what is trained beside it.
 
     Raises ValueError, before anything is allocated, for settings that do not fit the model, and for an `out` of another
     run; and when a loss is no number any more.
@@ -399,7 +455,7 @@ class Run:
                     f"{name} are packed for {packed.context} tokens, and the context is {settings.context}"
                 )
         check(settings, model.architecture, model.plan, model.mesh)
-        if settings.train == "all" and out is not None and not model.origin.config:
+        if settings.train not in ADAPTERS and out is not None and not model.origin.config:
             raise ValueError(
                 "the model was made without a config.json, which out/model needs: give from_arrays its fields"
             )
@@ -410,11 +466,11 @@ class Run:
         engine = dataclasses.replace(model.engine, dtype=settings.compute, chunk=0)
         self.tuning: Any = Tuning(  # in the place of a Program's Engine
             engine, settings.train, settings.options, settings.make_optimizer(self.steps), settings.remat,
-            settings.clip, settings.loss_chunk,
+            settings.task.clip, settings.loss_chunk,
         )  # fmt: skip
         self.out = None if out is None else Path(out).expanduser().resolve()
         self._batches = functools.partial(Batches, rows, each, seed=settings.seed, epochs=settings.epochs or None)
-        self._every = settings.train == "all"
+        self._every = settings.train not in ADAPTERS
         self._layered = settings.task.layered(model.plan)
         self._eval_loss = (-1, math.nan)  # (step, loss)
         self._events: EventWriter | None = None
@@ -445,6 +501,8 @@ class Run:
         else:
             self._restore(latest)
             log.info("%s: going on after step %d of %d", self.out, self.step, self.steps)
+        if self.settings.train in SAMPLED:  # float32 in the place of what was loaded narrower
+            model.params = self._combined()
         self._first = self.step + 1
         self._standing = self._count()
 
@@ -455,15 +513,19 @@ class Run:
         if self._layered:
             banks = tuple(dataclasses.replace(b, weights=()) for b in self.model.params["banks"])
             return layered.abstract(tuning, banks, made)
+        if self.settings.train in SAMPLED:
+            return sampled.abstract(tuning, self.model.params["banks"], made)
         if self._every:
             places = jax.tree.map(lambda s: s.sharding, made)
         else:
             places = _adapter_places(self.settings.train, arch, plan, mesh, made)
-        optimizer = jax.eval_shape(tuning.optax().init, made)
 
         def placed(s: Any, place: Any) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place)
 
+        if not self.settings.backward:
+            return mezo.abstract(tuning, jax.tree.map(placed, made, places))
+        optimizer = jax.eval_shape(tuning.optax().init, made)
         places = places, _optimizer_places(optimizer, places, mesh), NamedSharding(mesh, PartitionSpec())
         step = jax.ShapeDtypeStruct((), np.dtype("int32"))
         return State(
@@ -476,6 +538,11 @@ class Run:
         made = trained(settings.train).make(settings.options, model.architecture, model.plan, model.params, key)
         if self._layered:
             return layered.initial(self.tuning, self._banks, made)
+        if settings.train in SAMPLED:
+            return sampled.initial(self.tuning, self._banks, made)
+        if not settings.backward:
+            made = jax.device_put(made, jax.tree.map(lambda s: s.sharding, wanted.trained))
+            return mezo.initial(self.tuning, made, settings.seed)
         places = jax.tree.map(lambda s: s.sharding, (wanted.trained, wanted.optimizer, wanted.step))
         made = jax.device_put(made, places[0])
         optimizer = jax.jit(self.tuning.optax().init, out_shardings=places[1])(made)  # each moment where it will stand
@@ -516,6 +583,7 @@ class Run:
         if self.step % self.save_every == 0 or last:
             self.save()
         if last:
+            self._settle()
             self.wait()
         return record
 
@@ -556,6 +624,12 @@ class Run:
     def _advance(self, batch: Batch) -> tuple[State, dict[str, Any]]:
         if self._layered:
             return layered.step(self.tuning, self._banks, self._state, batch)
+        if self.settings.train in SAMPLED:
+            return sampled.advance(
+                self.tuning, self._banks, self._state, batch, seed=self.settings.seed, number=self.step
+            )
+        if not self.settings.backward:
+            return mezo.step(self.tuning, self._frozen, self._state, batch)
         return whole.step(self.tuning, self._frozen, self._state, batch)
 
     def _take(self, state: State) -> None:
@@ -566,6 +640,12 @@ class Run:
         if self._every:  # whose own arrays the step has written over
             self.model.params = self._combined()
 
+    def _settle(self) -> None:
+        """Make the change that the last step left for the next one (mezo.py)."""
+        if not self.settings.backward and mezo.is_due(self._state):
+            with interrupts_deferred():
+                self._take(mezo.settle(self.tuning, self._frozen, self._state))
+
     def _combined(self) -> Any:
         return trained(self.settings.train).combine(self.settings.options, self._frozen, self._state.trained)
 
@@ -573,6 +653,7 @@ class Run:
         """The mean loss of a held-out token, nats. Also told to the events, and kept with this step's checkpoint."""
         if self.held_out is None:
             raise ValueError("there are no held-out rows to evaluate: Run(..., held_out=pack(...))")
+        self._settle()
         total = tokens = 0.0
         B = self.settings.batch
         for rows in Batches(self.held_out, B, shuffle=False, epochs=1):
@@ -689,6 +770,7 @@ class Run:
 
     def tuned(self) -> Model:
         """The model with what is trained in or beside it, ready to generate; until the next step, which writes over it."""
+        self._settle()
         m = self.model
         return m if self._every else Model(
             m.architecture, m.plan, m.mesh, self._combined(), m.origin, m.tokenizer, m.budget
@@ -704,6 +786,7 @@ class Run:
         own = None if self.out is None else self.out / (MODEL if self._every else ADAPTER)
         target = own if folder is None else Path(folder)
         assert target is not None
+        self._settle()
         if self._every:
             merge(self.model, target, overwrite=target == own)
         else:

@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Int
 from jaxengine.cache.base import PlainAttend
 from jaxengine.engine import Engine, embed, head, layer_body, program
 from jaxengine.finetune.loss import cross_entropy
-from jaxengine.finetune.optimizers.base import Optimizer
+from jaxengine.finetune.optimizers.base import Matrix, Optimizer
 from jaxengine.finetune.trained.base import trained as find_trained
 from jaxengine.walk import REMAT, lay_out, walk
 
@@ -67,7 +67,7 @@ class Tuning:
 
     def optax(self) -> optax.GradientTransformation:
         """The optimizer's transformation over the trained tree."""
-        return self.optimizer.make(self._decayed)
+        return self.optimizer.make(self._decayed, self._matrices)
 
     def _decayed(self, tree: Any) -> Any:
         """Which leaves weight decay acts on: not vectors, and nothing that stays as it is."""
@@ -78,6 +78,24 @@ class Tuning:
             del leaf
             names = [k.key for k in path if isinstance(k, jax.tree_util.DictKey)]
             return names[-1] not in frozen and not vectors & set(names)
+
+        return jax.tree_util.tree_map_with_path(of, tree)
+
+    def _matrices(self, tree: Any) -> Any:
+        """How each leaf is a matrix inside a layer, or one that stands beside it (a [r, in...], b [out..., r]); None: is none.
+        What is outside the layers, embedding and head, counts as none."""
+        specs = {
+            n.rpartition(".")[2]: s for n, s in self.engine.architecture.specs().items() if n.startswith("layers.")
+        }
+
+        def of(path: Any, leaf: Any) -> Matrix | None:
+            names = [k.key for k in path if isinstance(k, jax.tree_util.DictKey)]
+            spec = next((specs[n] for n in names if n in specs), None)
+            if spec is None or spec.out is None or "outer" in names:
+                return None
+            dims, outs = len(spec.shape), spec.out
+            own = {"a": (1 + dims - outs, 1), "b": (outs + 1, outs)}.get(names[-1], (dims, outs))
+            return Matrix(leaf.ndim - own[0], own[1]) if names[-1] in ("a", "b") or names[-1] in specs else None
 
         return jax.tree_util.tree_map_with_path(of, tree)
 

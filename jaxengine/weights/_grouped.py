@@ -42,7 +42,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int32, UInt8, UInt16
 
 from jaxengine.weights._codebook import LEAST_GROUP, InShape, group_of
-from jaxengine.weights.base import Weight, split_spec
+from jaxengine.weights.base import Integers, Weight, split_spec
 from pallas_kernels.quant_matmul import quant_matmul
 
 SCALES = ("bfloat16", "float16", "float32")
@@ -126,6 +126,9 @@ class Grouped(Weight):
     def unpacked(self) -> UInt8[Array, "..."]:
         """The codes [out..., I], unsigned, in the order of `perm`; numpy where the arrays are."""
         return self._padded_codes()[..., : math.prod(self.in_shape)]
+
+    def integers(self) -> Integers:
+        return Integers(self.bits, self.unpacked(), self.scale, self.zero, self.perm, self.group_size)
 
     def _spread(self, each: Float[Array, "..."]) -> Float[Array, "..."]:
         """A number of each group, [out..., Ip / G] -> the matrix's shape."""

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import abc
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
@@ -36,6 +36,20 @@ from jaxtyping import Array, Float
 
 CONTRACTED = "contracted"  # the name of every contraction's result, for what is kept for a way back (walk.REMAT)
 FEW_ROWS = 128  # above it the plain form is the faster one on CPU (207 against 147 GFLOP/s at 1,024 rows)
+
+
+class Integers(NamedTuple):
+    """A matrix as s (q - z), as others' checkpoints hold one: codes uint8 [out..., I] of so many bits, or int8 [out..., I]; scale
+    [out..., groups], or [out...] for one a row; zero as scale, None for the middle code; perm int32 [I], column i of the
+    codes is the matrix's column perm[i], None where they are in order; group: inputs that share a scale, the last ones of a
+    row perhaps fewer, 0 for all of it."""
+
+    bits: int
+    codes: Any
+    scale: Any
+    zero: Any = None
+    perm: Any = None
+    group: int = 0
 
 
 class Weight(abc.ABC):
@@ -61,6 +75,10 @@ class Weight(abc.ABC):
     @abc.abstractmethod
     def take(self, ids: Array, dtype: Any) -> Array:
         """Rows of the matrix: dense()[ids] in `dtype`; ids int [...], the result [..., in...]."""
+
+    def integers(self) -> Integers | None:
+        """The matrix as integers with a scale a row or a group, numpy where the arrays are; None: it is not that."""
+        return None
 
 
 def value(p: Any) -> Any:

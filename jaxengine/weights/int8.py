@@ -9,6 +9,9 @@ s_o / 2. The scale is kept in float32.
 
 group_size: 0 is the above. With 16, 32, 64 or 128 each group of that many inputs has a scale, as in GGUF's Q8_0 and Q6_K
 (`_grouped.py`): 8 + 32 / group_size bits per weight for errors that follow the group's largest number, not the channel's.
+
+outliers: so many columns, those of the largest numbers, are kept as they are and take no part in any scale (LLM.int8(),
+arXiv:2208.07339, for weights; `_outliers.py` says what differs).
 """
 
 from __future__ import annotations
@@ -23,10 +26,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int8
 
-from jaxengine.weights import _grouped
-from jaxengine.weights.base import Weight, einsum
+from jaxengine.weights import _grouped, _outliers
+from jaxengine.weights.base import Integers, Weight, einsum
 
-OPTIONS = {"group_size": (0, 16, 32, 64, 128)}
+OPTIONS = {"group_size": (0, 16, 32, 64, 128), "outliers": (0, 8, 16, 32, 64, 128)}
 LEAST = 2.0**-120  # of a scale: half of it, and its products with codes, are normal float32 numbers
 
 
@@ -58,14 +61,23 @@ class PerChannel(Weight):
         scale = self.scale.reshape((1,) * (y.ndim - self.scale.ndim) + self.scale.shape)
         return (y * scale).astype(x.dtype)
 
+    def integers(self) -> Integers:
+        return Integers(8, self.codes.reshape(*self.scale.shape, -1), self.scale)
+
     def take(self, ids: Array, dtype: Any) -> Array:
         codes, scale = jnp.take(self.codes, ids, axis=0), jnp.take(self.scale, ids, axis=0)
         scale = scale.reshape(scale.shape + (1,) * (codes.ndim - scale.ndim))
         return (codes.astype(jnp.float32) * scale).astype(dtype)
 
 
-def encode(w: Array, *, out: int, group_size: int = 0) -> PerChannel | _grouped.Grouped:
-    """Quantise w [out..., in...] to int8 with one scale for each of its leading `out` dims' channels, or of their groups."""
+def encode(
+    w: Array, *, out: int, group_size: int = 0, outliers: int = 0
+) -> PerChannel | _grouped.Grouped | _outliers.Outliers:
+    """Quantise w [out..., in...] to int8 with one scale for each of its leading `out` dims' channels, or of their groups;
+    `outliers` columns stay as they are."""
+    if outliers:
+        rest, columns, index = _outliers.split(w, out, outliers)
+        return _outliers.Outliers(encode(rest, out=out, group_size=group_size), columns, index)
     if group_size:
         return _grouped.encode(w, out=out, bits=8, group_size=group_size, scale="float32")
     wide = w.astype(jnp.float32)
@@ -105,8 +117,12 @@ def pack(
     return PerChannel(codes.reshape(*scale.shape, *in_shape), scale)
 
 
-def leaf_axes(axes: tuple[str | None, ...], out: int, group_size: int = 0) -> PerChannel | _grouped.Grouped:
+def leaf_axes(
+    axes: tuple[str | None, ...], out: int, group_size: int = 0, outliers: int = 0
+) -> PerChannel | _grouped.Grouped | _outliers.Outliers:
     """Codes are laid out as w, and of groups with the inputs as one dim; the scale as its output dims, and the groups."""
+    if outliers:
+        return _outliers.leaf_axes(leaf_axes(axes, out, group_size), axes, out)
     if group_size:
         return _grouped.leaf_axes(axes, out, bits=8)
     return PerChannel(codes=axes, scale=axes[:out])  # pyright: ignore[reportArgumentType]

@@ -26,3 +26,8 @@ def encode(x: Array) -> dict[str, Array]:
 def decode(stored: dict[str, Array], dtype: Any) -> Array:
     """[B, K, T, H] in `dtype`."""
     return (stored["codes"].astype(jnp.float32) * stored["scale"][..., None]).astype(dtype)
+
+
+def coded(stored: dict[str, Array]) -> tuple[Array, Array | None]:
+    """Codes and scales."""
+    return stored["codes"], stored["scale"]

@@ -12,8 +12,11 @@ import optax
 
 from jaxengine.finetune.optimizers.base import Optimizer
 
+ORDER = 1
 
-def make(how: Optimizer, decayed: Any) -> optax.GradientTransformation:
+
+def make(how: Optimizer, decayed: Any, matrices: Any) -> optax.GradientTransformation:
     """A row and a column of state for each matrix whose two longest dims have at least 128 elements, else one moment."""
+    del matrices
     scale = optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
     return how.finish(scale, decayed)

@@ -8,7 +8,10 @@ import optax
 
 from jaxengine.finetune.optimizers.base import Optimizer
 
+ORDER = 1
 
-def make(how: Optimizer, decayed: Any) -> optax.GradientTransformation:
+
+def make(how: Optimizer, decayed: Any, matrices: Any) -> optax.GradientTransformation:
     """8 bytes of state for each parameter."""
+    del matrices
     return how.finish(optax.scale_by_adam(how.b1, how.b2, how.eps), decayed)

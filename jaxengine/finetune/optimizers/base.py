@@ -1,9 +1,11 @@
 """An optimizer by name: a file of this folder, which makes an optax transformation.
 
 A file has
-    make(how, decayed) -> optax.GradientTransformation
-where `decayed` is optax's mask of the leaves that weight decay acts on: matrices, not norms and biases. Parameters,
-gradients and states are float32 unless the file says otherwise.
+    ORDER    the derivatives that it asks for: 1, a gradient; 0, losses alone
+    make(how, decayed, matrices) -> optax.GradientTransformation
+where `decayed` is optax's mask of the leaves that weight decay acts on: matrices, not norms and biases; and matrices(tree)
+says of each leaf how it is a matrix inside a layer (Matrix), or None (both may be None: everything that has two dims).
+Parameters, gradients and states are float32 unless the file says otherwise, and every state is zeros before the first step.
 """
 
 from __future__ import annotations
@@ -25,6 +27,14 @@ SCHEDULES = ("constant", "linear", "cosine")
 def optimizer(name: str) -> ModuleType:
     """The optimizer of this name; ValueError names those there are."""
     return technique.find(OPTIMIZERS, name)
+
+
+@dataclasses.dataclass(frozen=True)
+class Matrix:
+    """[stacked..., out..., in...]: the numbers of dims that are stacked, and of outputs."""
+
+    stacked: int = 0
+    out: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +71,11 @@ class Optimizer:
                 f" after the warmup"
             )
 
+    @property
+    def order(self) -> int:
+        """Of the derivatives that it asks for."""
+        return optimizer(self.name).ORDER
+
     def rate(self) -> optax.Schedule:
         """The learning rate of a step, by its number from 0."""
 
@@ -81,9 +96,9 @@ class Optimizer:
         rise = optax.linear_schedule(0.0, self.learning_rate, self.warmup)
         return loosely(optax.join_schedules([rise, after], [self.warmup]))
 
-    def make(self, decayed: Any = None) -> optax.GradientTransformation:
+    def make(self, decayed: Any = None, matrices: Any = None) -> optax.GradientTransformation:
         """The transformation: gradients in, what is added to the parameters out."""
-        made = optimizer(self.name).make(self, decayed)
+        made = optimizer(self.name).make(self, decayed, matrices)
 
         def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
             with jax.numpy_dtype_promotion("standard"):  # optax takes powers of a float by an integer's count

@@ -9,7 +9,10 @@ import optax
 
 from jaxengine.finetune.optimizers.base import Optimizer
 
+ORDER = 1
 
-def make(how: Optimizer, decayed: Any) -> optax.GradientTransformation:
+
+def make(how: Optimizer, decayed: Any, matrices: Any) -> optax.GradientTransformation:
     """4 bytes of state for each parameter. b2 is 0.99 in the paper."""
+    del matrices
     return how.finish(optax.scale_by_lion(how.b1, how.b2), decayed)

@@ -8,7 +8,10 @@ import optax
 
 from jaxengine.finetune.optimizers.base import Optimizer
 
+ORDER = 1
 
-def make(how: Optimizer, decayed: Any) -> optax.GradientTransformation:
+
+def make(how: Optimizer, decayed: Any, matrices: Any) -> optax.GradientTransformation:
     """4 bytes of state for each parameter with momentum, none without."""
+    del matrices
     return how.finish(optax.trace(how.b1) if how.b1 else optax.identity(), decayed)

@@ -13,7 +13,9 @@ from jaxengine.plan import Plan
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """There is nothing to choose."""
+    """narrow: whether parameters may be narrower than float32, for what changes them without small steps."""
+
+    narrow: bool = False
 
 
 FROZEN: tuple[str, ...] = ()
@@ -27,7 +29,7 @@ def matrices(options: Options, architecture: Architecture) -> tuple[str, ...]:
 
 def make(options: Options, architecture: Architecture, plan: Plan, params: Any, key: Array) -> Any:
     """The parameters themselves. ValueError where some are quantised, or are not float32."""
-    del options, key
+    del key
     quantised = [n for n, s in architecture.specs().items() if plan.format_of(n, s) != "dense"]
     if quantised:
         raise ValueError(
@@ -35,7 +37,7 @@ def make(options: Options, architecture: Architecture, plan: Plan, params: Any, 
             f" {plan.format_of(quantised[0], architecture.specs()[quantised[0]])!r}: load with weights='dense', or"
             f" train='lora' beside the quantised matrices"
         )
-    if plan.dtype != "float32":
+    if plan.dtype != "float32" and not options.narrow:
         raise ValueError(
             f"train='all' keeps parameters in float32, and they were loaded in {plan.dtype}: load with dtype='float32' and"
             f" say compute='bfloat16' for the arithmetic"

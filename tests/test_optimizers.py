@@ -1,0 +1,203 @@
+"""Every optimizer of the folder: what the steps rely on; and those that optax has not, against numbers from elsewhere."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from optax.contrib import MuonDimensionNumbers, muon
+from test_finetune import HOW, llama, losses, moved_by, run_of
+
+from jaxengine import technique
+from jaxengine.finetune.optimizers import adamw8bit
+from jaxengine.finetune.optimizers.base import OPTIMIZERS, Matrix, Optimizer, optimizer
+
+NAMES = [name for name in technique.names(OPTIMIZERS) if optimizer(name).ORDER]
+NEW = ("adamw8bit", "muon")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_contract(name: str) -> None:
+    """State before the first step is zeros, which layered.initial takes for granted; and steps go downhill."""
+    rng = np.random.default_rng(0)
+    x, y = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((256, 96), (256, 64)))
+    params = {"w": jnp.zeros((64, 96)), "b": jnp.zeros(64)}
+    transformation = Optimizer(
+        name, 1.0 if name == "sgd" else 0.03, schedule="linear", steps=60, weight_decay=1e-3
+    ).make(lambda tree: {"w": True, "b": False} if tree.keys() == {"w", "b"} else tree)
+
+    def loss(params: Any) -> jax.Array:
+        return jnp.square(x @ params["w"].T + params["b"][None] - y).mean()
+
+    state = transformation.init(params)
+    assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(state))
+
+    @jax.jit
+    def step(params: Any, state: Any) -> Any:
+        updates, state = transformation.update(jax.grad(loss)(params), state, params)
+        return optax.apply_updates(params, updates), state
+
+    before = jax.tree.map(np.shape, state)
+    for _ in range(60):
+        params, state = step(params, state)
+    assert jax.tree.map(np.shape, state) == before
+    design = np.c_[np.asarray(x, np.float64), np.ones(len(x))]
+    least = np.square(design @ np.linalg.lstsq(design, np.asarray(y, np.float64))[0] - np.asarray(y)).mean()
+    assert least < float(loss(params)) < (1 + least) / 2
+
+
+@pytest.mark.parametrize("name", NEW)
+def test_each_layer_alone_in_host_memory_is_all_of_them_on_the_device(name: str) -> None:
+    """Closer than a parameter whose gradient is all rounding could move the loss (tests/test_live_finetune.py)."""
+    settings = dataclasses.replace(HOW, train="all", optimizer=name, learning_rate=5e-3, steps=4, weight_decay=0.1)
+    wanted = losses(run_of(llama(), settings))
+    run = run_of(llama(home="host"), settings)
+    np.testing.assert_allclose(losses(run), wanted, rtol=2e-4)
+    assert moved_by(wanted) > 0.1
+    share = {"adamw8bit": (0.5, 1.2), "muon": (0.9, 1.1)}[name]  # AdamW's is 2; k and v are too small for 8 bits here
+    layers, state = (
+        sum(x.nbytes for x in jax.tree.leaves(t["banks"])) for t in (run._state.trained, run._state.optimizer)
+    )
+    assert share[0] < state / layers < share[1]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 8 bits
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_the_map_is_seven_decades(signed: bool) -> None:
+    """Of Dettmers (arXiv:1511.04561): a decade with k bits for the fraction has 2^k numbers, the middles of equal parts."""
+    found = adamw8bit.numbers(signed)
+    assert found.shape == (256,)
+    assert (np.diff(found) > 0).all()
+    assert found[-1] == 1
+    positive = found[(found > 0) & (found < 1)].astype(np.float64)
+    assert (0 in found, (found < 0).any()) == (True, signed)
+    if signed:
+        np.testing.assert_array_equal(found[found < 0], -positive.astype(np.float32)[::-1])
+    for k in range(7):
+        count = 2 ** (k if signed else k + 1)
+        decade = positive[(positive > 10.0 ** (k - 7)) & (positive < 10.0 ** (k - 6))]
+        wanted = (0.1 + 0.9 * (np.arange(count) + 0.5) / count) * 10.0 ** (k - 6)
+        np.testing.assert_allclose(decade, wanted, rtol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(64, 72), (3, 1500)])
+@pytest.mark.parametrize("signed", [True, False])
+def test_codes_are_the_nearest(shape: tuple[int, ...], signed: bool) -> None:
+    rng = np.random.default_rng(1)
+    x = (rng.normal(size=shape) * 10.0 ** rng.uniform(-6, 2, shape)).astype(np.float32)
+    x.reshape(-1)[:300] = 0  # a whole block
+    x = x if signed else np.abs(x)
+    codes, scales = jax.jit(lambda x: adamw8bit.encode(x, signed=signed))(x)
+    assert (codes.dtype, codes.shape, scales.shape) == (jnp.uint8, shape, (math.ceil(x.size / 256),))
+    made = np.asarray(adamw8bit.decode(codes, scales, signed=signed), np.float64).reshape(-1)
+    flat, table = x.reshape(-1).astype(np.float64), adamw8bit.numbers(signed).astype(np.float64)
+    for start in range(0, flat.size, 256):
+        block = flat[start : start + 256]
+        nearest = np.abs(np.abs(block).max() * table[None] - block[:, None]).min(1)
+        assert (np.abs(made[start : start + 256] - block) <= nearest + 1e-6 * np.abs(block)).all()
+    np.testing.assert_array_equal(made[:256], 0)
+
+
+def test_a_step_in_8_bits_is_adams_on_what_the_codes_stand_for() -> None:
+    rng = np.random.default_rng(2)
+    how, params = Optimizer("adamw8bit", 0.1), {"w": jnp.zeros((64, 80)), "b": jnp.zeros(80)}
+    transformation, gradients = how.make(), [rng.normal(size=(2, 64, 80)).astype(np.float32) for _ in range(3)]
+    state: Any = transformation.init(params)
+    held = state[0]
+    assert (held.first["w"].dtype, held.first["b"].dtype, held.first_scales["b"]) == (jnp.uint8, jnp.float32, None)
+    for n, g in enumerate(gradients, 1):
+        held = state[0]
+        read = [
+            np.asarray(adamw8bit.decode(c["w"], s["w"], signed=signed), np.float64)
+            for c, s, signed in ((held.first, held.first_scales, True), (held.second, held.second_scales, False))
+        ]
+        m, v = (
+            how.b1 * read[0] + (1 - how.b1) * g[0],
+            how.b2 * read[1] + (1 - how.b2) * np.square(g[0], dtype=np.float64),
+        )
+        updates, state = cast(Any, transformation.update({"w": g[0], "b": g[1][0]}, state, params))
+        wanted = -0.1 * (m / (1 - how.b1**n)) / (np.sqrt(v / (1 - how.b2**n)) + how.eps)
+        np.testing.assert_allclose(updates["w"], wanted, rtol=1e-4, atol=1e-7)
+    plain, state = dataclasses.replace(how, name="adamw").make(), None
+    for g in gradients:
+        state = plain.init({"b": g[1][0]}) if state is None else state
+        wanted, state = cast(Any, plain.update({"b": g[1][0]}, state))
+    np.testing.assert_allclose(updates["b"], wanted["b"], rtol=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Muon
+
+
+def test_muon_is_optaxs() -> None:
+    """Tall, wide, [out, out, in], stacked; and AdamW for the rest."""
+    rng = np.random.default_rng(3)
+    shapes = {
+        "wide": (8, 24),
+        "tall": (24, 8),
+        "heads": (3, 4, 20),
+        "stack": (2, 6, 10),
+        "embedding": (16, 8),
+        "norm": (8,),
+    }
+    kinds = {
+        "wide": Matrix(),
+        "tall": Matrix(),
+        "heads": Matrix(0, 2),
+        "stack": Matrix(1, 1),
+        "embedding": None,
+        "norm": None,
+    }
+    theirs = {
+        "wide": MuonDimensionNumbers(1, 0), "tall": MuonDimensionNumbers(1, 0), "heads": MuonDimensionNumbers(2, (0, 1)),
+        "stack": MuonDimensionNumbers(2, 1),
+    }  # fmt: skip
+    how = Optimizer("muon", 0.05, weight_decay=0.1, b1=0.95)
+    decayed = {n: n != "norm" for n in shapes}
+    ours = how.make(lambda tree: {n: decayed[n] for n in tree}, lambda tree: {n: kinds[n] for n in tree})
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        matrix = muon(
+            0.05, beta=0.95, eps=how.eps, weight_decay=0.1, muon_weight_dimension_numbers=theirs, consistent_rms=0.2
+        )
+        rest = optax.adamw(0.05, 0.95, how.b2, how.eps, weight_decay=0.1, mask={"embedding": True, "norm": False})
+        one = {n: jnp.asarray(rng.normal(size=s), jnp.float32) for n, s in shapes.items()}
+        held, updates = ours.init(one), cast(Any, None)
+        others: list[Any] = [({n: one[n] for n in names}, how.init({n: one[n] for n in names}), how)
+                  for names, how in ((tuple(theirs), matrix), (("embedding", "norm"), rest))]  # fmt: skip
+        for _ in range(4):
+            g = {n: jnp.asarray(rng.normal(size=s), jnp.float32) for n, s in shapes.items()}
+            updates, held = cast(Any, ours.update(g, held, one))
+            one = optax.apply_updates(one, updates)
+            for i, (two, state, other) in enumerate(others):
+                wanted, state = other.update({n: g[n] for n in two}, state, two)
+                for n in two:
+                    np.testing.assert_allclose(updates[n], wanted[n], atol=2e-5, err_msg=n)
+                others[i] = (optax.apply_updates(two, wanted), state, other)
+
+
+def test_what_muon_is_for_follows_from_the_model() -> None:
+    for train, names in (("all", ("q", "down")), ("lora", ("a", "b"))):
+        run = run_of(llama(form="scan"), dataclasses.replace(HOW, train=train, optimizer="muon", learning_rate=1e-3))
+        found: dict[str, set[Any]] = {}
+        tree = run._state.trained
+        leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
+        for (path, leaf), how in zip(leaves, structure.flatten_up_to(run.tuning._matrices(tree)), strict=True):
+            found.setdefault(path[-1].key, set()).add((leaf.ndim, how))
+        if train == "all":
+            assert found["q"] == {(4, Matrix(1, 2))}  # stacked, heads and head dim out
+            assert found["o"] == {(4, Matrix(1, 1))}
+            assert found["embedding"] == {(2, None)}
+            assert {how for n in found if "norm" in n for _, how in found[n]} == {None}
+        else:
+            assert found["a"] == {(3, Matrix(1, 1)), (4, Matrix(1, 1))}
+            assert found["b"] == {(3, Matrix(1, 1)), (4, Matrix(1, 2))}
+        assert set(names) <= found.keys()
