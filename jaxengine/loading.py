@@ -66,8 +66,8 @@ def load(
     '16GB' (of each device of a mesh), which chooses the home for `batch` rows (1) of up to `context` tokens each (2048, or
     what the model can at most); a call that would need more is refused. ram: host memory for layers that do not
     fit there (what is free, if not given); what fits neither is read from disk in every pass. disk: the folder for such
-    layers, packed once (~/.cache/jaxengine/layers). weights: the format of matrices ('dense', 'int8'). dtype: 'float32', 'bfloat16'
-    or 'float16' (the checkpoint's own if not given). mesh: e.g. 'data=2,tensor=4' over all devices, or a jax Mesh;
+    layers, packed once (~/.cache/jaxengine/layers). weights: the format of matrices ('dense', 'int8', ...). dtype: 'float32',
+    'bfloat16' or 'float16' (the checkpoint's own if not given). mesh: e.g. 'data=2,tensor=4' over all devices, or a jax Mesh;
     sharding: the table of rules. home: 'device', 'host', 'split', of which the first `resident` layers are on the device,
     or 'disk', of which the first `resident` are there and the next `kept` in host memory; form: 'unrolled', 'scan',
     'ahead' or 'python'. kv: the cache's codec ('raw', 'int8', 'int4'); kv_layout: the layout of
