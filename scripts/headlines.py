@@ -39,6 +39,7 @@ from rich.table import Column, Table
 from jaxengine.architecture import Architecture, architecture
 from jaxengine.command import SETTINGS, reported, start_jax
 from jaxengine.engine import bucket
+from jaxengine.finetune import planning as tuning
 from jaxengine.plan import Need, Plan, need, show_bytes, weight_bytes
 from jaxengine.proof import Proof, prove
 from pallas_kernels import aot
@@ -62,7 +63,22 @@ LLAMA_3_8B = {
     "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 8192,
     "rope_theta": 500000.0,
 }  # fmt: skip
+# arXiv:2302.13971, table 2
+LLAMA_65B = {
+    "model_type": "llama", "vocab_size": 32000, "hidden_size": 8192, "intermediate_size": 22016,
+    "num_hidden_layers": 80, "num_attention_heads": 64, "max_position_embeddings": 2048,
+}  # fmt: skip
 # arXiv:2307.09288, and the files' config.json
+LLAMA_2_7B = {
+    "model_type": "llama", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008,
+    "num_hidden_layers": 32, "num_attention_heads": 32, "max_position_embeddings": 4096,
+}  # fmt: skip
+# arXiv:2407.10671, table 1
+QWEN2_1_5B = {
+    "model_type": "qwen2", "vocab_size": 151936, "hidden_size": 1536, "intermediate_size": 8960,
+    "num_hidden_layers": 28, "num_attention_heads": 12, "num_key_value_heads": 2, "max_position_embeddings": 32768,
+    "rope_theta": 1000000.0, "tie_word_embeddings": True,
+}  # fmt: skip
 LLAMA_2_70B = {
     "model_type": "llama", "vocab_size": 32000, "hidden_size": 8192, "intermediate_size": 28672,
     "num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8, "max_position_embeddings": 4096,
@@ -73,6 +89,7 @@ LLAMA_2_70B = {
 class Headline:
     """One claim. Sizes in bytes.
 
+    task: what `jaxengine plan --task` takes: 'generate', or a step of fine-tuning; like: the task of `baseline`.
     model: a config.json; card: as `cards.find` knows it; machine: what the paper says of its hardware. budget: device
     memory that it must fit in (None: all that a process has of the card, or of `baseline`). baseline, share: where the
     claim is relative, the plan it is relative to, and the share of its bytes that may be used. ram: host memory of the
@@ -92,6 +109,8 @@ class Headline:
     context: int
     plan: Plan
     note: str
+    task: str = "generate"
+    like: str = ""
     needs: str = ""
     budget: int | None = None
     baseline: Plan | None = None
@@ -178,8 +197,7 @@ HEADLINES = (
         context=455_000,
         plan=Plan(dtype="bfloat16", home="host", chunk=64),
         note="The other way round: MOM moves the KV cache to the host, this plan the layers ({host}), and the cache of"
-        " {cache} stays on the card. Attention materialises the scores of a chunk in float32: {scores} for {chunk}"
-        " tokens; for 512 they would be {scores_512}, and it would not fit.",
+        " {cache} stays on the card, with the residual stream of the whole prompt, {stream}.",
     ),
     Headline(
         name="headinfer-1m",
@@ -194,9 +212,9 @@ HEADLINES = (
         context=2**20,
         plan=Plan(dtype="bfloat16", home="host", chunk=64),
         budget=17 * 10**9,
-        note="On the card stand a KV cache of {cache}, scores of {scores} for a chunk of {chunk}, and twice the residual"
-        " stream of the whole prompt, {stream}, because chunks are read inside each layer.",
-        needs="a KV cache on the host, attention that does not materialise scores, and chunks that go through all layers",
+        note="On the card stand a KV cache of {cache} and twice the residual stream of the whole prompt, {stream}, because"
+        " chunks of {chunk} are read inside each layer.",
+        needs="a KV cache on the host, and chunks that go through all layers",
     ),
     Headline(
         name="headinfer-4m",
@@ -210,9 +228,9 @@ HEADLINES = (
         batch=1,
         context=2**22,
         plan=Plan(dtype="bfloat16", home="host", chunk=64),
-        note="On the card stand a KV cache of {cache}, scores of {scores} for a chunk of {chunk}, and twice the residual"
-        " stream of the whole prompt, {stream}, because chunks are read inside each layer.",
-        needs="a KV cache on the host, attention that does not materialise scores, and chunks that go through all layers",
+        note="On the card stand a KV cache of {cache} and twice the residual stream of the whole prompt, {stream}, because"
+        " chunks of {chunk} are read inside each layer.",
+        needs="a KV cache on the host, and chunks that go through all layers",
     ),
     Headline(
         name="tpi-llm",
@@ -232,6 +250,105 @@ HEADLINES = (
         note="Reached by one card without splitting a layer, with embeddings and head of {outer} beside two layers of"
         " {layer} in int8 (in bfloat16 they would be over it), and three more in RAM; {disk} are read in every pass. The"
         " paper's weights are not quantised, and its 3.1 GB are of a device whose RAM is the GPU's.",
+    ),
+    Headline(
+        name="qlora-65b",
+        claim="65 B fine-tuned on one card of 48 GB",
+        paper="QLoRA: Efficient Finetuning of Quantized LLMs",
+        arxiv="2305.14314",
+        model_name="LLaMA 65B",
+        model=LLAMA_65B,
+        card="RTX A6000",
+        machine="a card of 48 GB, NF4 with double quantisation, paged optimizer states",
+        batch=1,
+        context=512,
+        plan=Plan(dtype="bfloat16", weights="nf4", remat="full"),
+        task="lora",
+        note="All layers stand on the card, {resident_bytes}; rank 8 beside every matrix of a layer (the paper: 64), nothing is"
+        " paged. With home='host' a step needs {least}.",
+    ),
+    Headline(
+        name="qlora-4gb",
+        claim="QLoRA of a 1.5 B model in 4 GB",
+        paper="Resource-Aware Arabic LLM Creation: Model Adaptation, Integration, and Multi-Domain Testing",
+        arxiv="2412.17548",
+        model_name="Qwen2 1.5B",
+        model=QWEN2_1_5B,
+        card="RTX 3060 12GB",
+        machine="a system with 4 GB of VRAM; a 3060 with that budget stands in",
+        batch=1,
+        context=512,
+        plan=Plan(dtype="bfloat16", weights="nf4", remat="full"),
+        task="lora",
+        budget=4 * 10**9,
+        note="Of it {outer} are the embedding, in bfloat16, and {resident_bytes} the layers.",
+    ),
+    Headline(
+        name="zo2",
+        claim="OPT-175B fine-tuned in 18 GB",
+        paper="ZO2: Scalable Zeroth-Order Fine-Tuning for Extremely Large Language Models with Limited GPU Memory",
+        arxiv="2503.12668",
+        model_name="OPT-175B",
+        model=OPT_175B,
+        card="A100 40GB",
+        machine="a GPU of 18 GB, in the abstract's words; an A100 with that budget stands in",
+        batch=1,
+        context=2048,
+        plan=Plan(dtype="float16", home="host"),
+        task="mezo",
+        budget=18 * 10**9,
+        note="Layers of {layer}, {host} in host memory, go to the card and back once a step. Noise and updates are made where"
+        " they are used.",
+    ),
+    Headline(
+        name="hift",
+        claim="7 B, every parameter in float32 with AdamW, on one card of 48 GB",
+        paper="HiFT: A Hierarchical Full Parameter Fine-Tuning Strategy",
+        arxiv="2401.15207",
+        model_name="Llama 2 7B",
+        model=LLAMA_2_7B,
+        card="RTX A6000",
+        machine="an RTX A6000 of 48 GB",
+        batch=1,
+        context=512,
+        plan=Plan(dtype="float32", home="device", form="scan", remat="full"),
+        task="hift",
+        note="One layer at a time has a gradient and moments; those of the others wait in host memory, {host}.",
+    ),
+    Headline(
+        name="lisa",
+        claim="7 B, two layers at a time, for no more than LoRA needs",
+        paper="LISA: Layerwise Importance Sampling for Memory-Efficient Large Language Model Fine-Tuning",
+        arxiv="2403.17919",
+        model_name="Llama 2 7B",
+        model=LLAMA_2_7B,
+        card="RTX 4090",
+        machine="its abstract names no card, and this one stands in",
+        batch=1,
+        context=1024,
+        plan=Plan(dtype="bfloat16", home="device", form="scan", remat="full"),
+        task="lisa",
+        baseline=Plan(dtype="bfloat16", home="device", remat="full"),
+        like="lora",
+        note="LoRA of rank 8 beside every matrix is what it is held against. Embedding and head are trained in every step: with"
+        " the two layers {gradients} of gradients and {optimizer} of moments, in float32.",
+        needs="a LoRA of a larger rank to be held against, as the paper's is, or moments in fewer bytes (adamw8bit)",
+    ),
+    Headline(
+        name="alst",
+        claim="500k tokens of context in training, Llama 8B, one card of 80 GB",
+        paper="Arctic Long Sequence Training: Scalable And Efficient Training For Multi-Million Token Sequences",
+        arxiv="2506.13996",
+        model_name="Llama 3 8B",
+        model=LLAMA_3_8B | {"max_position_embeddings": 2**19},
+        card="H100 80GB",
+        machine="one H100 of 80 GB",
+        batch=1,
+        context=500_000,
+        plan=Plan(dtype="float32", home="host", remat="offload"),
+        task="full",
+        note="What a layer makes of so many tokens while it is gone back through is {activations}; the logits are made in parts.",
+        needs="a layer's feed-forward block taken some tokens at a time on the way back (the paper's TiledMLP)",
     ),
 )  # fmt: skip
 
@@ -306,7 +423,7 @@ class Figures:
         h = self.headline
         return {
             "name": h.name, "claim": h.claim, "paper": h.paper, "arxiv": h.arxiv, "model": h.model_name,
-            "config": dict(h.model), "card": self.card.name, "machine": h.machine, "batch": h.batch,
+            "config": dict(h.model), "task": h.task, "card": self.card.name, "machine": h.machine, "batch": h.batch,
             "context": h.context, "plan": dataclasses.asdict(h.plan), "budget": self.budget, "ram": h.ram,
             "arithmetic": dataclasses.asdict(self.need) | {"device": self.need.device},
             "compiled": [
@@ -320,26 +437,30 @@ class Figures:
         }  # fmt: skip
 
 
+def bytes_of(task: str, arch: Architecture, plan: Plan, batch: int, length: int) -> Need:
+    """What a task needs, by arithmetic."""
+    if task == "generate":
+        return need(arch, plan, batch=batch, context=length)
+    return tuning.need(arch, plan, tuning.task(task), batch=batch, context=length)
+
+
 def quantities(headline: Headline, arch: Architecture, needed: Need, length: int) -> dict[str, str]:
     """The fields of a note: bytes of its parts, as they are shown."""
     plan, batch = headline.plan, headline.batch
     size = jnp.dtype(plan.dtype).itemsize
-    heads = max(arch.attention(kind).num_heads for kind in arch.kinds)
     hidden = arch.outer()[1]["embedding"].shape[1]
     tokens = arch.chunk(plan.chunk, length) or length
-
-    def scores(tokens: int) -> str:
-        return show_bytes(4 * batch * heads * tokens * length)
 
     on_host = dataclasses.replace(plan, home="host", form="", resident=0, kept=0)
     found = {
         "dense": weight_bytes(arch, dataclasses.replace(plan, weights="dense"))["layers"],
         "layer": weight_bytes(arch, plan)["largest_layer"], "host": needed.host, "disk": needed.disk, "outer": needed.outer,
         "cache": needed.cache, "stream": 2 * batch * length * hidden * size,
-        "least": need(arch, on_host, batch=batch, context=length).device,
+        "least": bytes_of(headline.task, arch, on_host, batch, length).device, "resident_bytes": needed.resident,
+        "activations": needed.activations, "gradients": needed.gradients, "optimizer": needed.optimizer,
     }  # fmt: skip
     return {n: show_bytes(b) for n, b in found.items()} | {
-        "scores": scores(tokens), "scores_512": scores(512), "chunk": str(tokens), "length": str(length),
+        "chunk": str(tokens), "length": str(length),
         "resident": str(plan.resident), "kept": str(plan.kept), "layers": str(arch.num_layers),
     }  # fmt: skip
 
@@ -348,15 +469,17 @@ def figures(headline: Headline, *, compiled: bool) -> Figures:
     """What one claim needs here. compiled: also by XLA's GPU compiler, which must be installed."""
     start = time.perf_counter()
     arch, card = architecture(headline.model), find(headline.card)
-    length = bucket(headline.context, least=64)  # as a call pads it
-    needed = need(arch, headline.plan, batch=headline.batch, context=length)
-    baseline, proofs, baseline_proofs = 0, (), ()
+    length = headline.context
+    if headline.task == "generate":
+        length = bucket(length, least=64)  # as a call pads it
+    needed = bytes_of(headline.task, arch, headline.plan, headline.batch, length)
+    baseline, proofs, baseline_proofs, like = 0, (), (), headline.like or headline.task
     if headline.baseline is not None:
-        baseline = need(arch, headline.baseline, batch=headline.batch, context=length).device
+        baseline = bytes_of(like, arch, headline.baseline, headline.batch, length).device
     if compiled:
-        proofs = prove(arch, headline.plan, card, batch=headline.batch, length=length)
+        proofs = prove(arch, headline.plan, card, batch=headline.batch, length=length, task=headline.task)
         if headline.baseline is not None:
-            baseline_proofs = prove(arch, headline.baseline, card, batch=headline.batch, length=length)
+            baseline_proofs = prove(arch, headline.baseline, card, batch=headline.batch, length=length, task=like)
     said = quantities(headline, arch, needed, length)
     seconds = time.perf_counter() - start
     return Figures(headline, card, needed, proofs, baseline, baseline_proofs, said, seconds)
@@ -402,7 +525,10 @@ def show(console: Console, rows: list[Figures]) -> None:
     console.print(table)
     for f in rows:
         h = f.headline
-        rules = f"{h.plan.dtype}, weights {h.plan.weights}, home {h.plan.home}, KV {h.plan.kv_codec}"
+        rules = f"{h.plan.dtype}, weights {h.plan.weights}, home {h.plan.home}"
+        rules += (
+            f", KV {h.plan.kv_codec}" if h.task == "generate" else f", task {h.task}, remat {h.plan.remat or 'full'}"
+        )
         asked = f"{h.model_name}, {h.batch} x {h.context} tokens, {rules}"
         lines = [f"{h.name}: {h.paper} (arXiv:{h.arxiv})", f"  {asked}. The paper: {h.machine}.", f"  {f.note()}"]
         lines += [f"  Needs {h.needs}."] if h.needs else []
