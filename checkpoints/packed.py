@@ -36,6 +36,7 @@ import operator
 import os
 import struct
 import threading
+import time
 import weakref
 import zlib
 from collections import deque
@@ -416,6 +417,21 @@ class _Fill:
     error: BaseException | None = None
 
 
+@dataclass(frozen=True)
+class ReaderStats:
+    """What a reader has done since it was opened.
+
+    layers: taken in turn; waits: of those, how many were not there yet; bytes_read: from the file; read_seconds: of all
+    threads together, checksums included; wait_seconds: of the consumer, for layers that were not there yet.
+    """
+
+    layers: int
+    waits: int
+    bytes_read: int
+    read_seconds: float
+    wait_seconds: float
+
+
 class _Threads:
     """Threads that fill buffers, block by block, in the order they are asked to.
 
@@ -430,6 +446,7 @@ class _Threads:
         self._blocks: deque[tuple[_Fill, int]] = deque()
         self._threads: list[threading.Thread] = []
         self.closed = False
+        self.bytes_read, self.seconds = 0, 0.0
 
     def ask(self, fill: _Fill) -> None:
         with self.lock:
@@ -478,7 +495,7 @@ class _Threads:
         at = (block - fill.first) * layout.block
         view = fill.buffer.data[at : at + layout.block]
         start = file.starts[fill.layer] + block * layout.block
-        where = f"{file.path}: layer {fill.layer}"
+        where, begun = f"{file.path}: layer {fill.layer}", time.perf_counter()
         try:
             file.fill(view, start)
         except EOFError:
@@ -490,6 +507,9 @@ class _Threads:
                 f"{where} is damaged: bytes {start} to {start + len(view)} have the crc32 {crc:08x}, and the index says "
                 f"{said:08x}. Write the store again."
             )
+        with self.lock:
+            self.bytes_read += len(view)
+            self.seconds += time.perf_counter() - begun
 
     def close(self) -> None:
         with self.lock:
@@ -581,7 +601,7 @@ class PackedReader:
         self._line: deque[_Fill] = deque()  # what is asked for and not yet taken
         self._dropped: list[tuple[_Fill, int]] = []  # asked for, not to be taken: their buffers are not free yet
         self._leases: deque[_Lease] = deque()
-        self._threads = _Threads(file, threads)
+        self._threads, self._taken, self._waits, self._waited = _Threads(file, threads), 0, 0, 0.0
         self._end = weakref.finalize(self, self._threads.close)
 
     def spec(self, layer: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
@@ -601,6 +621,13 @@ class PackedReader:
     def resident_bytes(self) -> int:
         """The memory of the ring and of the kept layers, once they have all been read."""
         return self.buffer_bytes + sum(self.nbytes(i) for i in range(self.keep))
+
+    @property
+    def stats(self) -> ReaderStats:
+        """What has been read and waited for; the same after `close`."""
+        with self._threads.lock:
+            read, seconds = self._threads.bytes_read, self._threads.seconds
+        return ReaderStats(self._taken, self._waits, read, seconds, self._waited)
 
     def array(self, layer: int, name: str) -> np.ndarray:
         """One array of a layer, in memory of its own, read now and out of turn: the blocks that it stands in, checked."""
@@ -680,8 +707,11 @@ class PackedReader:
                     f"read. Release one first, or open the reader with a larger depth."
                 )
             raise RuntimeError("All layers that order() announced have been taken. Call order() again.")
-        fill = self._line[0]
+        fill, begun = self._line[0], time.perf_counter()
+        waited = bool(fill.left)
         self._threads.wait(fill)
+        self._taken, self._waits = self._taken + 1, self._waits + waited
+        self._waited += waited * (time.perf_counter() - begun)
         self._refuse_closed()
         self._line.popleft()
         if fill.error is not None:

@@ -15,7 +15,7 @@ import logging
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +23,10 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from checkpoints.output import output_folder
+from checkpoints.packed import ReaderStats
 from jaxengine import compressed, engine, export, outside, placement, sampling
 from jaxengine.architecture import Architecture
-from jaxengine.plan import DTYPES, Plan, activation_bytes, cache_bytes, device_bytes, show_bytes, weight_bytes
+from jaxengine.plan import DTYPES, Plan, activation_bytes, cache_bytes, device_bytes, need, show_bytes, weight_bytes
 from jaxengine.sources import Origin
 from jaxengine.text import Detokenizer, StopStrings, Tokenizer
 
@@ -64,7 +65,7 @@ class Model:
         tokenizer: Tokenizer | None,
         budget: int | None = None,
     ):
-        self.architecture, self.plan, self.mesh, self.params = architecture, plan, mesh, params
+        self.architecture, self.plan, self.mesh, self._params = architecture, plan, mesh, params
         self.budget = budget  # bytes of device memory that no call may need more than
         self.origin, self.tokenizer = origin, tokenizer
         self.engine = engine.Engine(architecture, plan.caching, plan.dtype, plan.sharding_rules(), mesh, plan.chunk)
@@ -75,11 +76,44 @@ class Model:
         c = self.architecture
         plain = dataclasses.replace(self.plan, weights="dense", weight_rules=())
         held, whole = ((b := weight_bytes(c, plan))["outer"] + b["layers"] for plan in (self.plan, plain))
+        disk = need(c, self.plan, batch=0, context=1).disk
         share = "" if held == whole else f" ({held / whole:.3f} of {self.plan.dtype}'s)"
         return (
             f"Model({c.family}, {c.num_layers} layers, {show_bytes(held)} of weights{share}, weights={self.plan.weights!r},"
-            f" home={self.plan.home!r})"
+            f" home={self.plan.home!r}" + (f", {show_bytes(disk)} read from disk in a pass)" if disk else ")")
         )
+
+    @property
+    def params(self) -> Any:
+        """{'outer': {name: weight}, 'banks': (Bank, ...)}; ValueError after `close`."""
+        if self._params is None:
+            raise ValueError("the model is closed: load it again")
+        return self._params
+
+    @params.setter
+    def params(self, params: Any) -> None:
+        self._params = params
+
+    @property
+    def disk_stats(self) -> ReaderStats | None:
+        """What has been read from the disk since the model was loaded, and waited for; None where no layer is there."""
+        return None if (layers := self._on_disk()) is None else layers.stats
+
+    def close(self) -> None:
+        """Let go of the arrays, and end the threads that read layers from disk. A call after it is an error."""
+        if self._params is not None and (layers := self._on_disk()) is not None:
+            layers.close()
+        self._params = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self.close()
+
+    def _on_disk(self) -> Any:
+        """The layers that are read from disk, which all banks there share."""
+        return next((bank.source.layers for bank in self.params["banks"] if bank.source is not None), None)
 
     @property
     def config(self) -> Any:

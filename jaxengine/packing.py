@@ -24,7 +24,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from checkpoints.errors import CheckpointError
-from checkpoints.packed import PackedReader, write_packed
+from checkpoints.packed import PackedReader, ReaderStats, write_packed
 from jaxengine.architecture import Architecture
 from jaxengine.plan import RING, Plan, abstract_leaf, show_bytes
 from jaxengine.sources import ORBAX
@@ -110,6 +110,15 @@ class Layers:
                 jax.block_until_ready(weights)  # the buffer is filled anew
             self._following = i + 1 if i + 1 < self._reader.layers else self._first
             return weights
+
+    @property
+    def stats(self) -> ReaderStats:
+        """What has been read from the disk and waited for."""
+        return self._reader.stats
+
+    def close(self) -> None:
+        """End the reading threads; a layer that is asked for later is an error."""
+        self._reader.close()
 
     def read(self, i: int, name: str) -> Any:
         """One parameter of layer i: an array, or a Weight of numpy arrays."""

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import threading
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -103,6 +104,34 @@ def test_the_next_calls_compile_nothing(tmp_path: Path) -> None:
     before = [p._cache_size() for p in programs]
     model.generate([IDS[:5]], max_new_tokens=9, stop_ids=())
     assert [p._cache_size() for p in programs] == before
+
+
+def test_what_is_read_is_counted_and_a_closed_model_says_so(tmp_path: Path) -> None:
+    others = set(threading.enumerate())
+    with load(GOLDEN / "llama", tmp_path) as model:
+        sizes = layer_bytes(model.architecture, model.plan)
+        before = model.disk_stats
+        assert before is not None
+        model.logits(IDS)
+        after = model.disk_stats
+        assert after is not None
+        assert after.layers - before.layers == len(sizes)
+        assert after.bytes_read >= sum(sizes)
+        assert after.bytes_read % 4096 == 0  # whole pages of each layer, and what is read ahead for the next pass
+        assert after.read_seconds > 0
+        assert 0 <= after.waits <= after.layers
+        assert (after.wait_seconds > 0) == (after.waits > 0)
+        assert f"{show_bytes(sum(sizes))} read from disk in a pass" in repr(model)
+        threads = [t for t in threading.enumerate() if t not in others and t.name.startswith("packed-")]
+        assert threads
+    assert not any(t.is_alive() for t in threads)
+    calls = (lambda: model.logits(IDS), lambda: model.generate([IDS]), lambda: model.disk_stats)
+    for call in calls:
+        with pytest.raises(ValueError, match="closed: load it again"):
+            call()
+    model.close()
+    with jaxengine.load(GOLDEN / "llama", dtype="float32") as resident:
+        assert resident.disk_stats is None
 
 
 @pytest.mark.parametrize(
