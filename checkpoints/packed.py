@@ -450,6 +450,8 @@ class _Threads:
 
     def ask(self, fill: _Fill) -> None:
         with self.lock:
+            if self.closed:  # by another thread: the consumer is told when it waits
+                return
             while len(self._threads) < self._count:
                 thread = threading.Thread(target=self._work, name=f"packed-{len(self._threads)}", daemon=True)
                 thread.start()
@@ -710,14 +712,14 @@ class PackedReader:
         fill, begun = self._line[0], time.perf_counter()
         waited = bool(fill.left)
         self._threads.wait(fill)
-        self._taken, self._waits = self._taken + 1, self._waits + waited
-        self._waited += waited * (time.perf_counter() - begun)
+        took = time.perf_counter() - begun
         self._refuse_closed()
         self._line.popleft()
         if fill.error is not None:
             if fill.slot is not None:
                 self._free.append(fill.slot)
             raise fill.error
+        self._taken, self._waits, self._waited = self._taken + 1, self._waits + waited, self._waited + waited * took
         self._checked.add(fill.layer)
         arrays = self._views(fill)
         if fill.slot is not None and self._copy_out:

@@ -98,8 +98,7 @@ def load(
         if not chosen.dtype:
             chosen = dataclasses.replace(chosen, dtype=one_dtype(arch, source.dtype, raw))
         over = mesh if isinstance(mesh, Mesh) else make_mesh(chosen.mesh or None)
-        if "-1" in chosen.mesh:
-            chosen = dataclasses.replace(chosen, mesh=",".join(f"{k}={v}" for k, v in over.shape.items()))
+        chosen = _counted(chosen, over)
         check_mesh(arch, chosen)
         if memory is not None:
             if any(x is not None for x in (home, form, resident, kept)):
@@ -111,7 +110,7 @@ def load(
                 if size is not None and size < 1:
                     raise ValueError(f"{what} is {size}; it is at least 1")
             longest = min(2048, arch.config.max_position_embeddings) if context is None else context
-            room = _room(parse_bytes(memory)) if ram is None else parse_bytes(ram, "ram")
+            room = _room(parse_bytes(memory), over.size) if ram is None else parse_bytes(ram, "ram")
             rows, device = 1 if batch is None else batch, over.devices.flat[0]
             card = next((c for c in CARDS.values() if c.kind == device.device_kind), None)
             streamed = "" if card is None else streamed_form(arch, chosen, card, rows)
@@ -162,13 +161,20 @@ def load(
     return with_adapter(model, adapter)
 
 
-def _room(memory: int) -> int:
-    """Bytes of host memory for layers where nobody says how many: four fifths of what is free, at most XLA's pool of
-    pinned memory on a GPU, and on CPU without what the device is given of it."""
+def _counted(plan: Plan, mesh: Mesh) -> Plan:
+    """The plan with the number of devices in the place of -1."""
+    if "-1" not in plan.mesh:
+        return plan
+    return dataclasses.replace(plan, mesh=",".join(f"{k}={v}" for k, v in mesh.shape.items()))
+
+
+def _room(memory: int, devices: int = 1) -> int:
+    """Bytes of host memory for layers where nobody says how many: four fifths of what is free, at most XLA's pools of
+    pinned memory on GPUs, of which each device has one, and on CPU without what each device is given of it."""
     room = int(POOL_SHARE * available_ram())
     if jax.devices()[0].platform == "gpu":
-        return min(room, pool_limit_bytes())
-    return max(room - memory, 0)
+        return min(room, devices * pool_limit_bytes())
+    return max(room - devices * memory, 0)
 
 
 def _check_host(arch: Architecture, plan: Plan, mesh: Mesh) -> None:
@@ -295,5 +301,6 @@ def from_arrays(
         )
     _check_rules(arch, plan)
     over = make_mesh(plan.mesh or None)
+    plan = _counted(plan, over)
     params = placement.place(arch, plan, over, lambda name: np.asarray(jax.device_get(arrays[name])))
     return Model(arch, plan, over, params, Origin(dict(config or {})), None)

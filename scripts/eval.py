@@ -38,7 +38,7 @@ from jaxengine.plan import parameter_bytes
 
 BATCH = 32
 TEXT = "bits per byte"
-# from most bytes to fewest; the first is what the others are held against
+# about from most bytes to fewest; the first is what the others are held against
 FORMATS = (
     "dense", "lossless", "int8:outliers=8", "int8", "fp8", "int4:group_size=32", "int4:affine=true", "mxfp4", "nf4", "int4",
     "int3", "int2",

@@ -333,9 +333,11 @@ def test_room_is_what_is_free_less_a_fifth_and_less_than_the_pool(monkeypatch: p
     monkeypatch.setattr(loading, "available_ram", lambda: 100 * 2**30)
     assert loading._room(30 * 2**30) == 50 * 2**30  # on CPU the device's memory is out of the same
     assert loading._room(90 * 2**30) == 0
+    assert loading._room(30 * 2**30, 2) == 20 * 2**30
     monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(platform="gpu")])
     monkeypatch.delenv("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", raising=False)
     assert loading._room(30 * 2**30) == 64 * 2**30
+    assert loading._room(30 * 2**30, 2) == 80 * 2**30  # each card has a pool
     monkeypatch.setenv("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", "90")
     assert loading._room(30 * 2**30) == 80 * 2**30
 

@@ -48,6 +48,11 @@ class Grid:
                 f"weights={text!r}: codes are chosen of integer formats: {', '.join(FORMATS)}. Others are rounded to nearest"
                 f" when a model is loaded: jaxengine.load(folder, weights={text!r})"
             )
+        if dict(fmt.options).get("outliers"):
+            raise ValueError(
+                f"weights={text!r}: pack-quantized files have no place for columns kept beside the codes: leave outliers out,"
+                f" or load with it, rounded to nearest: jaxengine.load(folder, weights={text!r})"
+            )
         chosen = {n: p.default for n, p in inspect.signature(fmt.module.encode).parameters.items()} | dict(fmt.options)
         size = chosen["group_size"]
         group = group_of(inputs, size) if size else inputs

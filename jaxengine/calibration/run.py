@@ -462,14 +462,18 @@ class _Run:
     def _gptq(
         self, kind: Hashable, weights: dict[str, Any], hear: Any, track: Any
     ) -> tuple[dict[str, Held], dict, dict]:
-        held: dict[str, Held] = {}
-        for group in groups(self.engine, kind, self.hidden_size):
+        def rounded(group: Group) -> dict[str, Held]:
+            # in a frame of its own: its arrays are gone by the next group's turn
             H, _ = hear(group, weights)
             track(f"rounding {', '.join(group.names)}")
             grid, matrices = self.grid(group), tuple(weights[n] for n in group.names)
             U, perm = gptq.solved_factor(self.engine, H, ordered=grid.ordered)
             made = gptq.solve(self.engine, grid, matrices, H, U, perm)
-            held |= _held(grid, group, made, perm)
+            return _held(grid, group, made, perm)
+
+        held: dict[str, Held] = {}
+        for group in groups(self.engine, kind, self.hidden_size):
+            held |= rounded(group)
             weights |= {n: held[n].dense for n in group.names}
         return held, {}, {}
 
@@ -503,6 +507,7 @@ class _Run:
                 s = fold.spread(each)
             track(f"rounding {', '.join(group.names)}")
             held |= _held(grid, group, awq.settle(self.engine, grid, matrices, over, self._put(s), H), None)
+            del H, a  # before the next group's are made
         return held, changed, refused
 
     # -- what is written ----------------------------------------------------------------------------------------------

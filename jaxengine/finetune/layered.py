@@ -3,7 +3,8 @@
 Going forward, what comes into each layer is kept. On the way back each layer is brought in with its optimizer's state, its
 gradient is made, used and forgotten, and layer and state go back to where they live, in place (LOMO, Lv et al.,
 arXiv:2306.09782, for an optimizer with a state). On the device stand about three layers in float32, what comes into the
-layers ('offload': in host memory), and what is outside them.
+layers ('offload': in host memory), and what is outside them; the optimizer's state of that is in host memory too, and comes
+one parameter at a time after all layers.
 
 A gradient's global norm is known only after all of it has been made. With clipping, the way back is therefore gone twice:
 once for the norm, once for the updates, with the same numbers. With clip=0 it is gone once.
@@ -60,6 +61,16 @@ class Place:
     back: Callable[[Any], Any]
 
     @classmethod
+    def on_host(cls) -> Place:
+        """Of what stands in host memory between its uses."""
+        fetch = home("host").fetch
+
+        def sized(tree: Any, move: Callable[[Any], Any]) -> Any:
+            return jax.tree.map(lambda a: move(a) if a.ndim else a, tree)
+
+        return cls(lambda tree: sized(tree, fetch), lambda tree: sized(tree, host))
+
+    @classmethod
     def of(cls, bank: Bank) -> Place:
         """Of a bank of the homes that a program reaches; ValueError for the others."""
         if bank.outside or bank.form == "ahead":
@@ -69,12 +80,7 @@ class Place:
             )
         if home(bank.home).TIER == "device":
             return cls(lambda tree: tree, lambda tree: tree)
-        fetch = home(bank.home).fetch
-
-        def sized(tree: Any, move: Callable[[Any], Any]) -> Any:
-            return jax.tree.map(lambda a: move(a) if a.ndim else a, tree)
-
-        return cls(lambda tree: sized(tree, fetch), lambda tree: sized(tree, host))
+        return cls.on_host()
 
 
 def forward(bank: Bank, layer: Layer, attends: Any, x: Float[Array, "A B T D"], offload: bool) -> tuple[Array, Any]:
@@ -174,7 +180,8 @@ def backward(
 
 def abstract(tuning: Tuning, banks: Any, trained: Any) -> State:
     """The state's shapes, dtypes and places: each layer has an optimizer's state of its own, laid out as its weights are
-    and where they are (counters on the device). trained: arrays or ShapeDtypeStructs with shardings."""
+    and where they are (counters on the device), and each parameter outside them one in host memory. trained: arrays or
+    ShapeDtypeStructs with shardings."""
     transformation = tuning.optax()
 
     def placed(state: Any, weights: Any, memory: str | None, counters: int) -> Any:
@@ -194,7 +201,8 @@ def abstract(tuning: Tuning, banks: Any, trained: Any) -> State:
         return placed(jax.eval_shape(make, weights), weights, home(bank.home).MEMORY, int(bank.stacked))
 
     states = tuple(tuple(of(b, weights) for weights in held) for b, held in zip(banks, trained["banks"], strict=True))
-    outer = placed(jax.eval_shape(transformation.init, trained["outer"]), trained["outer"], None, 0)
+    alone = ({n: w} for n, w in trained["outer"].items())
+    outer = {n: placed(jax.eval_shape(transformation.init, w), w, home("host").MEMORY, 0) for w in alone for n in w}
     step = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(tuning.mesh, PartitionSpec()))
     return State(trained, {"outer": outer, "banks": states}, cast(Any, step))
 
@@ -269,9 +277,16 @@ def step(tuning: Tuning, banks: tuple[Bank, ...], state: State, batch: Batch) ->
         return carry, optax.apply_updates(weights, updates), held
 
     of_outer, squares, new = back(use, jnp.float32(0), write=True)
-    _, new_outer, outer_state = use(jnp.float32(0), of_outer, outer, state.optimizer["outer"])
+    # what is outside goes one by one, so that one parameter's state is here at a time
+    place, new_outer, outer_states, before = Place.on_host(), {}, {}, squares
+    for name, held in state.optimizer["outer"].items():
+        held, gradient, before = lax.optimization_barrier((held, {name: of_outer[name]}, before))  # after the last one
+        _, changed, held = use(before, gradient, {name: outer[name]}, place.fetch(held))
+        changed, held, before = lax.optimization_barrier((changed, held, before))
+        new_outer |= changed
+        outer_states[name] = place.back(held)
     trained = {"outer": new_outer, "banks": tuple(weights for weights, _ in new)}
-    optimizer = {"outer": outer_state, "banks": tuple(states for _, states in new)}
+    optimizer = {"outer": outer_states, "banks": tuple(states for _, states in new)}
     measured = {
         "loss": loss, "gradient_norm": jnp.sqrt(squares + squared(of_outer)), "tokens": batch.weights.sum(),
         "learning_rate": jnp.asarray(tuning.optimizer.rate()(state.step)),

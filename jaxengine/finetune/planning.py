@@ -172,10 +172,14 @@ def need(architecture: Architecture, plan: Plan, task: Task, *, batch: int, cont
             gradients = layer + head
             cast = 2 * layer * dtype.itemsize // 4 if dtype.itemsize < 4 else 0  # the weights', and their gradient
             # a layer's optimizer state comes when its gradient is there and what made it is gone
-            activations = max(cast + back, int(share * layer) if streamed else 0, loss - streaming - gradients)
+            # after the layers all gradients of what is outside, and the state of one such parameter at a time
+            largest = 4 * max(math.prod(s.shape) for s in architecture.outer()[1].values())
+            last = outer + int(share * largest) - streaming - gradients
+            activations = max(cast + back, int(share * layer) if streamed else 0, loss - streaming - gradients, last)
             if cast:  # of resident layers one is made going forward, and stays
                 activations += tiers["device"] * dtype.itemsize // 4
-            host += int(share * tiers["host"])
+            optimizer = int(share * tiers["device"])
+            host += int(share * (outer + tiers["host"]))
         else:
             # until they are used they are in the arithmetic's dtype, but for sums over parts
             narrow = dtype.itemsize if task.accumulate == 1 else 4
@@ -388,6 +392,8 @@ def seconds(
     if tiers["host"]:
         if tunes:  # the weights twice to the device, and back; the optimizer's state both ways; with clipping once more
             moved = (2 + 2 + 2 + 1 + (3 if task.clip else 0)) * tiers["host"]
+            if task.layered(plan):  # the state of what is outside the layers, both ways
+                moved += int(2 * state_share(task.optimizer) * weight_bytes(architecture, plan)["outer"])
         else:
             moved = 2 * tiers["host"] * task.accumulate
         times["host link"] = moved / card.link

@@ -132,7 +132,7 @@ def check(
     if page_table is None:
         wanted += [("k_positions", k_positions, (B, slots)), ("k", k, (B, *codes[1:]))]
     else:
-        wanted += [("lengths", lengths, (B,)), ("page_table", page_table, (B, *page_table.shape[1:2]))]
+        wanted += [("lengths", lengths, (B,)), ("page_table", page_table, (B, *(page_table.shape[1:2] or (1,))))]
     for name, x, shape in wanted:
         if x is not None and x.shape != shape:
             raise ValueError(f"{name} is {_said(x)}; with q {list(q.shape)} and k {_said(k)} it is {list(shape)}")

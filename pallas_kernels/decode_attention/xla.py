@@ -24,6 +24,8 @@ from pallas_kernels.decode_attention.reference import gathered, held, planes
 from pallas_kernels.decode_attention.tiles import spans
 from pallas_kernels.dispatch import gpu
 
+LEAST = 2.0**-120  # of a block's greatest scale
+
 
 def block(S: int, page: int | None) -> int:
     """Slots at a time, whole pages: on a CPU what its caches hold, on a GPU many, for each block is half a dozen kernels."""
@@ -101,8 +103,7 @@ def decode_attention(
         x = jnp.where(seen[:, None, None], x.reshape(B, K, G, T, C), NEVER).reshape(B, K, R, C)
         m_new = jnp.maximum(m, x.max(-1))
         p, shrunk = jnp.exp(x - m_new[..., None]), jnp.exp(m - m_new)
-        weighed = [(p if s is None else p * s[:, :, None, :], numbers) for numbers, s in vs]
-        parts = [_dot("bkrs,bksh->bkrh", weights, numbers, q.dtype) for weights, numbers in weighed]
+        parts = [_weighed(p, numbers, s, q.dtype) for numbers, s in vs]
         o = o * shrunk[..., None] + jnp.concatenate(parts, -1)
         return m_new, total * shrunk + p.sum(-1), o
 
@@ -115,6 +116,17 @@ def decode_attention(
         return out
     lse = jnp.where(some, m + jnp.log(total), NEVER)
     return out, lse.reshape(B, K, G, T).transpose(0, 3, 1, 2).reshape(B, T, N)
+
+
+def _weighed(
+    p: Float[Array, "B K R C"], numbers: Array, s: Float[Array, "B K C"] | None, dtype: Any
+) -> Float[Array, "B K R H"]:
+    """The sum over a block's slots of values by their weights."""
+    if s is None or dtype != jnp.float16:
+        return _dot("bkrs,bksh->bkrh", p if s is None else p * s[:, :, None, :], numbers, dtype)
+    # whose range a weight times a scale leaves: scales are divided by the block's greatest
+    most = jnp.maximum(s.max(-1, keepdims=True), LEAST)
+    return _dot("bkrs,bksh->bkrh", p * (s / most)[:, :, None, :], numbers, dtype) * most[..., None]
 
 
 def _dot(spec: str, x: Array, y: Array, dtype: Any) -> Array:
