@@ -270,7 +270,8 @@ def write(banks: Sequence[Bank], weights: Sequence[Any], i: int, layer: dict[str
     held = weights[b][k]
     if turn is None:
         new = jax.device_put(layer, jax.tree.map(lambda a: a.sharding, held))
-    else:
+    else:  # split as the stack is: in host memory nothing could be exchanged
+        layer = jax.device_put(layer, jax.tree.map(lambda a: _on(a.sharding, None, drop=1), held))
         new = _writer(_flat(held))(held, layer, jnp.uint32(turn))
     bank = (*weights[b][:k], new, *weights[b][k + 1 :])
     return (*weights[:b], bank, *weights[b + 1 :])
@@ -433,30 +434,31 @@ def initial(tuning: Any, banks: Sequence[Bank], made: Any) -> State:
     wanted = abstract(tuning, banks, made)
     places = wanted.optimizer
 
-    def group(weights: Any, where: Any) -> Any:
-        held = jax.tree.map(lambda w: w.astype(jnp.float32), weights)
-        return _like({"master": held if where["master"] else (), "state": begin(tuning, held)}, where)
+    def group(weights: Callable[[], Any], where: Any) -> Any:
+        master: Any = ()
+        if where["master"]:
+            master = _like(jax.tree.map(lambda w: w.astype(jnp.float32), weights()), where["master"])
+        return {"master": master, "state": zeros(where["state"])}
 
     outer = {
-        names[0]: group({n: made["outer"][n] for n in names}, places["outer"][names[0]])
+        names[0]: group(lambda names=names: {n: made["outer"][n] for n in names}, places["outer"][names[0]])
         for names in find_trained(tuning.train).outer(tuning.engine.architecture)
     }
-    layers = tuple(group(read(banks, made["banks"], i), where) for i, where in enumerate(places["layers"]))
-    slots = jax.tree.map(lambda s: jax.device_put(np.zeros(s.shape, s.dtype), s.sharding), places["slots"])
+    layers = tuple(group(lambda i=i: read(banks, made["banks"], i), where) for i, where in enumerate(places["layers"]))
+    slots = zeros(places["slots"])
     optimizer = {"outer": outer, "slots": slots, "layers": layers}
     return State(made, optimizer, jax.device_put(np.int32(0), wanted.step.sharding))
 
 
-@program(0)
-def begin(tuning: Tuning, weights: Any) -> Any:
-    """States of a group that has not been trained yet."""
-    return transformation(tuning).init(weights)
+def zeros(wanted: Any) -> Any:
+    """What every optimizer's state is before the first step (optimizers/base.py), each array where it will stand."""
 
+    def one(s: Any) -> Array:
+        if s.sharding.memory_kind == HOST:  # calloc: pages that are not touched take no memory
+            return jax.device_put(np.zeros(s.shape, s.dtype), s.sharding)
+        return jnp.zeros(s.shape, s.dtype, device=s.sharding)
 
-@program(0)
-def begin_slots(tuning: Tuning, masters: Any) -> Any:
-    """The same of layers that are stacked, one a slot."""
-    return jax.vmap(transformation(tuning).init)(masters)
+    return jax.tree.map(one, wanted)
 
 
 def _like(tree: Any, wanted: Any) -> Any:
@@ -481,7 +483,7 @@ def advance(
     mine = _brought(group) if kept else group
     slots = held["slots"]
     if now.slots and (kept or number == 0 or turn_of(tuning, seed, number - 1).number != now.number):
-        slots = _filled(tuning, banks, weights, held["layers"], slots, now)
+        slots = _filled(banks, weights, held["layers"], slots, now)
     masters = {
         "outer": mine["master"] or {n: outer[n] for n in now.outer}, "layers": slots["masters"] if now.slots else ()
     }  # fmt: skip
@@ -509,8 +511,9 @@ def advance(
     return State({"outer": outer, "banks": weights}, held, after), measured
 
 
-def _filled(tuning: Any, banks: Sequence[Bank], weights: Any, layers: Any, before: Any, now: Turn) -> Any:
-    """The slots of a turn at its beginning. layers: kept states, if they are; before: the slots that were."""
+def _filled(banks: Sequence[Bank], weights: Any, layers: Any, before: Any, now: Turn) -> Any:
+    """The slots of a turn at its beginning. layers: kept states, if they are; before: the slots that were, which are gone."""
+    jax.tree.map(lambda x: x.delete(), before)  # or those of two turns would stand
     each = []
     for i in now.layers:
         own = _brought(layers[i]) if layers else {"master": (), "state": ()}
@@ -519,5 +522,5 @@ def _filled(tuning: Any, banks: Sequence[Bank], weights: Any, layers: Any, befor
     slots = stacked(each + each[-1:] * (now.slots - len(each)))
     if layers:
         return slots
-    slots["states"] = begin_slots(tuning, slots["masters"])
-    return _like(slots, before)
+    del each
+    return {"masters": _like(slots["masters"], before["masters"]), "states": zeros(before["states"])}

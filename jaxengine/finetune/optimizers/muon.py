@@ -19,12 +19,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 from jaxtyping import Array, Float, Int
 
 from jaxengine.finetune.optimizers.base import Matrix, Optimizer
 
 ORDER = 1
 TURNS, POLYNOMIAL = 5, (3.4445, -4.7750, 2.0315)
+AT_ONCE = 2**25  # elements of matrices whose factors are made together, at least one matrix
 SIZE = 0.2  # the root mean square of AdamW's changes, as measured by Liu et al.
 
 
@@ -46,6 +48,14 @@ def orthogonal(x: Float[Array, "R C"], eps: float) -> Float[Array, "R C"]:
         square = x @ x.T
         x = a * x + (b * square + c * square @ square) @ x
     return x
+
+
+def _each_of(stack: Float[Array, "n R C"], eps: float) -> Float[Array, "n R C"]:
+    """The same of each, as many together as AT_ONCE says: of a bank's whole stack the intermediate ones would stand too."""
+    at_once = max(1, AT_ONCE // math.prod(stack.shape[1:]))
+    if len(stack) <= at_once:
+        return jax.vmap(lambda x: orthogonal(x, eps))(stack)
+    return lax.map(lambda x: orthogonal(x, eps), stack, batch_size=at_once)
 
 
 def scale_by_muon(b1: float, b2: float, eps: float, matrices: Any = None) -> optax.GradientTransformation:
@@ -79,7 +89,7 @@ def scale_by_muon(b1: float, b2: float, eps: float, matrices: Any = None) -> opt
             rows, columns = math.prod(outs), math.prod(ins)
             ahead = b1 * m / (1 - b1 ** (n + 1)) + (1 - b1) * g / (1 - b1**n)  # Nesterov's, as Adam's (Dozat, 2016)
             ahead = ahead.reshape(-1, rows, columns)
-            change = jax.vmap(lambda x: orthogonal(x, eps))(ahead).reshape(g.shape)
+            change = _each_of(ahead, eps).reshape(g.shape)
             made.append((SIZE * math.sqrt(max(rows, columns)) * change, m, None))
         change, *trees = (
             (jax.tree.unflatten(tree, column) for column in zip(*made, strict=True)) if made else (updates, *state[1:])

@@ -13,6 +13,7 @@ L layers, M layers that are trained at a time.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -63,6 +64,7 @@ def nth(order: str, count: int, number: int, seed: int, *, anew: bool) -> int:
     return i if order == "ascending" else count - 1 - i
 
 
+@functools.cache
 def entering(architecture: Architecture) -> tuple[str, ...]:
     """Names of what is read before the layers, a tied embedding included."""
     graphdef, specs = architecture.outer()
