@@ -66,6 +66,8 @@ class Model:
         budget: int | None = None,
     ):
         self.architecture, self.plan, self.mesh, self._params = architecture, plan, mesh, params
+        # the layers that are read from disk, which all banks there share
+        self._on_disk: Any = next((bank.source.layers for bank in params["banks"] if bank.source is not None), None)
         self.budget = budget  # bytes of device memory that no call may need more than
         self.origin, self.tokenizer = origin, tokenizer
         self.engine = engine.Engine(architecture, plan.caching, plan.dtype, plan.sharding_rules(), mesh, plan.chunk)
@@ -96,13 +98,14 @@ class Model:
 
     @property
     def disk_stats(self) -> ReaderStats | None:
-        """What has been read from the disk since the model was loaded, and waited for; None where no layer is there."""
-        return None if (layers := self._on_disk()) is None else layers.stats
+        """What has been read from the disk since the model was loaded, and waited for, `close` or not; None where no layer
+        is there."""
+        return None if (layers := self._on_disk) is None else layers.stats
 
     def close(self) -> None:
         """Let go of the arrays, and end the threads that read layers from disk. A call after it is an error."""
-        if self._params is not None and (layers := self._on_disk()) is not None:
-            layers.close()
+        if self._on_disk is not None:
+            self._on_disk.close()
         self._params = None
 
     def __enter__(self) -> Self:
@@ -110,10 +113,6 @@ class Model:
 
     def __exit__(self, *raised: object) -> None:
         self.close()
-
-    def _on_disk(self) -> Any:
-        """The layers that are read from disk, which all banks there share."""
-        return next((bank.source.layers for bank in self.params["banks"] if bank.source is not None), None)
 
     @property
     def config(self) -> Any:

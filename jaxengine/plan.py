@@ -340,7 +340,6 @@ def activation_bytes(architecture: Architecture, plan: Plan, *, batch: int, toke
     rows = batch * T
     parts = plan.parts(architecture)
     beside = streamed_bytes(architecture, plan)  # not there yet while resident layers run
-    gathered = _gathered_bytes(architecture, plan)
     listed = any(home(p.home).TIER == "device" and not p.stacked for p in parts)
     for kind in set(architecture.kinds):
         attention = architecture.attention(kind)
@@ -362,7 +361,14 @@ def activation_bytes(architecture: Architecture, plan: Plan, *, batch: int, toke
         # partial products of a matrix that is split along what it contracts, summed over devices in float32
         sums = (1 if beside else 3) * rows * D * 4 if dims["mlp"] > F else 0
         widest = max(widest, 2 * batch * tokens * D * size + max(attending, halves) + sums)
-    return widest + gathered
+    return widest + _gathered_bytes(architecture, plan)
+
+
+def gathered(plan: Plan) -> Plan:
+    """The plan with parameters as a device has them while it uses them: not split by their inputs (fsdp)."""
+    split = ("embed", "latent")
+    rules = (*((name, None) for name in split), *(r for r in plan.rules if r[0] not in split))
+    return dataclasses.replace(plan, rules=rules) if plan.mesh else plan
 
 
 def _gathered_bytes(architecture: Architecture, plan: Plan) -> int:
@@ -370,9 +376,8 @@ def _gathered_bytes(architecture: Architecture, plan: Plan) -> int:
     written out all, since nothing keeps XLA from bringing them together early, of others one."""
     if plan.mesh == "" or on_one(plan, ("embed",), (D := architecture.config.hidden_size,)) == (D,):
         return 0
-    most, split = 0, ("embed", "latent")
-    rules = (*((name, None) for name in split), *(r for r in plan.rules if r[0] not in split))
-    each = layer_bytes(architecture, Plan(dtype=plan.dtype, sharding=plan.sharding, rules=rules, mesh=plan.mesh))
+    # a quantised layer is decoded before it is brought together, as XLA has it
+    most, each = 0, layer_bytes(architecture, dataclasses.replace(gathered(plan), weights="dense", weight_rules=()))
     for part in plan.parts(architecture):
         sizes = each[part.start : part.start + part.num_layers]
         most = max(most, max(sizes) if part.stacked else sum(sizes))

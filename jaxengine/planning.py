@@ -26,7 +26,9 @@ from jaxengine.plan import (
     Plan,
     Variant,
     check_mesh,
+    gathered,
     mesh_of,
+    on_one,
     parse_bytes,
     shard_bytes,
     show_bytes,
@@ -89,13 +91,14 @@ def judge(
 ) -> Candidate:
     """One plan on one card: its bytes, whether they fit, its limits."""
     plan, n = variant.plan, variant.need
-    tiers = tier_bytes(architecture, plan)
+    tiers, read = tier_bytes(architecture, plan), tier_bytes(architecture, gathered(plan))
     # every stored weight is used once a row; two operations for each, whatever its format
     layers = sum(math.prod(s.shape) for name, s in architecture.specs().items() if name.startswith("layers.") and s.out)
-    elements = (layers + math.prod(architecture.specs()["embedding"].shape)) / devices(plan)
+    elements = (layers + math.prod(architecture.specs()["embedding"].shape)) * share(architecture, plan)
+    rows = on_one(plan, ("batch",), (batch,))[0]
     seconds = [
-        ("device memory", (sum(tiers.values()) + _head_bytes(architecture, plan) + n.cache) / card.bandwidth),
-        ("matmuls", 2 * elements * batch / card.tensor),
+        ("device memory", (sum(read.values()) + _head_bytes(architecture, gathered(plan)) + n.cache) / card.bandwidth),
+        ("matmuls", 2 * elements * rows / card.tensor),
     ]
     if streamed := tiers["host"] + tiers["disk"]:
         seconds.append(("host link", streamed / card.link))
@@ -111,6 +114,12 @@ def _head_bytes(architecture: Architecture, plan: Plan) -> int:
     return shard_bytes(plan, name, outer[name])
 
 
+def share(architecture: Architecture, plan: Plan) -> float:
+    """Of a matrix product, the part that one device of the mesh makes for the rows that it has."""
+    mlp = max(s.shape[s.axes.index("mlp")] for s in architecture.specs().values() if "mlp" in s.axes)
+    return on_one(plan, ("mlp",), (mlp,))[0] / mlp
+
+
 def devices(plan: Plan) -> int:
     """Devices of the plan's mesh."""
     mesh = mesh_of(plan)
@@ -124,7 +133,8 @@ def streamed_form(architecture: Architecture, plan: Plan, card: Card, batch: int
     elements = sum(
         math.prod(s.shape) for name, s in architecture.specs().items() if name.startswith("layers.") and s.out
     )
-    compute = max(2 * elements * batch / devices(plan) / card.tensor, size / card.bandwidth)
+    rows = on_one(plan, ("batch",), (batch,))[0]
+    compute = max(2 * elements * share(architecture, plan) * rows / card.tensor, size / card.bandwidth)
     return "ahead" if AHEAD[0] < size / card.link / compute < AHEAD[1] else ""
 
 

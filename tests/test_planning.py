@@ -170,6 +170,25 @@ def test_arithmetic_against_the_compiled_programs(plan: Plan) -> None:
     assert prefill.report.problems == decode.report.problems == ()
 
 
+def test_speeds_over_several_cards() -> None:
+    """A weight that is split is read in parts; one that is gathered is read whole, and so is one that each card has."""
+
+    def seconds(mesh: str, sharding: str, batch: int) -> dict[str, float]:
+        plan = dataclasses.replace(BF16, mesh=mesh, sharding=sharding)
+        return dict(outcome("h200", plan, context=64, batch=batch).candidates[0].seconds)
+
+    for batch in (1, 64):
+        one = seconds("", "single", batch)
+        assert seconds("tensor=4", "tensor", batch)["matmuls"] == pytest.approx(one["matmuls"] / 4)
+        assert seconds("tensor=4", "tensor", batch)["device memory"] == pytest.approx(
+            one["device memory"] / 4, rel=0.01
+        )
+        for mesh in ("data=4", "fsdp=4"):
+            found = seconds(mesh, mesh[:4], batch)
+            assert found["matmuls"] == pytest.approx(one["matmuls"] / (1 if batch == 1 else 4))
+            assert found["device memory"] == pytest.approx(one["device memory"], rel=0.05)  # but for the cache
+
+
 @pytest.mark.aot
 @pytest.mark.skipif(aot.missing() is not None, reason=str(aot.missing()))
 @pytest.mark.parametrize(

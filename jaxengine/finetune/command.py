@@ -95,7 +95,8 @@ LOADING = (
         help="Format of frozen weights: int8, int4, nf4, fp8, ...",
     ),
     click.option(
-        "--dtype", metavar="DTYPE", show_default="the checkpoint's, float32 if trained", help="Dtype of dense weights."
+        "--dtype", metavar="DTYPE", show_default="the checkpoint's; with --train all float32, but for mezo",
+        help="Dtype of dense weights.",
     ),
     click.option("--home", metavar="HOME", show_default="device", help="Where layers live: device, host, split."),
     click.option("--form", metavar="FORM", show_default="the home's own", help="How layers run: unrolled, scan."),
@@ -264,8 +265,10 @@ def chosen_plan(folder: str, given: dict[str, Any]) -> tuple[Architecture, Plan,
     with open_source(Path(folder), architecture(raw)) as source:
         arch = source.architecture
         chosen.setdefault("context", min(CONTEXT, arch.config.max_position_embeddings))
-        settings = Settings(**chosen)
         plan = given["plan"] or Plan()
+        if plan.remat and memory is None:
+            chosen.setdefault("remat", plan.remat)
+        settings = Settings(**chosen)
         if given["plan"] is None and source.plan is not None:
             plan = Plan(dtype=source.plan.dtype, weights=source.plan.weights, weight_rules=source.plan.weight_rules)
         said = {k: v for k, v in loading.items() if v is not None}

@@ -87,12 +87,12 @@ class Settings:
     others; None: as their papers). optimizer: its name;
     learning_rate: the highest (None: 2e-4 beside frozen matrices, 1e-5 of all parameters, a third of it under 'lion', 5e-5
     and 1e-6 under 'mezo'); schedule: what follows the warmup, 'constant', 'linear' or 'cosine' to 0; warmup: steps of a
-    linear rise, or below 1 the part of all steps; b2: None is 0.999, of 'lion' 0.99; eps: None is 1e-8, of 'mezo', where it
-    is the size of the noise, 1e-2 and 1e-3. clip: the largest global norm of a gradient (0: any; None: 1). compute:
-    dtype of the arithmetic. remat: what is kept of a layer for its way back (walk.REMAT). loss_chunk: tokens of each row
-    whose logits stand at a time (0: as many as fit 256 MB). A step is on batch x accumulate rows of `context` tokens,
-    `batch` at a time. steps or epochs: how long (one epoch, if neither is said). seed: of A's beginning, the packing and the
-    order of rows.
+    linear rise, or below 1 the part of all steps; b1: None is 0.9, of 'muon' 0.95; b2: None is 0.999, of 'lion' 0.99; eps:
+    None is 1e-8, of 'mezo', where it is the size of the noise, 1e-2 and 1e-3. clip: the largest global norm of a gradient
+    (0: any; None: 1). compute: dtype of the arithmetic. remat: what is kept of a layer for its way back (walk.REMAT).
+    loss_chunk: tokens of each row whose logits stand at a time (0: as many as fit 256 MB). A step is on batch x accumulate
+    rows of `context` tokens, `batch` at a time. steps or epochs: how long (one epoch, if neither is said). seed: of A's
+    beginning, the packing, the order of rows, draws of layers and MeZO's noise.
     """
 
     train: str = "lora"
@@ -108,7 +108,7 @@ class Settings:
     schedule: str = "cosine"
     warmup: float = 0.03
     weight_decay: float = 0.0
-    b1: float = 0.9
+    b1: float | None = None
     b2: float | None = None
     eps: float | None = None
     clip: float | None = None
@@ -161,6 +161,8 @@ class Settings:
             made["learning_rate"] = RATES[self.train] * (LION if self.optimizer == "lion" else 1)
             if self.optimizer == "mezo":
                 made["learning_rate"] = MEZO.get(self.train, MEZO["all"])[0]
+        if self.b1 is None:
+            made["b1"] = 0.95 if self.optimizer == "muon" else 0.9
         if self.b2 is None:
             made["b2"] = 0.99 if self.optimizer == "lion" else 0.999
         if self.eps is None:
@@ -203,6 +205,7 @@ class Settings:
     def make_optimizer(self, steps: int, schedule: str = "") -> Optimizer:
         """For a run of so many steps."""
         assert self.learning_rate is not None
+        assert self.b1 is not None
         assert self.b2 is not None
         assert self.eps is not None
         warmup = int(self.warmup if self.warmup >= 1 else self.warmup * steps)
@@ -238,7 +241,7 @@ class Settings:
         return cls(**raw)
 
 
-_USUAL = ("learning_rate", "b2", "eps", "clip")  # fields that may be left to what is usual
+_USUAL = ("learning_rate", "b1", "b2", "eps", "clip")  # fields that may be left to what is usual
 
 
 def _check_zeroth_order(settings: Settings) -> None:
@@ -248,10 +251,10 @@ def _check_zeroth_order(settings: Settings) -> None:
         raise ValueError(f"train is {given!r} and optimizer {name!r}, which trains {', '.join(MEZO)}")
     if not settings.eps:
         raise ValueError(f"eps is 0; of {name!r} it is the size of the noise, such as {MEZO[given][1]:g}")
-    for field, usual in (("clip", 0), ("remat", "full")):
+    for field, usual in (("clip", 0), ("remat", "full"), ("b1", 0.9), ("b2", 0.999)):
         if (said := getattr(settings, field)) != usual:
             raise ValueError(
-                f"{field} is {said!r}, and {name!r} makes no gradient and keeps nothing of a layer: leave it out"
+                f"{field} is {said!r}, and {name!r} makes no gradient and keeps nothing of a layer or a step: leave it out"
             )
 
 
@@ -328,11 +331,13 @@ def check_out(out: str | os.PathLike[str], wanted: Mapping[str, Any]) -> None:
         held = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not JSON ({error}): give another folder") from None
-    was, now = _flat(held), _flat(wanted)
+    if not isinstance(held, dict) or not isinstance(held.get("plan", {}), dict):
+        raise ValueError(f"{path} does not hold a run's settings: give another folder")
+    was, now = _flat(_filled(held, wanted)), _flat(wanted)
     # a constant rate, after a warmup of so many steps, does not ask how long the run will be
     longer = was.get("schedule") == "constant" and was.get("steps") and (now["warmup"] == 0 or now["warmup"] >= 1)
     grown = {"steps"} if longer else set()
-    known = was.keys() & now.keys() if "model.weights" not in now else was.keys() | now.keys()
+    known = (was.keys() | now.keys()) - ({"model.weights"} - now.keys())  # the command asks before it loads them
     odd = [n for n in sorted(known) if n not in grown and not n.startswith("jax.") and was.get(n) != now.get(n)]
     if odd:
         listed = ", ".join(f"{n.removeprefix('plan.')} was {was.get(n)!r} and is {now.get(n)!r}" for n in odd)
@@ -345,6 +350,17 @@ def check_out(out: str | os.PathLike[str], wanted: Mapping[str, Any]) -> None:
             log.warning(
                 "%s: began with %s %s, and this is %s: the losses may round differently", out, n, was[n], now[n]
             )
+
+
+def _filled(held: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run of an older version does not say of itself is as where nobody says it."""
+    known, usual = {f.name for f in dataclasses.fields(Settings)}, Plan()
+    plan = json.loads(json.dumps({n: getattr(usual, n) for n in wanted["plan"]})) | held.get("plan", {})
+    try:
+        settings = Settings.from_json(json.dumps({n: x for n, x in held.items() if n in known}))
+    except ValueError:  # nothing that a run of this version can be: what differs is said
+        return {**held, "plan": plan}
+    return json.loads(settings.to_json()) | {**held, "plan": plan}
 
 
 def _flat(tree: Mapping[str, Any], lead: str = "") -> dict[str, Any]:
@@ -425,9 +441,9 @@ class Run:
     steps between checkpoints and held-out losses (eval_every None: as save_every; both are always made at the end); keep:
     checkpoints that stay, the best one apart.
 
-    With train='all' the model's own arrays are trained: it holds the trained parameters at every time (of 'mezo', but for
-    the last step's change, which `tuned`, `evaluate`, `export` and the end of the run make). With 'lora' and 'dora' it
-    stays as it is, and `tuned()` is the model with what is trained beside it.
+    With 'lora' and 'dora' the model stays as it is, and `tuned()` is the model with what is trained beside it. With the
+    others the model's own arrays are trained: it holds the trained parameters at every time (of 'mezo', but for the last
+    step's change, which `tuned`, `evaluate`, `export` and the end of the run make).
 
     Raises ValueError, before anything is allocated, for settings that do not fit the model, and for an `out` of another
     run; and when a loss is no number any more.
@@ -777,7 +793,7 @@ class Run:
         )  # fmt: skip
 
     def export(self, folder: str | os.PathLike[str] | None = None) -> Path:
-        """Write what was trained: a PEFT folder (`out`/adapter), or of train='all' a Hugging Face folder (`out`/model).
+        """Write what was trained: a PEFT folder (`out`/adapter), or a Hugging Face folder (`out`/model) of all parameters.
 
         A folder of an earlier export is replaced.
         """

@@ -438,19 +438,19 @@ def initial(tuning: Any, banks: Sequence[Bank], made: Any) -> State:
         master: Any = ()
         if where["master"]:
             master = _like(jax.tree.map(lambda w: w.astype(jnp.float32), weights()), where["master"])
-        return {"master": master, "state": zeros(where["state"])}
+        return {"master": master, "state": blank(where["state"])}
 
     outer = {
         names[0]: group(lambda names=names: {n: made["outer"][n] for n in names}, places["outer"][names[0]])
         for names in find_trained(tuning.train).outer(tuning.engine.architecture)
     }
     layers = tuple(group(lambda i=i: read(banks, made["banks"], i), where) for i, where in enumerate(places["layers"]))
-    slots = zeros(places["slots"])
+    slots = blank(places["slots"])
     optimizer = {"outer": outer, "slots": slots, "layers": layers}
     return State(made, optimizer, jax.device_put(np.int32(0), wanted.step.sharding))
 
 
-def zeros(wanted: Any) -> Any:
+def blank(wanted: Any) -> Any:
     """What every optimizer's state is before the first step (optimizers/base.py), each array where it will stand."""
 
     def one(s: Any) -> Array:
@@ -523,4 +523,4 @@ def _filled(banks: Sequence[Bank], weights: Any, layers: Any, before: Any, now: 
     if layers:
         return slots
     del each
-    return {"masters": _like(slots["masters"], before["masters"]), "states": zeros(before["states"])}
+    return {"masters": _like(slots["masters"], before["masters"]), "states": blank(before["states"])}
