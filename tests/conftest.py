@@ -25,6 +25,22 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+# one more of the same, family after family and format after format, which differs little from one jax to the next
+THOROUGH = (
+    "test_attention_matrix.py", "test_compressed_export.py", "test_float_formats.py", "test_integer_formats.py",
+    "test_lossless.py", "test_quantized_checkpoints.py",
+)  # fmt: skip
+BY_FAMILY, FURTHER = ("test_homes.py", "test_models.py"), ("gemma3_text", "gpt2", "mistral", "phi3", "qwen2", "qwen3")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what CI's second leg leaves out: it has XLA's GPU compiler to ask as well."""
+    for item in items:
+        further = item.path.name in BY_FAMILY and any(family in item.name for family in FURTHER)
+        if (further or item.path.name in THOROUGH) and item.get_closest_marker("aot") is None:
+            item.add_marker(pytest.mark.thorough)
+
+
 @pytest.fixture(scope="module")
 def one_quiet_torch_thread() -> Iterator[None]:
     """One order of summation in torch, and no progress bars of transformers."""

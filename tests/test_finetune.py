@@ -37,7 +37,7 @@ from jaxengine import command
 from jaxengine.finetune import command as finetune_command
 from jaxengine.finetune import run as runs
 from jaxengine.finetune.data import DataError, Documents, Packed, pack
-from jaxengine.finetune.run import Run, Settings, merge, with_adapter
+from jaxengine.finetune.run import Run, Settings, check_out, merge, said, with_adapter
 from jaxengine.model import Model
 from sharding.mesh import make_mesh
 
@@ -314,6 +314,20 @@ def test_killed_at_any_moment_it_goes_on_bit_for_bit(tmp_path: Path) -> None:
     assert ends == [-signal.SIGKILL, -signal.SIGKILL, 0]
     unbroken = losses(run_of(llama(home="host"), dataclasses.replace(HOW, train="all")))
     assert [found[i] for i in range(1, 7)] == [loss.hex() for loss in unbroken]
+
+
+def test_what_a_folder_of_an_older_version_does_not_say_is_as_usual(tmp_path: Path) -> None:
+    model = llama()
+    wanted = said(HOW, model.architecture, model.plan)
+    older = {n: x for n, x in wanted.items() if n not in ("layers", "every", "order", "b1", "eps", "remat")}
+    older["plan"] = {n: x for n, x in wanted["plan"].items() if n not in ("rules", "mesh")}
+    (tmp_path / "settings.json").write_text(json.dumps(older))
+    check_out(tmp_path, wanted)
+    (tmp_path / "settings.json").write_text(json.dumps(older | {"b2": 0.5}))
+    with pytest.raises(ValueError, match=r"b2 was 0\.5 and is 0\.999"):
+        check_out(tmp_path, wanted)
+    with pytest.raises(ValueError, match=r"remat was 'full' and is 'dots'"):
+        check_out(tmp_path, wanted | {"b2": 0.5, "remat": "dots"})
 
 
 def test_other_settings_models_and_data_are_refused(tmp_path: Path) -> None:
