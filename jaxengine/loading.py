@@ -100,7 +100,11 @@ def load(
         over = mesh if isinstance(mesh, Mesh) else make_mesh(chosen.mesh or None)
         chosen = _counted(chosen, over)
         check_mesh(arch, chosen)
-        if memory is not None:
+        beside = 0 if adapter is None else _adapter_bytes(arch, adapter)
+        budget = None if memory is None else parse_bytes(memory) - beside
+        if budget is not None:
+            if budget <= 0:
+                raise ValueError(f"memory is {memory!r}, and the adapter alone takes {show_bytes(beside)}")
             if any(x is not None for x in (home, form, resident, kept)):
                 raise ValueError(
                     f"memory={memory!r} chooses the home, its form and how many layers are resident or kept, and one of"
@@ -110,11 +114,13 @@ def load(
                 if size is not None and size < 1:
                     raise ValueError(f"{what} is {size}; it is at least 1")
             longest = min(2048, arch.config.max_position_embeddings) if context is None else context
-            room = _room(parse_bytes(memory), over.size) if ram is None else parse_bytes(ram, "ram")
+            room = _room(budget, over.size) if ram is None else parse_bytes(ram, "ram")
             rows, device = 1 if batch is None else batch, over.devices.flat[0]
             card = next((c for c in CARDS.values() if c.kind == device.device_kind), None)
             streamed = "" if card is None else streamed_form(arch, chosen, card, rows)
-            chosen = choose(arch, chosen, memory, batch=rows, length=longest, ram=room, form=streamed)
+            chosen = choose(
+                arch, chosen, memory if not beside else budget, batch=rows, length=longest, ram=room, form=streamed
+            )
         elif context is not None or batch is not None or ram is not None:
             raise ValueError(
                 "batch, context and ram say what memory= is to hold and where the rest may stand, and no memory is given;"
@@ -124,15 +130,11 @@ def load(
             raise ValueError(
                 f"disk is {os.fspath(disk)!r} and home {chosen.home!r}; only home='disk' reads layers from there"
             )
-        if adapter is not None:
-            if any(find_home(part.home).TIER == "disk" for part in chosen.parts(arch)):
-                raise ValueError(
-                    f"adapter is {os.fspath(adapter)!r} and home {chosen.home!r}: layers read from disk have nothing beside"
-                    f" them; say home='host' or 'split', or merge the adapter into the model once"
-                )
-            read_adapter(
-                adapter, arch.name_table(), arch.params(), arch.num_layers
-            )  # or it is refused after all is read
+        if adapter is not None and any(find_home(part.home).TIER == "disk" for part in chosen.parts(arch)):
+            raise ValueError(
+                f"adapter is {os.fspath(adapter)!r} and home {chosen.home!r}: layers read from disk have nothing beside them;"
+                f" say home='host' or 'split', or merge the adapter into the model once"
+            )
         _check_host(arch, chosen, over)
         _check_rules(arch, chosen)
         _check_formats(arch, source.plan, chosen)
@@ -152,7 +154,6 @@ def load(
         )
         params = placement.place(arch, chosen, over, source.read, track, place)
         origin = source.origin(raw)
-    budget = None if memory is None else parse_bytes(memory)
     model = Model(arch, chosen, over, params, origin, tokenizer(folder), budget)
     if adapter is None:
         return model
@@ -166,6 +167,14 @@ def _counted(plan: Plan, mesh: Mesh) -> Plan:
     if "-1" not in plan.mesh:
         return plan
     return dataclasses.replace(plan, mesh=",".join(f"{k}={v}" for k, v in mesh.shape.items()))
+
+
+def _adapter_bytes(arch: Architecture, folder: str | os.PathLike[str]) -> int:
+    """Of an adapter on the device: float32, and for DoRA a second number a row. Refuses, before the model is read, one that
+    does not fit it."""
+    adapters, _ = read_adapter(folder, arch.name_table(), arch.params(), arch.num_layers)
+    rows = (0 if a.magnitude is None else 2 * a.magnitude.size for a in adapters.values())
+    return 4 * sum(a.a.size + a.b.size + r for a, r in zip(adapters.values(), rows, strict=True))
 
 
 def _room(memory: int, devices: int = 1) -> int:

@@ -440,6 +440,16 @@ def test_pefts_adapters_beside_and_merged(case: str, tmp_path: Path) -> None:
     how: dict[str, Any] = {"home": "host"} if "rslora" in case or "phi3" in case else {}
     model = jaxengine.load(GOLDEN / base, dtype="float32", adapter=ADAPTERS / case, **how)
     np.testing.assert_allclose(model.logits(ids)[0], wanted, atol=2e-4, rtol=0)
+    held = jaxengine.load(GOLDEN / base, dtype="float32", adapter=ADAPTERS / case, memory="1GB")
+    extra = [x for x in jax.tree.leaves(held.params) if x.dtype == jnp.float32]
+    plain = [
+        x for x in jax.tree.leaves(jaxengine.load(GOLDEN / base, dtype="float32").params) if x.dtype == jnp.float32
+    ]
+    assert held.budget is not None
+    assert 10**9 - held.budget <= sum(x.nbytes for x in extra) - sum(x.nbytes for x in plain)
+    assert held.budget < 10**9
+    with pytest.raises(ValueError, match="adapter alone takes"):
+        jaxengine.load(GOLDEN / base, dtype="float32", adapter=ADAPTERS / case, memory=100)
     merge(model, tmp_path / "merged")
     with pytest.raises(ValueError, match="not empty"):
         merge(model, tmp_path / "merged")
