@@ -102,7 +102,7 @@ def load(
         check_mesh(arch, chosen)
         beside = 0 if adapter is None else _adapter_bytes(arch, adapter)
         budget = None if memory is None else parse_bytes(memory) - beside
-        if budget is not None:
+        if memory is not None and budget is not None:
             if budget <= 0:
                 raise ValueError(f"memory is {memory!r}, and the adapter alone takes {show_bytes(beside)}")
             if any(x is not None for x in (home, form, resident, kept)):
