@@ -4,6 +4,7 @@ Most of the time goes into compiling small programs for the CPU, and half of tha
 where only a CPU is there. With XLA's GPU compiler beside it, programs are made as users' are: CI runs the suite both ways.
 """
 
+import gc
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -39,6 +40,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         further = item.path.name in BY_FAMILY and any(family in item.name for family in FURTHER)
         if (further or item.path.name in THOROUGH) and item.get_closest_marker("aot") is None:
             item.add_marker(pytest.mark.thorough)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_are_let_go() -> Iterator[None]:
+    """Each compiled program is some mappings of memory, of which a process may have 65,530; the next one then ends it."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(scope="module")

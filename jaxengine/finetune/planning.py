@@ -156,7 +156,8 @@ def need(architecture: Architecture, plan: Plan, task: Task, *, batch: int, cont
         "none": (L - streamed) * (entering + one.dots + one.between) + streamed * entering,
     }[remat]
     loss = loss_activations(architecture, task, parts * batch, context, dtype.itemsize)
-    back = one.within
+    # what a layer's matrices gave is there already where it is kept
+    back = one.within - (one.dots if remat == "dots" or (remat == "none" and not streamed) else 0)
     host = tiers["host"] + (L * entering if remat == "offload" else 0)
     share = state_share(task.optimizer)
     if task.train != "all":
