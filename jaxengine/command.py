@@ -540,7 +540,7 @@ def _show_outcome(outcome: Any, proofs: Any, why: str | None) -> None:
     "--to",
     metavar="FORMAT",
     required=True,
-    help="hf, a Hugging Face folder; compressed-tensors, one whose weights are packed integers; orbax, one chunk per layer.",
+    help="hf, a Hugging Face folder; compressed-tensors, one of packed integers; or orbax.",
 )
 @click.option(
     "--weights",

@@ -64,7 +64,7 @@ def run(*words: str, cache: Path | None = None, **options: Any) -> subprocess.Co
 def test_help_lists_the_commands() -> None:
     shown = invoke("--help")
     assert shown.exit_code == 0
-    assert list(COMMANDS) == ["generate", "plan", "convert", "finetune"]
+    assert list(COMMANDS) == ["generate", "plan", "convert", "finetune", "quantize"]
     for name in COMMANDS:
         assert f"\n  {name} " in shown.output
 
@@ -73,7 +73,7 @@ def defaults(name: str) -> dict[str, Any]:
     """What a command is called with where no option is given."""
     words = {
         "generate": ["a", "b"], "convert": ["a", "b", "--to", "hf"], "plan": ["a", "--gpu", "h200"],
-        "finetune": ["a", __file__, "--out", "c"],
+        "finetune": ["a", __file__, "--out", "c"], "quantize": ["a", __file__, "--out", "c"],
     }[name]  # fmt: skip
     return COMMANDS[name].make_context(name, words).params
 

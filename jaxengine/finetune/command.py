@@ -58,7 +58,7 @@ HOW = (
     ),
     click.option(
         "--optimizer", metavar="NAME", default="adamw",
-        help="adamw, adamw8bit, muon, lion, sgd, adafactor; or mezo, by losses alone, without a gradient.",
+        help="adamw, adamw8bit, muon, lion, sgd, adafactor; or mezo, without a gradient.",
     ),
     click.option(
         "--learning-rate", metavar="RATE", type=float,
