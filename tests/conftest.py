@@ -4,7 +4,6 @@ Most of the time goes into compiling small programs for the CPU, and half of tha
 where only a CPU is there. With XLA's GPU compiler beside it, programs are made as users' are: CI runs the suite both ways.
 """
 
-import gc
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -47,7 +46,6 @@ def programs_are_let_go() -> Iterator[None]:
     """Each compiled program is some mappings of memory, of which a process may have 65,530; the next one then ends it."""
     yield
     jax.clear_caches()
-    gc.collect()
 
 
 @pytest.fixture(scope="module")
