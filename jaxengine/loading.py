@@ -104,7 +104,10 @@ def load(
         budget = None if memory is None else parse_bytes(memory) - beside
         if memory is not None and budget is not None:
             if budget <= 0:
-                raise ValueError(f"memory is {memory!r}, and the adapter alone takes {show_bytes(beside)}")
+                raise ValueError(
+                    f"memory is {memory!r}, and the adapter alone takes {show_bytes(beside)}: give more than that, or merge"
+                    f" the adapter into the model once and load that"
+                )
             if any(x is not None for x in (home, form, resident, kept)):
                 raise ValueError(
                     f"memory={memory!r} chooses the home, its form and how many layers are resident or kept, and one of"
