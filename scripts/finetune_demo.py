@@ -96,7 +96,7 @@ def learn(way: Way, file: Path, steps: int, judged: int) -> dict[str, Any]:
 
 def draw(found: dict[str, dict[str, Any]], path: Path) -> None:
     """Losses over steps, each the mean of the ten before it."""
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot(xlabel="step", ylabel="loss, nats a token of the answer", yscale="log")
