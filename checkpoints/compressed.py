@@ -2,8 +2,8 @@
 
 The way back of quantized/compressed_tensors.py: codes, scales and zero points as they are, nothing is rounded. For a folder:
 
-    parts = tensors(name, matrix, bits)         of every packed matrix, beside the plain tensors
-    config["quantization_config"] = quantization_config({module: scheme(matrix, bits), ...}, ignore=[plain modules])
+    parts = tensors(name, matrix, bits, group)  of every packed matrix, beside the plain tensors
+    config["quantization_config"] = quantization_config({module: scheme(matrix, bits, group), ...}, ignore=[plain modules])
 
 An order of columns (act-order) becomes weight_g_idx, with actorder "group": vLLM reads it, and compressed-tensors did until
 it took that out in 0.20.
@@ -48,13 +48,22 @@ def join(parts: Sequence[Matrix]) -> Matrix:
     )
 
 
-def scheme(matrix: Matrix, bits: int) -> dict[str, Any]:
-    """How a matrix is packed, as a group of quantization_config says it; CheckpointError for what the form cannot hold."""
+def scheme(matrix: Matrix, bits: int, group: int = 0) -> dict[str, Any]:
+    """How a matrix is packed, as a group of quantization_config says it; CheckpointError for what the form cannot hold.
+
+    group: inputs that share a scale; 0: as the number of scales says, which of a row whose last group is not whole it does not.
+    """
     O, I = matrix.codes.shape  # noqa: E741
     if bits not in BITS:
         raise CheckpointError(f"compressed-tensors: codes of {bits} bits; written are {', '.join(map(str, BITS))}")
     channel = matrix.scale.ndim == 1 or matrix.scale.shape[1] == 1
     groups = 1 if channel else matrix.scale.shape[1]
+    if not channel and group and (I % group or I // group != groups):
+        raise CheckpointError(
+            f"compressed-tensors: {groups} scales a row for {I} inputs in groups of {group}, which {-(-I // group)} groups would"
+            f" hold{', the last of them not whole' if I % group else ''}: the form has whole groups, of a group_size that"
+            f" divides {I}"
+        )
     if matrix.scale.shape[0] != O or I % groups:
         raise CheckpointError(
             f"compressed-tensors: scales {list(matrix.scale.shape)} for [{O}, {I}] codes; {groups} groups must divide the"
@@ -69,9 +78,9 @@ def scheme(matrix: Matrix, bits: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def layout(name: str, matrix: Any, bits: int) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
+def layout(name: str, matrix: Any, bits: int, group: int = 0) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
     """{tensor name: (dtype, shape)} of what `tensors` makes, of arrays' shapes and dtypes alone."""
-    said = scheme(matrix, bits)
+    said = scheme(matrix, bits, group)
     O, I = matrix.codes.shape  # noqa: E741
     groups, words = 1 if said["group_size"] is None else I // said["group_size"], lambda n: -(-n * bits // 32)
     found = {
@@ -86,12 +95,13 @@ def layout(name: str, matrix: Any, bits: int) -> dict[str, tuple[np.dtype, tuple
     return found
 
 
-def tensors(name: str, matrix: Matrix, bits: int) -> dict[str, np.ndarray]:
+def tensors(name: str, matrix: Matrix, bits: int, group: int = 0) -> dict[str, np.ndarray]:
     """{tensor name: array} of the matrix that `name` ('....q_proj.weight') stands for.
 
     matrix: codes uint8 [O, I], 0 .. 2^bits - 1, or int8; scale [O, G] or [O]; zero [O, G] of whole numbers; perm int32 [I].
+    group: as `scheme` takes it.
     """
-    said, middle = scheme(matrix, bits), 1 << (bits - 1)
+    said, middle = scheme(matrix, bits, group), 1 << (bits - 1)
     O, I = matrix.codes.shape  # noqa: E741
     codes = matrix.codes
     if codes.dtype == np.int8:

@@ -8,13 +8,25 @@ writer has put the two halves of each head's rows of q and k in turns, to suit t
 are put back. Packed tensors read as rows of bytes, uint8 [O, bytes of a row]. `Blocks` takes them apart, as a method of
 checkpoints/quantized does; a block is of one row:
 
-    Q4_0  32 inputs in 18 bytes    float16 d, 16 bytes: input i and i + 16       w = d (q - 8)
-    Q8_0  32 inputs in 34          float16 d, 32 int8                            w = d q
-    Q4_K  256 inputs in 144        float16 d, dmin, 12 bytes of 6-bit scales and minima of 8 groups, 128 bytes
-                                   w = d sc q - dmin m, taken as s (q - z)
-    Q6_K  256 inputs in 210        low four bits, high two bits, int8 scales of 16 groups, float16 d; w = d sc (q - 32)
+    type    inputs bytes  w                     of a block, in order
+    Q4_0    32     18     d (q - 8)             float16 d, 16 bytes: input i in the low bits, i + 16 in the high ones
+    Q4_1    32     20     d q + m               float16 d, m, 16 bytes
+    Q5_0    32     22     d (q - 16)            float16 d, 32 highest bits, 16 bytes
+    Q5_1    32     24     d q + m               float16 d, m, 32 highest bits, 16 bytes
+    Q8_0    32     34     d q                   float16 d, 32 int8
+    Q2_K    256    84     d sc q - dmin m       16 bytes of 4-bit scales and minima, 64 bytes, float16 d, dmin
+    Q3_K    256    110    d (sc - 32) (q - 4)   32 bytes of highest bits, 64 bytes, 12 of 6-bit scales of 16 groups, float16 d
+    Q4_K    256    144    d sc q - dmin m       float16 d, dmin, 12 bytes of 6-bit scales and minima of 8 groups, 128 bytes
+    Q5_K    256    176    d sc q - dmin m       as Q4_K, with 32 bytes of highest bits before the 128
+    Q6_K    256    210    d sc (q - 32)         low four bits, high two bits, int8 scales of 16 groups, float16 d
+    IQ4_NL  32     18     d table[q]            float16 d, 16 bytes
+    IQ4_XS  256    136    d (sc - 32) table[q]  float16 d, 6-bit scales of 8 groups in 6 bytes, 128 bytes
+    MXFP4   32     17     2^(e - 127) E2M1[q]   e, 16 bytes
 
-Scales of the K types are products of two numbers, kept in float32, where they are exact.
+Scales of the K types are products of two numbers, kept in float32, where they are exact. A minimum is taken as s (q - z), z =
+minimum / s in float32: that is to one rounding of it. All else is what the file holds, to the bit. The table of IQ4 is of
+int8 numbers, so that its codes are held as those. `quantize` gives the tensors of one file several types, also one matrix
+in different layers.
 """
 
 from __future__ import annotations
@@ -24,7 +36,7 @@ import mmap
 import os
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -54,12 +66,24 @@ KINDS = {
     0: Kind("F32", 1, 4, np.dtype(np.float32)),
     1: Kind("F16", 1, 2, np.dtype(np.float16)),
     2: Kind("Q4_0", 32, 18),
+    3: Kind("Q4_1", 32, 20),
+    6: Kind("Q5_0", 32, 22),
+    7: Kind("Q5_1", 32, 24),
     8: Kind("Q8_0", 32, 34),
+    10: Kind("Q2_K", 256, 84),
+    11: Kind("Q3_K", 256, 110),
     12: Kind("Q4_K", 256, 144),
+    13: Kind("Q5_K", 256, 176),
     14: Kind("Q6_K", 256, 210),
+    20: Kind("IQ4_NL", 32, 18),
+    23: Kind("IQ4_XS", 256, 136),
     30: Kind("BF16", 1, 2, np.dtype(ml_dtypes.bfloat16)),
+    39: Kind("MXFP4", 32, 17),
 }
-OTHERS = {3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 10: "Q2_K", 11: "Q3_K", 13: "Q5_K", 39: "MXFP4"}
+OTHERS = {
+    9: "Q8_1", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 21: "IQ3_S", 22: "IQ2_S", 28: "F64",
+    29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 40: "NVFP4",
+}  # fmt: skip
 READ = ", ".join(kind.name for kind in KINDS.values())
 
 FAMILIES = ("llama", "qwen2", "qwen3")  # general.architecture, and config.json's model_type
@@ -287,8 +311,9 @@ class Gguf:
         if step != 1:
             raise ValueError(f"rows={rows} of {name}: only consecutive rows (step 1) are read")
         if name in self._turned:
-            whole = self._read(info, slice(0, info.shape[0]))
-            found = np.ascontiguousarray(whole[_turned_back(info.shape[0], self._turned[name])[first:last]])
+            order = _turned_back(info.shape[0], self._turned[name])[first:last]
+            near = slice(order.min(), order.max() + 1) if order.size else slice(0, 0)
+            found = np.ascontiguousarray(self._read(info, near)[order - (near.start or 0)])
         else:
             found = self._read(info, slice(first, max(first, last)))
         if out is None:
@@ -366,18 +391,13 @@ class Blocks:
         if info.shape != needed or inputs % kind.inputs:
             found = [info.shape[0], info.shape[-1] // kind.nbytes * kind.inputs]
             raise CheckpointError(f"{name} is {found} in {kind.name}; the model needs {[outputs, inputs]}")
-        given: dict[str, Any] = {
-            "Q4_0": {"kind": "int4", "group": 32, "scale": "float16"},
-            "Q8_0": {"kind": "int8", "group": 32, "scale": "float16"},
-            "Q4_K": {"kind": "int4", "group": 32, "affine": True},
-            "Q6_K": {"kind": "int8", "group": 16},
-        }[kind.name]
-        return Stored(name, {"blocks": name}, outputs=outputs, inputs=inputs, detail=kind.name, **given)
+        given = TAKEN[kind.name][0]
+        return Stored(name, {"blocks": name}, outputs=outputs, inputs=inputs, by_rows=True, detail=kind.name, **given)
 
     def read(self, tensors: Tensors, stored: Stored, rows: slice) -> Matrix:
         size = next(kind.nbytes for kind in KINDS.values() if kind.name == stored.detail)
         blocks = tensors.read(stored.tensors["blocks"], rows=rows).reshape(-1, size)
-        codes, scale, zero = {"Q4_0": _q4_0, "Q8_0": _q8_0, "Q4_K": _q4_k, "Q6_K": _q6_k}[stored.detail](blocks)
+        codes, scale, zero = TAKEN[stored.detail][1](blocks)
         count = rows.stop - rows.start
         return Matrix(
             codes.reshape(count, stored.inputs),
@@ -386,6 +406,7 @@ class Blocks:
         )
 
 
+IQ4 = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.int8)  # ggml's table
 Block = tuple[np.ndarray, np.ndarray, np.ndarray | None]  # codes [B, inputs], scale and zero [B, groups]
 
 
@@ -393,31 +414,95 @@ def _float16(raw: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(raw).view(np.float16)
 
 
+def _nibbles(raw: np.ndarray) -> np.ndarray:
+    """[B, 32 n] of [B, 16 n]: of each 16 bytes all low four bits, then all high ones."""
+    raw = raw.reshape(len(raw), -1, 16)
+    return np.stack([raw & 15, raw >> 4], axis=2).reshape(len(raw), -1)
+
+
+def _highest(raw: np.ndarray) -> np.ndarray:
+    """[B, 32] of the 32 bits in four bytes, 16 where one is set."""
+    return np.unpackbits(raw, axis=1, bitorder="little") << 4
+
+
+def _less(codes: np.ndarray, scale: np.ndarray, offset: np.ndarray) -> Block:
+    """scale code - offset as s (q - z); codes [B, groups, G], the others [B, groups]."""
+    # a group whose scale is zero is all -offset, which is s (q - z) with one step for it
+    flat = (scale == 0) & (offset != 0)
+    codes[flat] = 0
+    scale = np.where(flat, offset, scale)
+    zero = np.divide(offset, scale, out=np.zeros_like(scale), where=scale != 0)
+    return codes.reshape(len(codes), -1), scale, zero
+
+
 def _q4_0(blocks: np.ndarray) -> Block:
-    nibbles = blocks[:, 2:]
-    return np.concatenate([nibbles & 15, nibbles >> 4], axis=1), _float16(blocks[:, :2]), None
+    return _nibbles(blocks[:, 2:]), _float16(blocks[:, :2]), None
+
+
+def _q4_1(blocks: np.ndarray) -> Block:
+    d, m = (_float16(blocks[:, i : i + 2]).astype(np.float32) for i in (0, 2))
+    return _less(_nibbles(blocks[:, 4:])[:, None], d, -m)
+
+
+def _q5_0(blocks: np.ndarray) -> Block:
+    codes = _nibbles(blocks[:, 6:]) | _highest(blocks[:, 2:6])
+    return codes.view(np.int8) - np.int8(16), _float16(blocks[:, :2]), None
+
+
+def _q5_1(blocks: np.ndarray) -> Block:
+    d, m = (_float16(blocks[:, i : i + 2]).astype(np.float32) for i in (0, 2))
+    return _less((_nibbles(blocks[:, 8:]) | _highest(blocks[:, 4:8]))[:, None], d, -m)
 
 
 def _q8_0(blocks: np.ndarray) -> Block:
     return np.ascontiguousarray(blocks[:, 2:]).view(np.int8), _float16(blocks[:, :2]), None
 
 
-def _q4_k(blocks: np.ndarray) -> Block:
+def _q2_k(blocks: np.ndarray) -> Block:
+    scales, packed = blocks[:, :16], blocks[:, 16:80].reshape(-1, 2, 1, 32)
+    d, least = (_float16(blocks[:, i : i + 2]).astype(np.float32) for i in (80, 82))
+    codes = (packed >> np.array([0, 2, 4, 6], np.uint8)[:, None]) & 3
+    return _less(
+        codes.reshape(-1, 16, 16), d * (scales & 15).astype(np.float32), least * (scales >> 4).astype(np.float32)
+    )
+
+
+def _q3_k(blocks: np.ndarray) -> Block:
+    highest, packed, scales = blocks[:, None, :32], blocks[:, 32:96].reshape(-1, 2, 1, 32), blocks[:, 96:108]
+    low = (packed >> np.array([0, 2, 4, 6], np.uint8)[:, None]) & 3
+    high = (highest >> np.arange(8, dtype=np.uint8)[:, None]) & 1
+    codes = low.reshape(-1, 256) | (high.reshape(-1, 256) << 2)
+    # the low four bits of 16 scales are in eight bytes, their high two in four, 4 scales apart
+    lows = np.concatenate([scales[:, :8] & 15, scales[:, :8] >> 4], axis=1)
+    highs = np.concatenate([(scales[:, 8:] >> shift) & 3 for shift in (0, 2, 4, 6)], axis=1)
+    scale = (lows | (highs << 4)).astype(np.float32) - 32
+    return codes, scale * _float16(blocks[:, 108:]).astype(np.float32), None
+
+
+def _steps(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Scales and minima of Q4_K's and Q5_K's 8 groups, float32."""
     d, least = (_float16(blocks[:, i : i + 2]).astype(np.float32) for i in (0, 2))
     # bytes 0-3 and 4-7: scales and minima of groups 0-3, and above them the high two bits of those of groups 4-7, whose
     # low four bits are in bytes 8-11
     first, second, third = (blocks[:, 4 + i : 8 + i] for i in (0, 4, 8))
     sc = np.concatenate([first & 63, (third & 15) | ((first >> 6) << 4)], axis=1)
     m = np.concatenate([second & 63, (third >> 4) | ((second >> 6) << 4)], axis=1)
-    scale, offset = d * sc.astype(np.float32), least * m.astype(np.float32)
-    packed = blocks[:, 16:].reshape(len(blocks), 4, 32)
-    codes = np.stack([packed & 15, packed >> 4], axis=2).reshape(len(blocks), 8, 32)
-    # a group whose scale is zero is all -offset, which is s (q - z) with one step for it
-    flat = (scale == 0) & (offset != 0)
-    codes[flat] = 0
-    scale = np.where(flat, offset, scale)
-    zero = np.divide(offset, scale, out=np.zeros_like(scale), where=scale != 0)
-    return codes.reshape(len(blocks), 256), scale, zero
+    return d * sc.astype(np.float32), least * m.astype(np.float32)
+
+
+def _halves(raw: np.ndarray) -> np.ndarray:
+    """[B, 8, 32] of 128 bytes: of each 32 of them all low four bits, then all high ones."""
+    packed = raw.reshape(len(raw), 4, 32)
+    return np.stack([packed & 15, packed >> 4], axis=2).reshape(len(raw), 8, 32)
+
+
+def _q4_k(blocks: np.ndarray) -> Block:
+    return _less(_halves(blocks[:, 16:]), *_steps(blocks))
+
+
+def _q5_k(blocks: np.ndarray) -> Block:
+    high = (blocks[:, None, 16:48] >> np.arange(8, dtype=np.uint8)[:, None]) & 1
+    return _less(_halves(blocks[:, 48:]) | (high << 4), *_steps(blocks))
 
 
 def _q6_k(blocks: np.ndarray) -> Block:
@@ -428,3 +513,38 @@ def _q6_k(blocks: np.ndarray) -> Block:
     highs = np.concatenate([(high >> shift) & 3 for shift in (0, 2, 4, 6)], axis=2)
     codes = (lows | (highs << 4)).reshape(-1, 256).view(np.int8) - np.int8(32)
     return codes, scale * _float16(blocks[:, 208:]).astype(np.float32), None
+
+
+def _iq4_nl(blocks: np.ndarray) -> Block:
+    return IQ4[_nibbles(blocks[:, 2:])], _float16(blocks[:, :2]), None
+
+
+def _iq4_xs(blocks: np.ndarray) -> Block:
+    d, high = _float16(blocks[:, :2]).astype(np.float32), np.ascontiguousarray(blocks[:, 2:4]).view("<u2")
+    low = np.stack([blocks[:, 4:8] & 15, blocks[:, 4:8] >> 4], axis=2).reshape(-1, 8)
+    highs = (high >> np.arange(0, 16, 2, dtype=np.uint16)) & np.uint16(3)
+    scale = (low + 16 * highs).astype(np.float32) - 32
+    return IQ4[_nibbles(blocks[:, 8:])], d * scale, None
+
+
+def _mxfp4(blocks: np.ndarray) -> Block:
+    return _nibbles(blocks[:, 1:]), blocks[:, :1], None
+
+
+# of each packed type: what it is held as (`Stored`), and how blocks are taken apart
+TAKEN: dict[str, tuple[dict[str, Any], Callable[[np.ndarray], Block]]] = {
+    "Q4_0": ({"kind": "int4", "group": 32, "scale": "float16"}, _q4_0),
+    "Q4_1": ({"kind": "int4", "group": 32, "affine": True}, _q4_1),
+    # as bytes, which every kernel reads: it stands in for Q4_K and Q5_K in small models, whose inputs 256 does not divide
+    "Q5_0": ({"kind": "int8", "group": 32, "scale": "float16"}, _q5_0),
+    "Q5_1": ({"kind": "int5", "group": 32, "affine": True}, _q5_1),
+    "Q8_0": ({"kind": "int8", "group": 32, "scale": "float16"}, _q8_0),
+    "Q2_K": ({"kind": "int2", "group": 16, "affine": True}, _q2_k),
+    "Q3_K": ({"kind": "int3", "group": 16}, _q3_k),
+    "Q4_K": ({"kind": "int4", "group": 32, "affine": True}, _q4_k),
+    "Q5_K": ({"kind": "int5", "group": 32, "affine": True}, _q5_k),
+    "Q6_K": ({"kind": "int8", "group": 16}, _q6_k),
+    "IQ4_NL": ({"kind": "int8", "group": 32, "scale": "float16"}, _iq4_nl),
+    "IQ4_XS": ({"kind": "int8", "group": 32}, _iq4_xs),
+    "MXFP4": ({"kind": "mxfp4", "group": 32}, _mxfp4),
+}

@@ -198,6 +198,10 @@ LOADING = (
     click.option("--resident", metavar="N", type=int, help="Layers of a split or disk home that stay on the device."),
     click.option("--kept", metavar="N", type=int, help="Layers of a disk home that stay in host memory."),
     click.option(
+        "--stay", metavar="PATTERN", multiple=True, show_default="vectors",
+        help="Parameters of layers in host memory that stand on the device too, e.g. k; may be given several times.",
+    ),
+    click.option(
         "--disk", metavar="FOLDER", show_default="~/.cache/jaxengine/layers",
         help="Folder for the packed layers of a disk home, as large as the model.",
     ),
@@ -226,6 +230,7 @@ def load(folder: str, *, plan: Path | None = None, **chosen: Any) -> Model:
     import jaxengine
 
     given = None if plan is None else read_plan(plan)
+    chosen["stay"] = chosen.get("stay") or None  # click has () where nothing is said
     with Reading() as bar:
         return jaxengine.load(resolve(folder), plan=given, progress=bar, **chosen)
 
@@ -392,6 +397,13 @@ def from_stdin() -> str:
 )
 @click.option("--dtype", metavar="DTYPE", show_default="the config's", help="Plan for float32, bfloat16 or float16.")
 @click.option("--kv", metavar="CODEC", default="raw", help="How the KV cache is stored: raw, int8, int4.")
+@click.option(
+    "--stay",
+    metavar="PATTERN",
+    multiple=True,
+    show_default="vectors",
+    help="Parameters of layers in host memory that stand on the device too, e.g. k; may be given several times.",
+)
 @click.option("--mesh", metavar="AXES", default="", show_default="one card", help="Several such cards, e.g. tensor=2.")
 @click.option(
     "--sharding",
@@ -417,6 +429,7 @@ def plan(
     weights: str | None,
     dtype: str | None,
     kv: str,
+    stay: tuple[str, ...],
     mesh: str,
     sharding: str,
     proved: bool,
@@ -439,7 +452,7 @@ def plan(
         picture.check(plot)
     outcome = plan_folder(
         resolve(folder), gpu=gpu, memory=memory, ram=ram, batch=batch, context=context, task=task, weights=weights,
-        dtype=dtype, kv=kv, mesh=mesh, sharding=sharding, disk_rate=disk_rate,
+        dtype=dtype, kv=kv, stay=stay, mesh=mesh, sharding=sharding, disk_rate=disk_rate,
     )  # fmt: skip
     if plot is not None:
         picture.draw(outcome, plot)
@@ -507,7 +520,7 @@ def _show_outcome(outcome: Any, proofs: Any, why: str | None) -> None:
     c, n = o.chosen, o.chosen.need
     console.print(f"chosen: {c.label()}", highlight=False)
     parts = {
-        "embeddings and head": n.outer, "resident layers": n.resident, "streamed layers": n.streaming,
+        "embeddings and head": n.outer, "layers that stay": n.resident, "streamed layers": n.streaming,
         "KV cache": n.cache, "activations": n.activations, "of what is trained": n.trained, "gradients": n.gradients,
         "optimizer state": n.optimizer, "kept of layers for their way back": n.kept,
     }  # fmt: skip

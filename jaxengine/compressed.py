@@ -105,11 +105,11 @@ def write(
             tensors[name] = (dtype_of(parts[name][0]), shape)
             ignored += [name.removesuffix(WEIGHT)] if linear else []
             continue
-        bits, matrix = _abstract(name, parts[name], found, specs, plan, table.transposed(name, params))
-        made = compressed.layout(name, matrix, bits)
+        bits, group, matrix = _abstract(name, parts[name], found, specs, plan, table.transposed(name, params))
+        made = compressed.layout(name, matrix, bits, group)
         tensors |= made
         owner |= dict.fromkeys(made, name)
-        schemes[name.removesuffix(WEIGHT)] = compressed.scheme(matrix, bits)
+        schemes[name.removesuffix(WEIGHT)] = compressed.scheme(matrix, bits, group)
     if not schemes:
         raise CheckpointError(
             f"compressed-tensors: no linear layer of this plan is in an integer format (weights={plan.weights!r}); int8, int4,"
@@ -130,7 +130,8 @@ def write(
         else:
             whole = owner[name]
             one = [_matrix(n, get(n), specs[n]) for n in parts[whole]]
-            found = compressed.tensors(whole, compressed.join([m for _, m in one]), one[0][0])
+            bits, group, _ = one[0]
+            found = compressed.tensors(whole, compressed.join([m for *_, m in one]), bits, group)
             made = found.pop(name)
             held.update((n, a) for n, a in found.items() if not n.endswith("_packed"))
         done += made.nbytes
@@ -153,8 +154,8 @@ def _is_embedding(name: str) -> bool:
 
 def _abstract(
     name: str, parts: Sequence[str], found: set[str], specs: dict[str, Spec], plan: Plan, transposed: bool
-) -> tuple[int, Matrix]:
-    """(bits, the matrix's shapes and dtypes) of what is packed in `name`'s place; CheckpointError where nothing can be."""
+) -> tuple[int, int, Matrix]:
+    """(bits, group, the matrix's shapes and dtypes) of what is packed in `name`'s place; CheckpointError where nothing can be."""
     said = ", ".join(sorted(found))
     if transposed:
         raise CheckpointError(
@@ -165,10 +166,10 @@ def _abstract(
         raise CheckpointError(
             f"compressed-tensors: {name} is one tensor of {', '.join(parts)}, which are {said}; give them the same weight rule"
         )
-    fmt, bits = formats.find(said), 0
+    fmt, bits, group = formats.find(said), 0, 0
 
     def arrays(w: Any, out: int) -> Any:
-        nonlocal bits
+        nonlocal bits, group
         leaf = fmt.encode(w, out=out)
         integers = leaf.integers() if isinstance(leaf, Weight) else None
         if integers is None:
@@ -176,7 +177,7 @@ def _abstract(
                 f"compressed-tensors: {name} is {said}, which is not integers with a scale a row or a group; int8, int4, int3"
                 f" and int2 are. Save it as 'hf', decoded, or as 'orbax'"
             )
-        inputs, bits = math.prod(w.shape[out:]), integers.bits
+        inputs, bits, group = math.prod(w.shape[out:]), integers.bits, integers.group
         if integers.scale.shape[-1] > 1 and integers.group and inputs % integers.group:
             raise CheckpointError(
                 f"compressed-tensors: {name} has {inputs} inputs, which its groups of {integers.group} do not divide;"
@@ -194,11 +195,11 @@ def _abstract(
     assert first is not None
     codes, scale, zero, perm = first
     row: Any = lambda a: jax.ShapeDtypeStruct((outputs, *a.shape[codes.ndim - 1 :]), a.dtype)  # noqa: E731
-    return bits, Matrix(row(codes), row(scale), None if zero is None else row(zero), perm)
+    return bits, group, Matrix(row(codes), row(scale), None if zero is None else row(zero), perm)
 
 
-def _matrix(name: str, leaf: Any, spec: Spec) -> tuple[int, Matrix]:
-    """(bits, the matrix in numpy) of a parameter."""
+def _matrix(name: str, leaf: Any, spec: Spec) -> tuple[int, int, Matrix]:
+    """(bits, group, the matrix in numpy) of a parameter."""
     assert spec.out is not None
     outputs = math.prod(spec.shape[: spec.out])
     found = jax.device_get(leaf).integers() if isinstance(leaf, Weight) else None
@@ -207,4 +208,4 @@ def _matrix(name: str, leaf: Any, spec: Spec) -> tuple[int, Matrix]:
     integers: Integers = found
     flat = lambda a: np.asarray(a).reshape(outputs, *np.shape(a)[spec.out :])  # noqa: E731
     zero = None if integers.zero is None else flat(integers.zero)
-    return integers.bits, Matrix(flat(integers.codes), flat(integers.scale), zero, integers.perm)
+    return integers.bits, integers.group, Matrix(flat(integers.codes), flat(integers.scale), zero, integers.perm)

@@ -190,7 +190,12 @@ def embed(engine: Engine, params: Any, tokens: Int[Array, "B T"], attend: Any) -
 
 
 def layer_body(engine: Engine, attend: Any, chunk: int = 0) -> Body:
-    """The body of the walk over layers: see `forward`."""
+    """The body of the walk over layers, with `attend` for its leaves: see `forward`."""
+    return jax.tree_util.Partial(functools.partial(_layer, engine, chunk), attend)
+
+
+def _layer(engine: Engine, chunk: int, attend: Any, kind: Any, weights: Any, x: Array, kv: Any) -> tuple[Array, Any]:
+    """One layer."""
 
     def on_mesh(x: Array, *axes: str) -> Array:
         return constrain(x, engine.rules, engine.mesh, ("batch", "sequence", *axes))
@@ -201,16 +206,13 @@ def layer_body(engine: Engine, attend: Any, chunk: int = 0) -> Body:
         out, kv = attend(attention, q, k, v, kv)
         return on_mesh(out, "act_heads", "act_head_dim"), kv
 
-    def body(kind: Any, weights: Any, x: Array, kv: Any) -> tuple[Array, Any]:
-        block = merge(engine.architecture.block(kind)[0], weights)
+    block = merge(engine.architecture.block(kind)[0], weights)
 
-        def whole(x: Array, attend: Any, kv: Any) -> tuple[Array, Any]:
-            return block(x, attend.positions, functools.partial(placed_attend, attend), kv)
+    def whole(x: Array, attend: Any, kv: Any) -> tuple[Array, Any]:
+        return block(x, attend.positions, functools.partial(placed_attend, attend), kv)
 
-        x, kv = in_chunks(engine, attend.positions, chunk, whole, x, kv) if chunk else whole(x, attend, kv)
-        return on_mesh(x, "act_embed"), kv
-
-    return body
+    x, kv = in_chunks(engine, attend.positions, chunk, whole, x, kv) if chunk else whole(x, attend, kv)
+    return on_mesh(x, "act_embed"), kv
 
 
 def head(engine: Engine, params: Any, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:

@@ -50,8 +50,10 @@ Track = Callable[[str, int, int], None]
 
 def dense(leaf: Any, dtype: np.dtype) -> np.ndarray:
     """A parameter as a numpy array in `dtype`; a Weight is decoded."""
-    array = leaf.dense() if isinstance(leaf, Weight) else leaf
-    return np.asarray(jax.device_get(array)).astype(dtype, copy=False)
+    if isinstance(leaf, Weight):
+        # a matrix in host memory and what is trained beside it may stand apart
+        leaf = jax.tree.map(lambda x: jax.device_put(x, jax.memory.Space.Device), leaf).dense()
+    return np.asarray(jax.device_get(leaf)).astype(dtype, copy=False)
 
 
 def write_hf(
@@ -111,18 +113,18 @@ def write_orbax(
     """orbax/ with the weights in the plan's formats, the plan, and config.json and the rest beside it."""
     from checkpoints import orbax  # two seconds of import, for those who use it
 
-    tensors, specs = stored_tensors(arch, plan, dtype_of), arch.specs()
-    owner = {n: name for name, s in specs.items() for n in jax.tree.leaves(stored_names(name, s, plan))}
+    tensors, names = stored_tensors(arch, plan, dtype_of), stored_names(arch, plan)
+    owner = {(n, place): name for name, (leaves, place) in names.items() for n in jax.tree.leaves(leaves)}
     total, done = sum(t.nbytes for t in tensors.values()), 0
     held: tuple[str, Any] = ("", None)  # the arrays of one Weight are asked for one after another
 
     def read(stored: str, layer: int | None) -> np.ndarray:
         nonlocal held
-        name = owner[stored] if layer is None else f"layers.{layer}." + owner[stored].split(".", 2)[2]
+        name = owner[stored, layer]
         if held[0] != name:
             held = (name, get(name))
         leaf = held[1] if isinstance(held[1], Weight) else dense(held[1], tensors[stored].dtype)
-        leaves = dict(zip(jax.tree.leaves(stored_names(name, specs[name], plan)), jax.tree.leaves(leaf), strict=True))
+        leaves = dict(zip(jax.tree.leaves(names[name][0]), jax.tree.leaves(leaf), strict=True))
         return np.asarray(jax.device_get(leaves[stored]))
 
     def progress(size: int) -> None:

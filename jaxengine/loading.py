@@ -9,7 +9,7 @@ import logging
 import math
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from jaxengine.machine import POOL, POOL_SHARE, available_ram, pool_limit_bytes
 from jaxengine.model import Model
 from jaxengine.packing import Place, files_of
 from jaxengine.paths import cache_folder
-from jaxengine.plan import Plan, check_mesh, choose, parameter_bytes, parse_bytes, show_bytes
+from jaxengine.plan import Plan, check_mesh, check_stay, choose, parameter_bytes, parse_bytes, show_bytes
 from jaxengine.planning import streamed_form
 from jaxengine.selftest import check_streaming
 from jaxengine.sources import Origin, Source, open_source, read_config
@@ -54,13 +54,14 @@ def load(
     resident: int | None = None,
     kept: int | None = None,
     ram: str | int | None = None,
+    stay: Sequence[str] | None = None,
     disk: str | os.PathLike[str] | None = None,
     kv: str | None = None,
     kv_layout: str | None = None,
     adapter: str | os.PathLike[str] | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Model:
-    """Load a Hugging Face checkpoint folder, or one that `Model.save` wrote, ready to generate.
+    """Load a Hugging Face checkpoint folder, one that `Model.save` wrote, or a GGUF file, ready to generate.
 
     plan: every choice at once; the other arguments go before its fields. memory: a budget of device memory such as
     '16GB' (of each device of a mesh), which chooses the home for `batch` rows (1) of up to `context` tokens each (2048, or
@@ -70,7 +71,8 @@ def load(
     'bfloat16' or 'float16' (the checkpoint's own if not given). mesh: e.g. 'data=2,tensor=4' over all devices, or a jax Mesh;
     sharding: the table of rules. home: 'device', 'host', 'split', of which the first `resident` layers are on the device,
     or 'disk', of which the first `resident` are there and the next `kept` in host memory; form: 'unrolled', 'scan',
-    'ahead' or 'python'. kv: the cache's codec ('raw', 'int8', 'int4'); kv_layout: the layout of
+    'ahead' or 'python'. stay: name patterns of parameters ('k', 'layers.*.v') that stand on the device though their layers are
+    streamed from host memory, as vectors always do. kv: the cache's codec ('raw', 'int8', 'int4'); kv_layout: the layout of
     sliding-window layers ('window', 'full'). adapter: a PEFT folder, whose LoRA or DoRA stands beside the weights, in
     whatever format and home they are but on disk. progress: called with (name, bytes read, bytes in all),
     and for layers that are packed first in the same way, from zero.
@@ -81,7 +83,7 @@ def load(
     untied, as transformers does.
 
     Raises ConfigError for a config that asks for what is not done, CheckpointError for missing, unexpected, misshapen,
-    truncated or corrupt tensors, ValueError for a plan that cannot be or whose weight_rules name what is not there; all
+    truncated or corrupt tensors, ValueError for a plan that cannot be or whose patterns name what is not there; all
     before anything is allocated.
     """
     folder = Path(folder)
@@ -91,7 +93,8 @@ def load(
         named = mesh if mesh is None or isinstance(mesh, str) else ",".join(f"{k}={v}" for k, v in mesh.shape.items())
         given = {
             "weights": weights, "dtype": dtype, "mesh": named, "sharding": sharding, "home": home, "form": form,
-            "resident": resident, "kept": kept, "kv_codec": kv, "kv_layout": kv_layout,
+            "resident": resident, "kept": kept, "stay": stay if stay is None or isinstance(stay, str) else tuple(stay),
+            "kv_codec": kv, "kv_layout": kv_layout,
         }  # fmt: skip
         start = plan or _as_stored(source.plan)
         chosen = dataclasses.replace(start, **{k: v for k, v in given.items() if v is not None})
@@ -100,6 +103,7 @@ def load(
         over = mesh if isinstance(mesh, Mesh) else make_mesh(chosen.mesh or None)
         chosen = _counted(chosen, over)
         check_mesh(arch, chosen)
+        check_stay(arch, chosen)
         beside = 0 if adapter is None else _adapter_bytes(arch, adapter)
         budget = None if memory is None else parse_bytes(memory) - beside
         if memory is not None and budget is not None:
@@ -294,7 +298,8 @@ def _check_numbers(arch: Architecture, source: Source, plan: Plan) -> None:
 
 
 def tokenizer(folder: Path) -> Tokenizer | None:
-    """The folder's tokenizer; None where it has none at all (a checkpoint of ids alone)."""
+    """The folder's tokenizer, or that beside a GGUF file; None where there is none at all (a checkpoint of ids alone)."""
+    folder = folder.parent if folder.is_file() else folder
     if not any((folder / n).exists() for n in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         return None
     return Tokenizer.from_folder(folder)
@@ -312,6 +317,7 @@ def from_arrays(
             "from_arrays: the plan names no dtype, and there is no checkpoint to take it from: Plan(dtype='float32')"
         )
     _check_rules(arch, plan)
+    check_stay(arch, plan)
     over = make_mesh(plan.mesh or None)
     plan = _counted(plan, over)
     params = placement.place(arch, plan, over, lambda name: np.asarray(jax.device_get(arrays[name])))

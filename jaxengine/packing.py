@@ -44,10 +44,11 @@ class Place:
 
 
 def files_of(folder: Path) -> str:
-    """What tells the checkpoint in a folder from others, and from itself after it was changed: the paths, lengths and times
-    (of their change too, which copies do not keep) of the files that hold its arrays."""
+    """What tells the checkpoint in a folder, or a GGUF file, from others, and from itself after it was changed: the paths,
+    lengths and times (of their change too, which copies do not keep) of the files that hold its arrays."""
     arrays = [p for end in ("*.safetensors", "*.safetensors.index.json", "*.gguf") for p in folder.glob(end)]
     arrays += (folder / ORBAX).rglob("*")
+    arrays += [folder] if folder.is_file() else []
     found = [
         (str(p.resolve()), s.st_size, s.st_mtime_ns, s.st_ctime_ns)
         for p in sorted(arrays)

@@ -37,7 +37,8 @@ DEVICE = "device"
 
 # what a field is called, and its colour; one that is not here goes by its own name and takes a spare colour
 SAID = {
-    "outer": "embeddings and head", "resident": "resident layers", "streaming": "streamed layers, while there",
+    "outer": "embeddings and head", "resident": "layers that stay",
+    "streaming": "streamed layers, while there",
     "cache": "KV cache", "activations": "activations", "host": "layers in host memory", "disk": "layers on disk",
     "trained": "trained parameters", "gradients": "gradients", "optimizer": "optimizer state", "kept": "kept for the way back",
 }  # fmt: skip

@@ -56,7 +56,7 @@ def place(
     def one(name: str, spec: Spec, memory: str | None) -> Any:
         array = read(name)
         size = sum(a.nbytes for a in jax.tree.leaves(array))
-        leaf = _encoded(name, array, plan.format_of(name, spec), spec, plan.dtype, rules, mesh, memory)
+        leaf = _encoded(plan, name, array, spec, rules, mesh, memory)
         track(name, size)
         return leaf
 
@@ -82,7 +82,7 @@ def place(
             leaf = one(full, spec, None)
             if name not in into:
                 count = part.repeats - (place == "rest")
-                places = _places(plan.format_of(full, spec), spec, plan.dtype, rules, mesh, memory, count)
+                places = _places(plan, full, spec, rules, mesh, memory, count)
                 into[name] = jax.tree.map(
                     lambda x, where, count=count: _empty_stack((count, *x.shape), x.dtype, where), leaf, places
                 )
@@ -108,7 +108,7 @@ def _on_disk(
 
     def encoded(name: str) -> Any:
         spec = architecture.specs()[name]
-        return _encoded(name, read(name), plan.format_of(name, spec), spec, plan.dtype, rules, mesh, None)
+        return _encoded(plan, name, read(name), spec, rules, mesh, None)
 
     @functools.cache  # asked for in every pass
     def shardings(i: int) -> Any:
@@ -121,7 +121,7 @@ def layer_shardings(architecture: Architecture, plan: Plan, mesh: Mesh, i: int) 
     """{name: tree of NamedShardings} of layer i on the device, standing alone."""
     rules, found = plan.sharding_rules(), {}
     for name, spec in architecture.block(architecture.kinds[i])[1].items():
-        found[name] = _places(plan.format_of(f"layers.{i}.{name}", spec), spec, plan.dtype, rules, mesh, None)
+        found[name] = _places(plan, f"layers.{i}.{name}", spec, rules, mesh, None)
     return found
 
 
@@ -179,20 +179,22 @@ def _put_at(sharding: NamedSharding) -> Any:
 
 
 def _places(
-    format_name: str, spec: Spec, dtype: str, rules: Rules, mesh: Mesh, memory: str | None, stack: int | None = None
+    plan: Plan, name: str, spec: Spec, rules: Rules, mesh: Mesh, memory: str | None, stack: int | None = None
 ) -> Any:
-    """The tree of NamedShardings of a stored parameter, or of a stack of so many of them.
+    """The tree of NamedShardings of a stored parameter, or of a stack of so many of them. memory: that of its layer; what
+    `Plan.stays` is on the device all the same.
 
     A matrix that is held as an array is split as the rules say (`check_sharding` has seen that it can be). Of a Weight's
     arrays a dim that does not divide, such as 76 groups over 8 devices, is left whole.
     """
-    leaf, lead = abstract_leaf(format_name, spec.shape, spec.out, dtype), () if stack is None else (stack,)
+    format_name, lead = plan.format_of(name, spec), () if stack is None else (stack,)
+    leaf = abstract_leaf(format_name, spec.shape, spec.out, plan.dtype)
 
-    def one(x: Any, a: tuple[str | None, ...]) -> NamedSharding:
+    def one(x: Any, a: tuple[str | None, ...], stays: bool) -> NamedSharding:
         shape = (*lead, *x.shape) if isinstance(leaf, Weight) else None
-        return named_sharding(rules, mesh, a, memory_kind=memory, shape=shape)
+        return named_sharding(rules, mesh, a, memory_kind=None if stays else memory, shape=shape)
 
-    return jax.tree.map(one, leaf, _leaf_axes(format_name, spec, stacked=stack is not None))
+    return jax.tree.map(one, leaf, _leaf_axes(format_name, spec, stacked=stack is not None), plan.stays(name, spec))
 
 
 def _leaf_axes(format_name: str, spec: Spec, *, stacked: bool) -> Any:
@@ -208,16 +210,14 @@ class _Axes(tuple):
     """Axes names as one leaf: a subclass of tuple is not taken apart by tree.map."""
 
 
-def _encoded(
-    name: str, array: Any, format_name: str, spec: Spec, dtype: str, rules: Rules, mesh: Mesh, memory: str | None
-) -> Any:
+def _encoded(plan: Plan, name: str, array: Any, spec: Spec, rules: Rules, mesh: Mesh, memory: str | None) -> Any:
     """One parameter in its format and place; `array` is numpy, or a Weight of numpy arrays that is in its format already.
     Raises ValueError for numbers that the format does not hold."""
-    places = _places(format_name, spec, dtype, rules, mesh, memory)
+    places, format_name, dtype = _places(plan, name, spec, rules, mesh, memory), plan.format_of(name, spec), plan.dtype
     plain = spec.out is None or format_name == "dense"
     if isinstance(array, Weight) or (plain and array.dtype == jnp.dtype(dtype)):
         return jax.device_put(array, places)
-    on_device = _places(format_name, spec, dtype, rules, mesh, None)
+    on_device = _places(plan, name, spec, rules, mesh, None)
     raw = jax.device_put(array, named_sharding(rules, mesh, spec.axes))
     leaf = _encoder(format_name, spec.out, dtype, jax.tree.structure(on_device), tuple(jax.tree.leaves(on_device)))(raw)
     if not plain:
@@ -244,7 +244,7 @@ def abstract(architecture: Architecture, plan: Plan, mesh: Mesh) -> Any:
         return jax.tree.map(
             lambda x, where: jax.ShapeDtypeStruct((*lead, *x.shape), x.dtype, sharding=where),
             made,
-            _places(plan.format_of(name, spec), spec, plan.dtype, rules, mesh, memory, stack),
+            _places(plan, name, spec, rules, mesh, memory, stack),
         )
 
     outer = {name: leaf(name, spec, None) for name, spec in architecture.outer()[1].items()}

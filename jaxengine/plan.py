@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import difflib
 import fnmatch
 import functools
 import itertools
 import json
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 import jax
@@ -25,7 +26,7 @@ from jaxengine import formats
 from jaxengine.architecture import Architecture, Spec, segments
 from jaxengine.cache.base import Caching, empty
 from jaxengine.engine import bucket
-from jaxengine.homes.base import Part, home
+from jaxengine.homes.base import LISTED, Part, home
 from jaxengine.walk import REMAT
 from sharding.mesh import abstract_mesh
 from sharding.rules import RULES, Rules, check, named_sharding
@@ -47,7 +48,9 @@ class Plan:
     it, first match wins, e.g. (("lm_head", "int8"), ("layers.*.down", "dense")).
     home: where layers live; form: 'unrolled', 'scan', 'ahead' or 'python' ('' is the home's own); resident: under the homes
     'split' and 'disk', the number of layers, from the first on, that stand on the device; kept: under the home 'disk', the
-    number of layers after those that stand in host memory. kv_layout, kv_codec, kv_store: the cache.
+    number of layers after those that stand in host memory. stay: name patterns, e.g. 'k' or 'layers.*.k', of parameters that
+    stand on the device although their layers are streamed from host memory, besides those that always do (`stays`).
+    kv_layout, kv_codec, kv_store: the cache.
     sharding: a named table of rules; rules: (logical axis, mesh axis or None) pairs that go before it.
     mesh: e.g. 'data=2,tensor=4' ('' is one device). remat: when fine-tuning, what is kept of a layer for its way back
     ('' is 'full'; walk.REMAT). chunk: tokens of a prompt that each layer reads at a time, a power of
@@ -61,6 +64,7 @@ class Plan:
     form: str = ""
     resident: int = 0
     kept: int = 0
+    stay: tuple[str, ...] = ()
     kv_layout: str = "window"
     kv_codec: str = "raw"
     kv_store: str = "device"
@@ -90,6 +94,9 @@ class Plan:
                 f"Plan: home is {self.home!r} and kept is {self.kept}; layers are kept in host memory under home='disk', and"
                 f" under home='host' all are"
             )
+        if isinstance(self.stay, str) or not all(isinstance(p, str) and p for p in self.stay):
+            raise ValueError(f"Plan: stay is {self.stay!r}; it is a tuple of name patterns, e.g. ('k', 'v')")
+        object.__setattr__(self, "stay", tuple(self.stay))
         if self.sharding not in RULES:
             raise ValueError(f"Plan: sharding is {self.sharding!r}; the tables are {', '.join(RULES)}")
         if self.chunk and (self.chunk < 16 or self.chunk > 2048 or self.chunk & (self.chunk - 1)):
@@ -116,11 +123,13 @@ class Plan:
         return self.form or home(self.home).FORM
 
     def parts(self, architecture: Architecture) -> tuple[Part, ...]:
-        """The banks that the layers make, in order: runs of like layers of one home.
+        """The banks that the layers make, in order: runs of like layers of one home. Where layers are stacked, those whose
+        matrices stand in different formats are as unlike as those of different kinds.
 
         Raises ValueError where more layers are to be resident or kept than there are others beside them.
         """
         kinds, r, k = architecture.kinds, self.resident, self.kept
+        like = _likeness(architecture, self.weights, self.weight_rules)
         if r + k and r + k >= len(kinds):
             said = f"{r} of {len(kinds)} layers are resident" + (f" and {k} kept in host memory" if k else "")
             raise ValueError(
@@ -129,12 +138,14 @@ class Plan:
             )
 
         def parts(first: int, last: int, name: str, form: str) -> Iterator[Part]:
-            for s in segments(kinds[first:last]):
+            stacked = form not in LISTED
+            for s in segments((like if stacked else kinds)[first:last]):
                 # a loop of one turn XLA takes apart, and then it cannot place its slices of host memory; 'ahead' loops
                 # over one turn less than there are
                 alone = s.repeats == 1 and form != "python"
                 taken = "unrolled" if alone else "scan" if s.repeats == 2 and form == "ahead" else form
-                yield Part(s.kinds, s.repeats, first + s.start, name, taken)
+                period = kinds[first + s.start :][: len(s.kinds)]
+                yield Part(period, s.repeats, first + s.start, name, taken)
 
         rest, kept = home(self.home).REST, home(self.home).KEPT
         return (
@@ -158,6 +169,20 @@ class Plan:
             return "dense"
         return self.weights
 
+    def stays(self, name: str, spec: Spec) -> Any:
+        """For each array of a layer's parameter, whether it stands on the device where the layer is streamed from host
+        memory: a tree of bools. (A layer that is read from disk comes in one piece, and nothing of it stays.)
+
+        What has at most one number for each row of a matrix stays: norms, biases, and the scales of formats that have one a
+        row. Each such array would be a copy of its own in every pass, a few KB long, where starting one takes as long as
+        moving some 200 KB; on the device they are a thousandth of the layers. Of the rest, what `stay` names does.
+        """
+        leaf = abstract_leaf(self.format_of(name, spec), spec.shape, spec.out, self.dtype)
+        if spec.out is None or any(_names(pattern, name) for pattern in self.stay):
+            return jax.tree.map(lambda _: True, leaf)
+        rows = math.prod(spec.shape[: spec.out])
+        return jax.tree.map(lambda x: x.size <= rows, leaf)
+
     def to_json(self) -> str:
         """As JSON text, every field written out."""
         return json.dumps(dataclasses.asdict(self), indent=2)
@@ -175,12 +200,15 @@ class Plan:
             rows = name in ("weight_rules", "rules")
             if rows and not (isinstance(given, list) and all(isinstance(r, list) for r in given)):
                 raise ValueError(f"Plan: {name} is {given!r}; it is a list of lists, e.g. [['lm_head', 'int8']]")
+            if name == "stay" and not (isinstance(given, list) and all(isinstance(p, str) for p in given)):
+                raise ValueError(f"Plan: stay is {given!r}; it is a list of name patterns, e.g. ['k', 'v']")
             number = name in ("resident", "kept", "chunk")
             if number and (not isinstance(given, int) or isinstance(given, bool) or given < 0):
                 raise ValueError(f"Plan: {name} is {given!r}; it is a whole number")
-            if not rows and not number and not isinstance(given, str):
+            if not rows and not number and name != "stay" and not isinstance(given, str):
                 raise ValueError(f"Plan: {name} is {given!r}; it is a string")
-            raw[name] = tuple(tuple(r) for r in given) if isinstance(given, list) else given
+            if isinstance(given, list):
+                raw[name] = tuple(tuple(r) if rows else r for r in given)
         return cls(**raw)
 
     def __str__(self) -> str:
@@ -188,6 +216,59 @@ class Plan:
         rows = [(n, self.resolved_form if n == "form" else v if v != "" and v != () else "-") for n, v in rows]
         width = max(len(n) for n, _ in rows)
         return "\n".join(f"{n:<{width}}  {v}" for n, v in rows)
+
+
+@functools.cache
+def _likeness(
+    architecture: Architecture, weights: str, weight_rules: tuple[tuple[str, str], ...]
+) -> tuple[Hashable, ...]:
+    """Of each layer what it must have in common with another to stand in one stack with it: its kind, and its formats."""
+    if not weight_rules:
+        return architecture.kinds
+    plan = Plan(weights=weights, weight_rules=weight_rules)
+    return tuple(
+        (kind, tuple(plan.format_of(f"layers.{i}.{n}", s) for n, s in architecture.block(kind)[1].items()))
+        for i, kind in enumerate(architecture.kinds)
+    )
+
+
+def _names(pattern: str, name: str) -> bool:
+    """Whether a pattern names a layer's parameter: by 'layers.3.q', or by 'q' alone."""
+    return any(fnmatch.fnmatchcase(n, pattern) for n in (name, re.sub(r"^layers\.\d+\.", "", name)))
+
+
+def check_stay(architecture: Architecture, plan: Plan) -> None:
+    """Refuse patterns of what stays on the device that name nothing, or not the same in all layers."""
+    names = [n for n in architecture.specs() if n.startswith("layers.")]
+    every = sorted({re.sub(r"^layers\.\d+\.", "", n) for n in names})
+    for pattern in plan.stay:
+        if not any(_names(pattern, n) for n in names):
+            outer = [n for n in architecture.outer()[1] if fnmatch.fnmatchcase(n, pattern)]
+            said = f"matches only {', '.join(outer)}, outside the layers, where all is on the device" if outer else ""
+            last = re.sub(r"^layers\.[^.]*\.", "", pattern)
+            near = difflib.get_close_matches(last, every, n=1, cutoff=0.0)[0]
+            raise ValueError(
+                f"stay: {pattern!r} {said or 'matches no parameter of a layer'}; a layer's are {', '.join(every)}. Nearest:"
+                f" {near!r}"
+            )
+        for kind in set(architecture.kinds):
+            layers = [i for i, k in enumerate(architecture.kinds) if k == kind]
+            for name in architecture.block(kind)[1]:
+                chosen = [i for i in layers if _names(pattern, f"layers.{i}.{name}")]
+                if chosen and chosen != layers:
+                    raise ValueError(
+                        f"stay: {pattern!r} names {name} in {len(chosen)} of {len(layers)} like layers, and like layers stand"
+                        f" together: say {name!r} for all of them, or home='split' with resident= for whole layers"
+                    )
+    if why := _idle_stay(plan):
+        raise ValueError(f"stay is {plan.stay!r}, and {why}: leave it out, or say kept= or home='host'")
+
+
+def _idle_stay(plan: Plan) -> str:
+    """Why what is to stay could not: '' where it can."""
+    if plan.stay and home(plan.home).TIER == "disk" and not plan.kept:
+        return "layers come from disk in one piece, none being kept in host memory"
+    return ""
 
 
 @functools.cache
@@ -239,15 +320,20 @@ def on_one(plan: Plan, axes: tuple[str | None, ...], shape: tuple[int, ...]) -> 
 
 def shard_bytes(plan: Plan, name: str, spec: Spec) -> int:
     """Bytes that one device of the plan's mesh has of a parameter."""
-    if not plan.mesh:
-        return parameter_bytes(plan, name, spec)
+    return sum(_array_bytes(plan, name, spec))
+
+
+def _array_bytes(plan: Plan, name: str, spec: Spec) -> list[int]:
+    """The same, array by array."""
     stored = plan.format_of(name, spec)
     leaf, axes = abstract_leaf(stored, spec.shape, spec.out, plan.dtype), spec.axes
+    if not plan.mesh:
+        return [math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(leaf)]
     if spec.out is not None:
         axes = formats.find(stored).leaf_axes(spec.axes, spec.out)
     is_axes = lambda a: isinstance(a, tuple) and all(n is None or isinstance(n, str) for n in a)  # noqa: E731
     each = zip(jax.tree.leaves(leaf), jax.tree.leaves(axes, is_leaf=is_axes), strict=True)
-    return sum(math.prod(on_one(plan, a, x.shape)) * x.dtype.itemsize for x, a in each)
+    return [math.prod(on_one(plan, a, x.shape)) * x.dtype.itemsize for x, a in each]
 
 
 def layer_bytes(architecture: Architecture, plan: Plan) -> list[int]:
@@ -255,28 +341,46 @@ def layer_bytes(architecture: Architecture, plan: Plan) -> list[int]:
     return list(_stored_bytes(architecture, _formats_alone(plan))[1])
 
 
+def staying_bytes(architecture: Architecture, plan: Plan) -> list[int]:
+    """Of `layer_bytes`, those that stand on the device where a layer is streamed from host memory: see `Plan.stays`."""
+    return list(_stored_bytes(architecture, _formats_alone(plan))[2])
+
+
+def brought_bytes(architecture: Architecture, plan: Plan) -> list[int]:
+    """Of `layer_bytes`, those that are brought to the device in every pass; of resident layers none."""
+    found: list[int] = []
+    for part in plan.parts(architecture):
+        tier, here = home(part.home).TIER, slice(part.start, part.start + part.num_layers)
+        each = zip(layer_bytes(architecture, plan)[here], staying_bytes(architecture, plan)[here], strict=True)
+        found += [{"device": 0, "host": whole - stays, "disk": whole}[tier] for whole, stays in each]
+    return found
+
+
 def weight_bytes(architecture: Architecture, plan: Plan) -> dict[str, int]:
     """Bytes of the stored parameters, by part: 'outer' (before and after the layers), 'layers', 'largest_layer'; those of
     one device where the plan has a mesh."""
-    outer, each = _stored_bytes(architecture, _formats_alone(plan))
+    outer, each, _ = _stored_bytes(architecture, _formats_alone(plan))
     return {"outer": outer, "layers": sum(each), "largest_layer": max(each, default=0)}
 
 
 def _formats_alone(plan: Plan) -> Plan:
     """What of a plan decides the bytes that are stored."""
-    names = ("dtype", "weights", "weight_rules", "sharding", "rules", "mesh")
+    names = ("dtype", "weights", "weight_rules", "sharding", "rules", "mesh", "stay")
     return Plan(**{name: getattr(plan, name) for name in names})
 
 
 @functools.cache  # a search for what fits asks for hundreds of plans of the same formats
-def _stored_bytes(architecture: Architecture, plan: Plan) -> tuple[int, tuple[int, ...]]:
-    """Of what stands outside the layers, and of each layer."""
+def _stored_bytes(architecture: Architecture, plan: Plan) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
+    """Of what stands outside the layers, of each layer, and of that what may stay."""
     outer = sum(shard_bytes(plan, n, s) for n, s in architecture.outer()[1].items())
-    each = (
-        sum(shard_bytes(plan, f"layers.{i}.{n}", s) for n, s in architecture.block(kind)[1].items())
-        for i, kind in enumerate(architecture.kinds)
-    )
-    return outer, tuple(each)
+    each, staying = [], []
+    for i, kind in enumerate(architecture.kinds):
+        specs = [(f"layers.{i}.{n}", s) for n, s in architecture.block(kind)[1].items()]
+        sizes = [b for name, s in specs for b in _array_bytes(plan, name, s)]
+        stays = [b for name, s in specs for b in jax.tree.leaves(plan.stays(name, s))]
+        each.append(sum(sizes))
+        staying.append(sum(b for b, there in zip(sizes, stays, strict=True) if there))
+    return outer, tuple(each), tuple(staying)
 
 
 def cache_bytes(architecture: Architecture, plan: Plan, *, batch: int, length: int) -> int:
@@ -303,21 +407,22 @@ def device_bytes(architecture: Architecture, plan: Plan, *, batch: int, length: 
 
 
 def resident_bytes(architecture: Architecture, plan: Plan) -> int:
-    """Bytes of the layers that stand on the device."""
+    """Bytes of the layers that stand on the device, what stays of streamed ones included."""
     return tier_bytes(architecture, plan)["device"]
 
 
 def tier_bytes(architecture: Architecture, plan: Plan) -> dict[str, int]:
     """Bytes of the layers by where they stand between passes: on the device, in host memory, on disk."""
-    each, found = layer_bytes(architecture, plan), {"device": 0, "host": 0, "disk": 0}
+    each, brought = layer_bytes(architecture, plan), brought_bytes(architecture, plan)
+    found = {"device": sum(each) - sum(brought), "host": 0, "disk": 0}
     for part in plan.parts(architecture):
-        found[home(part.home).TIER] += sum(each[part.start : part.start + part.num_layers])
+        found[home(part.home).TIER] += sum(brought[part.start : part.start + part.num_layers])
     return found
 
 
 def streamed_bytes(architecture: Architecture, plan: Plan) -> int:
     """Bytes of streamed layers that stand on the device at a time: see `device_bytes`."""
-    each, most = layer_bytes(architecture, plan), 0
+    each, most = brought_bytes(architecture, plan), 0
     for part in plan.parts(architecture):
         if home(part.home).TIER != "device":
             sizes = each[part.start : part.start + part.num_layers]
@@ -330,7 +435,8 @@ def activation_bytes(architecture: Architecture, plan: Plan, *, batch: int, toke
     """Bytes of temporaries while `batch` prompts of `tokens` tokens are read into a cache of `length`.
 
     What one layer holds at its widest: queries, keys, values and what attention makes of them, or the two halves of the
-    feed-forward block; the residual stream twice. Attention keeps no scores but those of some blocks where it runs in XLA
+    feed-forward block; the residual stream twice. A matrix that is scanned goes when it has been used, so that attention's are
+    not there beside the halves. Attention keeps no scores but those of some blocks where it runs in XLA
     (float32; a card below sm_80). Under a chunk, T is the chunk. The compiler's own figure differs with the card.
     """
     size = jnp.dtype(plan.dtype).itemsize
@@ -356,12 +462,54 @@ def activation_bytes(architecture: Architecture, plan: Plan, *, batch: int, toke
         read_again = batch * S * 2 * K * H * size if chunk else 0  # slots as attention takes them
         scores = min((4 + size) * rows * S * N, SCORES) if plan.dtype == "float32" or rows * N <= 32 * K * batch else 0
         attending = scores + read_again + rows * (3 * N + 2 * K) * H * size
+        if _scanned_alone(plan, parts):  # keys' and values' matrices go when those are there; angles stand meanwhile
+            gone = _matrices_bytes(architecture, plan, kind, "kv_heads")[0]
+            attending = max(rows * (N + 2 * K) * H * size, attending - sum(gone)) + 4 * rows * H
         # of layers that are written out more stands than one needs: XLA runs one's products beside another's
-        halves = max(2 * rows * F * size, 4 * rows * F * size - beside if listed else 0)
+        halves = max(_halves_bytes(architecture, plan, kind, rows), 4 * rows * F * size - beside if listed else 0)
         # partial products of a matrix that is split along what it contracts, summed over devices in float32
         sums = (1 if beside else 3) * rows * D * 4 if dims["mlp"] > F else 0
         widest = max(widest, 2 * batch * tokens * D * size + max(attending, halves) + sums)
-    return widest + _gathered_bytes(architecture, plan)
+    return widest + 16 * batch * tokens + _gathered_bytes(architecture, plan)  # ids, positions
+
+
+def width(architecture: Architecture) -> int:
+    """Of the residual stream, D: a family's config may have another name for it."""
+    specs = architecture.block(architecture.kinds[0])[1].values()
+    return next(n for s in specs for a, n in zip(s.axes, s.shape, strict=True) if a == "embed")
+
+
+def _halves_bytes(architecture: Architecture, plan: Plan, kind: Any, rows: int) -> int:
+    """Bytes at the widest of a feed-forward block, beyond those of its streamed layer (`streamed_bytes`).
+
+    Both halves, the matrices being all there; or, where like layers are scanned, read in one piece and in no format, the
+    block's matrices and one half, and then its last two and both halves, with the normed stream that they are made of.
+    """
+    specs, size = architecture.block(kind)[1], jnp.dtype(plan.dtype).itemsize
+    F = next(n for s in specs.values() for a, n in zip(s.axes, s.shape, strict=True) if a == "mlp")
+    half = rows * on_one(plan, ("mlp",), (F,))[0] * size
+    if not _scanned_alone(plan, plan.parts(architecture)):
+        return 2 * half
+    ins, outs = _matrices_bytes(architecture, plan, kind, "mlp")
+    normed = rows * width(architecture) * size
+    peak = max(sum(ins) + sum(outs) + half, max(ins) + sum(outs) + 2 * half) + normed
+    return max(peak - streamed_bytes(architecture, plan), 0)
+
+
+def _scanned_alone(plan: Plan, parts: tuple[Part, ...]) -> bool:
+    """Whether streamed layers are alike and scanned, hold plain matrices, and read a prompt in one piece on one device: each
+    matrix of a layer is then there from the layer's beginning to its own use."""
+    streamed = [p for p in parts if home(p.home).TIER != "device"]
+    plain = not (plan.chunk or plan.mesh or plan.weights != "dense" or plan.weight_rules or plan.stay)
+    return plain and bool(streamed) and all((p.home, p.form, len(p.kinds)) == ("host", "scan", 1) for p in streamed)
+
+
+def _matrices_bytes(architecture: Architecture, plan: Plan, kind: Any, axis: str) -> tuple[list[int], list[int]]:
+    """Bytes of a layer's plain matrices that give this axis, and of those that take it."""
+    size = jnp.dtype(plan.dtype).itemsize
+    found = [s for s in architecture.block(kind)[1].values() if s.out is not None]
+    gives = [math.prod(s.shape) * size for s in found if axis in s.axes[: s.out]]
+    return gives, [math.prod(s.shape) * size for s in found if axis in s.axes[s.out :]]
 
 
 def gathered(plan: Plan) -> Plan:
@@ -374,7 +522,7 @@ def gathered(plan: Plan) -> Plan:
 def _gathered_bytes(architecture: Architecture, plan: Plan) -> int:
     """Bytes of layers that are split over devices by their inputs (fsdp) and whole while they are used: of those that are
     written out all, since nothing keeps XLA from bringing them together early, of others one."""
-    if plan.mesh == "" or on_one(plan, ("embed",), (D := architecture.config.hidden_size,)) == (D,):
+    if plan.mesh == "" or on_one(plan, ("embed",), (D := width(architecture),)) == (D,):
         return 0
     # a quantised layer is decoded before it is brought together, as XLA has it
     most, each = 0, layer_bytes(architecture, dataclasses.replace(gathered(plan), weights="dense", weight_rules=()))
@@ -409,9 +557,9 @@ def show_bytes(n: int) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Need:
-    """Bytes by what they are for. Device (each of a mesh): embeddings and head, resident layers, streamed layers while they
-    are there, KV cache, activations (of reading a prompt, or of a step). Host: streamed layers, pinned, and the buffers
-    that a disk is read into. Disk: the layers that are read from it.
+    """Bytes by what they are for. Device (each of a mesh): embeddings and head, resident layers and what stays of streamed
+    ones, streamed layers while they are there, KV cache, activations (of reading a prompt, or of a step). Host: streamed
+    layers, pinned, and the buffers that a disk is read into. Disk: the layers that are read from it.
 
     When fine-tuning, also on the device: what is trained beside those, its gradient, the optimizer's state, and what is
     kept of each layer for its way back; and in host memory what of these stands there.
@@ -479,7 +627,7 @@ def variants(
     def of(**given: Any) -> Variant:
         made = dataclasses.replace(plan, **({"form": "", "resident": 0, "kept": 0} | given))
         n = need(architecture, made, batch=batch, context=context)
-        refused = ""
+        refused = _idle_stay(made)
         if n.device > memory:
             refused = f"{show_bytes(n.device - memory)} over on the device"
         elif ram is not None and n.host > ram:

@@ -13,6 +13,7 @@ import dataclasses
 import math
 import operator
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from jaxengine.plan import (
     Plan,
     Variant,
     check_mesh,
+    check_stay,
     gathered,
     mesh_of,
     on_one,
@@ -80,7 +82,10 @@ class Candidate:
         """'split, 12 resident, ahead, chunk 512, int8'."""
         p = self.plan
         said = [p.home, f"{p.resident} resident" if p.resident else "", p.form]
-        said += [f"{p.kept} kept" if p.kept else ""]
+        said += [
+            f"{p.kept} kept" if p.kept else "",
+            f"{' and '.join(p.stay)} stay" if p.stay and p.home != "device" else "",
+        ]
         said += [f"chunk {p.chunk}" if p.chunk else "", p.weights if p.weights != "dense" else ""]
         said += [f"kv {p.kv_codec}" if p.kv_codec != "raw" else "", f"remat {p.remat}" if p.remat else ""]
         return ", ".join(s for s in said if s)
@@ -352,6 +357,7 @@ def plan_for(
     if plan.mesh and task != "generate":
         raise ValueError(f"mesh is {plan.mesh!r}; task {task!r} is planned for one card, and 'generate' for several")
     check_mesh(architecture, plan)
+    check_stay(architecture, plan)
     if memory is not None and memory > card.usable:
         raise ValueError(
             f"memory is {show_bytes(memory)}, and a process can have {show_bytes(card.usable)} of a {card.name}: give that"
@@ -386,6 +392,7 @@ def plan_folder(
     weights: str | None = None,
     dtype: str | None = None,
     kv: str = "raw",
+    stay: Sequence[str] = (),
     mesh: str = "",
     sharding: str = "single",
     disk_rate: str | int = int(DISK_RATE),
@@ -393,8 +400,8 @@ def plan_folder(
     """`plan_for` a checkpoint folder and a card by its name or numbers ('rtx4090').
 
     Of the folder config.json is read, and where its weights are stored quantised their formats. Sizes as `jaxengine.load`
-    takes them; weights: the format of the others (dense); dtype: the config's, if not given; mesh: 'tensor=2' for two such
-    cards, split as the table `sharding` says. `picture.figure` draws the
+    takes them, and `stay`; weights: the format of the others (dense); dtype: the config's, if not given; mesh: 'tensor=2' for
+    two such cards, split as the table `sharding` says. `picture.figure` draws the
     outcome, and `proof.prove` compiles what was chosen. Raises ValueError for what `plan_for` refuses and for an unknown
     card.
     """
@@ -411,8 +418,9 @@ def plan_folder(
         raise ValueError(f"dtype is {named!r} in config.json and none is given; say dtype {', '.join(DTYPES)}")
     start = Plan(weights=weights or "dense") if stored is None else stored
     plan = Plan(
-        dtype=named, weights=start.weights, weight_rules=start.weight_rules, kv_codec=kv, mesh=mesh, sharding=sharding
-    )
+        dtype=named, weights=start.weights, weight_rules=start.weight_rules, kv_codec=kv, stay=tuple(stay), mesh=mesh,
+        sharding=sharding,
+    )  # fmt: skip
     return plan_for(
         found, plan, card, batch=batch, context=context, task=task,
         memory=None if memory is None else parse_bytes(memory), ram=None if ram is None else parse_bytes(ram, "ram"),

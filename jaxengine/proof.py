@@ -21,7 +21,7 @@ from jaxengine.architecture import Architecture
 from jaxengine.engine import Engine
 from jaxengine.finetune import planning as tuning
 from jaxengine.homes.base import home
-from jaxengine.plan import Plan, cache_bytes, layer_bytes, mesh_of, resident_bytes, weight_bytes
+from jaxengine.plan import Plan, brought_bytes, cache_bytes, mesh_of, resident_bytes, weight_bytes
 from pallas_kernels import aot
 from pallas_kernels.audit import Report, audit
 from pallas_kernels.cards import Card
@@ -96,7 +96,7 @@ def programs(
     first = next(i for i, bank in enumerate(params["banks"]) if bank.outside)
     cache_size = cache_bytes(architecture, plan, batch=batch, length=length)
     standing = weight_bytes(architecture, plan)["outer"] + resident_bytes(architecture, plan) + cache_size
-    each = layer_bytes(architecture, plan)
+    each = brought_bytes(architecture, plan)
     streamed = max(
         max(each[p.start : p.start + p.num_layers])
         for p in plan.parts(architecture)
@@ -182,7 +182,9 @@ def prove(
             compiled = target.compile(called.program.on("gpu"), *called.static, *target.place(called.abstract))
             device = called.device_bytes(compiled)
             limit = None if memory is None else memory - (device - aot.device_bytes(compiled))
-            report = audit(compiled, device_limit=limit, in_place=home(plan.home).TIER != "device")
+            # what comes into layers is kept in host memory under remat 'offload', and is no argument
+            in_place = home(plan.home).TIER != "device" and not (task != "generate" and plan.remat == "offload")
+            report = audit(compiled, device_limit=limit, in_place=in_place)
             if "ahead" in {part.form for part in plan.parts(architecture)}:
                 report = dataclasses.replace(report, problems=(*report.problems, *exposed(report)))
             temporaries = compiled.memory_analysis().temp_size_in_bytes

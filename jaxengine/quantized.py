@@ -22,6 +22,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, cast
 
+import jax
 import ml_dtypes
 import numpy as np
 
@@ -38,6 +39,7 @@ LARGEST_GROUP = {"int8": 128, "nf4": 128}  # inputs; 256 in the other integer fo
 SMALLEST_GROUP = {"nf4": 32}  # 16 in the others
 FP8 = {np.dtype(ml_dtypes.float8_e4m3fn).name: "e4m3", np.dtype(ml_dtypes.float8_e5m2).name: "e5m2"}
 BLOCK = 128  # of fp8 in blocks
+PIECE = 2**21  # weights that are unpacked at a time
 
 
 class View:
@@ -189,12 +191,13 @@ class Quantized:
             held = {n: s for n in names if (s := self._stored_of(n)) is not None}
             if not held:
                 continue
-            # layers that differ in no more than this can stand in one stack
-            affine = any(s.affine for s in held.values())
-            scales = {s.scale for s in held.values()}
-            scale = scales.pop() if len(scales) == 1 else "float32"
-            order = any(s.name in self._ordered and n not in absorbing for n, s in held.items())
             for name, stored in held.items():
+                # layers that differ in no more than this can stand in one stack
+                like = {n: s for n, s in held.items() if (s.kind, s.group) == (stored.kind, stored.group)}
+                affine = any(s.affine for s in like.values())
+                scales = {s.scale for s in like.values()}
+                scale = scales.pop() if len(scales) == 1 else "float32"
+                order = any(s.name in self._ordered and n not in absorbing for n, s in like.items())
                 try:
                     self._check_rows(name, stored)
                     self._formats[name] = _format(stored, scale, affine=affine, order=order)
@@ -212,10 +215,11 @@ class Quantized:
                 continue
             chosen = [self._formats.get(n, "dense") for n in names]
             usual = "dense" if layer_of(names[0]) is None else weights
-            if len(set(chosen)) == 1 and len(names) > 1:
-                rules += [("layers.*." + stack.split(".", 1)[1], chosen[0])] if chosen[0] != usual else []
-            else:
-                rules += [(n, f) for n, f in zip(names, chosen, strict=True) if f != usual]
+            # the layers that differ come first: the first match wins
+            most = collections.Counter(chosen).most_common(1)[0][0]
+            rules += [(n, f) for n, f in zip(names, chosen, strict=True) if f != most]
+            if most != usual:
+                rules.append((stack if layer_of(names[0]) is None else "layers.*." + stack.split(".", 1)[1], most))
         return Plan(dtype=self._dtype(), weights=weights, weight_rules=tuple(rules))
 
     def _order(self, stored: Stored) -> np.ndarray | None:
@@ -254,15 +258,34 @@ class Quantized:
         if stored is None:
             array = self._plain.read(name)
             return array if order is None else np.ascontiguousarray(array[order])
-        matrix = self._method.read(self._tensors, stored, self._rows(name))
-        if name in self._absorbed.values():
-            matrix = dataclasses.replace(matrix, perm=None)
-        if order is not None:
-            matrix = matrix.rows(order)
+        spec, rows = self._specs[name], self._rows(name)
         try:
-            return _pack(self._formats[name], stored, matrix, self._specs[name])
+            if stored.by_rows and order is None:
+                return self._by_rows(name, stored, spec, rows)
+            matrix = self._method.read(self._tensors, stored, rows)
+            if name in self._absorbed.values():
+                matrix = dataclasses.replace(matrix, perm=None)
+            if order is not None:
+                matrix = matrix.rows(order)
+            return _pack(self._formats[name], stored, matrix, spec)
         except ValueError as error:
             raise CheckpointError(f"{stored.name} in {self.folder}: {error}") from error
+
+    def _by_rows(self, name: str, stored: Stored, spec: Spec, rows: slice) -> Any:
+        """A few rows after others: unpacked codes, and what is made on the way, are several times the bytes of packed ones."""
+        assert spec.out is not None
+        whole: Any = None
+        for start in range(rows.start, rows.stop, step := max(1, PIECE // stored.inputs)):
+            some = slice(start, min(start + step, rows.stop))
+            matrix = self._method.read(self._tensors, stored, some)
+            shape = (some.stop - some.start, *spec.shape[spec.out :])
+            part = _pack(self._formats[name], stored, matrix, dataclasses.replace(spec, shape=shape, out=1))
+            if whole is None:
+                count = rows.stop - rows.start
+                whole = jax.tree.map(lambda a, n=count: np.empty((n, *a.shape[1:]), a.dtype), part)
+            at = slice(some.start - rows.start, some.stop - rows.start)
+            jax.tree.map(lambda w, p, at=at: w.__setitem__(at, p), whole, part)
+        return jax.tree.map(lambda a: a.reshape(*spec.shape[: spec.out], *a.shape[1:]), whole)
 
     def dtype(self, name: str) -> np.dtype:
         """The file's dtype; of a packed matrix, the plan's."""

@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -25,7 +26,7 @@ import numpy as np
 
 from checkpoints.errors import CheckpointError, listing
 from checkpoints.safetensors import Reader, aligned_empty
-from jaxengine.architecture import Architecture, Spec
+from jaxengine.architecture import Architecture
 from jaxengine.plan import Plan, abstract_leaf
 
 if TYPE_CHECKING:
@@ -187,12 +188,13 @@ class Orbax:
     """A folder that `Model.save(folder, format='orbax')` or `convert` wrote: config.json, the plan, and orbax/."""
 
     def __init__(self, folder: Path, architecture: Architecture):
-        self.folder, self.architecture, self._specs = folder, architecture, architecture.specs()
+        self.folder, self.architecture = folder, architecture
         self.plan: Plan | None = saved_plan(folder)
         if self.plan is None:
             raise CheckpointError(f"{folder} has {ORBAX}/ but no {PLAN}, which says in which formats its weights are")
         from checkpoints.orbax import OrbaxReader  # two seconds of import, for those who use it
 
+        self._names = stored_names(architecture, self.plan)
         self._reader = OrbaxReader.open(folder / ORBAX)
         try:
             self._check(architecture)
@@ -224,18 +226,14 @@ class Orbax:
 
     def read(self, name: str) -> Any:
         """One parameter: an array, or a Weight of numpy arrays."""
-        leaf, layer = self._leaf(name), layer_of(name)
-        return jax.tree.map(lambda n: self._reader.read(n, layer), leaf)
+        leaf, place = self._names[name]
+        return jax.tree.map(lambda n: self._reader.read(n, place), leaf)
 
     def dtype(self, name: str) -> np.dtype:
         """The stored dtype; of a quantised weight, the plan's."""
-        leaf = self._leaf(name)
+        leaf, _ = self._names[name]
         assert self.plan is not None
         return np.dtype(self._reader.info(leaf).dtype if isinstance(leaf, str) else self.plan.dtype)
-
-    def _leaf(self, name: str) -> Any:
-        assert self.plan is not None
-        return stored_names(name, self._specs[name], self.plan)
 
     def origin(self, config: dict[str, Any]) -> Origin:
         """The folder; its files were never split."""
@@ -270,13 +268,15 @@ def _open_gguf(path: Path, architecture: Architecture) -> Source:
 
 
 def gguf_file(folder: Path) -> Path | None:
-    """The folder's GGUF file, where it has one and no config.json; CheckpointError for several."""
+    """What is a GGUF file itself; the folder's, where it has one and no config.json; CheckpointError for several."""
+    if folder.suffix == ".gguf" and folder.is_file():
+        return folder
     if not folder.is_dir() or (folder / "config.json").is_file() or not (found := sorted(folder.glob("*.gguf"))):
         return None
     if len(found) > 1:
         raise CheckpointError(
-            f"{folder} has no config.json and {len(found)} GGUF files; leave the one to load in a folder of its"
-            f" own:{listing([p.name for p in found])}"
+            f"{folder} has no config.json and {len(found)} GGUF files; give the path of the one to load:"
+            f"{listing([p.name for p in found])}"
         )
     return found[0]
 
@@ -292,7 +292,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not folder.is_dir():
         raise CheckpointError(
-            f"{folder} is not a folder; give a Hugging Face checkpoint folder (config.json and *.safetensors)"
+            f"{folder} is not a folder; give a Hugging Face checkpoint folder (config.json and *.safetensors), or a .gguf file"
         )
     if not path.is_file():
         raise CheckpointError(f"{folder} has no config.json; a Hugging Face checkpoint folder has one")
@@ -330,13 +330,28 @@ def stacked_name(name: str) -> str:
     return name if layer_of(name) is None else "layers." + name.split(".", 2)[2]
 
 
-def stored_names(name: str, spec: Spec, plan: Plan) -> Any:
-    """The tree of a parameter's leaves with each one's name on disk: 'layers.q', or 'layers.q.codes' and '.scale'."""
-    leaf = abstract_leaf(plan.format_of(name, spec), spec.shape, spec.out, plan.dtype)
-    found, tree = jax.tree.flatten_with_path(leaf)
-    return jax.tree.unflatten(
-        tree, [stacked_name(name) + "".join(f".{getattr(k, 'name', k)}" for k in path) for path, _ in found]
-    )
+def stored_names(architecture: Architecture, plan: Plan) -> dict[str, tuple[Any, int | None]]:
+    """{parameter: (the tree of its leaves with each one's name on disk, its place in the stack of that name)}.
+
+    'layers.q', or 'layers.q.codes' and '.scale'. Layers of one format are one stack; where a parameter has several, a stack
+    is named after its own: 'layers.down.int4-group_size-32.codes'. The place is None for what stands outside the layers.
+    """
+    specs = architecture.specs()
+    stacks: dict[str, dict[str, list[str]]] = {}
+    for name, spec in specs.items():
+        stacks.setdefault(stacked_name(name), {}).setdefault(plan.format_of(name, spec), []).append(name)
+    found: dict[str, tuple[Any, int | None]] = {}
+    for stack, held in stacks.items():
+        for text, names in held.items():
+            spec = specs[names[0]]
+            leaf = abstract_leaf(text, spec.shape, spec.out, plan.dtype)
+            called = stack if len(held) == 1 else f"{stack}.{re.sub('[:,=]', '-', text)}"
+            paths, tree = jax.tree.flatten_with_path(leaf)
+            leaves = jax.tree.unflatten(
+                tree, [called + "".join(f".{getattr(k, 'name', k)}" for k in p) for p, _ in paths]
+            )
+            found |= {name: (leaves, None if layer_of(name) is None else i) for i, name in enumerate(names)}
+    return {name: found[name] for name in specs}
 
 
 def stored_tensors(
@@ -344,33 +359,21 @@ def stored_tensors(
 ) -> dict[str, Stored]:
     """Every array of an orbax checkpoint of this model under this plan's formats; dtype_of: the plan's if not given.
 
-    Raises ValueError where layers cannot be stacked because they have different dtypes, or formats under the plan.
+    Raises ValueError where layers cannot be stacked because they have different dtypes.
     """
     from checkpoints.orbax import Stored
 
     found: dict[str, Stored] = {}
-    dtypes = dict.fromkeys(architecture.specs(), plan.dtype)
+    specs = architecture.specs()
+    dtypes = dict.fromkeys(specs, plan.dtype)
     if dtype_of is not None:
         dtypes = dtypes_of(architecture, dtype_of)
         _check_stacks(dtypes)
-    for name, spec in architecture.specs().items():
+    for name, (names, place) in stored_names(architecture, plan).items():
+        spec = specs[name]
         leaf = abstract_leaf(plan.format_of(name, spec), spec.shape, spec.out, dtypes[name])
-        layers = None if layer_of(name) is None else architecture.num_layers
-        names = stored_names(name, spec, plan)
         for n, x in zip(jax.tree.leaves(names), jax.tree.leaves(leaf), strict=True):
-            made = Stored(x.shape, np.dtype(x.dtype), layers)
-            if found.setdefault(n, made) != made:
-                raise ValueError(
-                    f"orbax: layers are stacked, and {stacked_name(name)} has another format in {name} than in layer 0;"
-                    f" give all layers of it one format in weight_rules"
-                )
-    counts = {n: 0 for n, s in found.items() if s.layers is not None}
-    for name, spec in architecture.specs().items():
-        if layer_of(name) is not None:
-            for n in jax.tree.leaves(stored_names(name, spec, plan)):
-                counts[n] += 1
-    if short := [n for n, k in counts.items() if k != architecture.num_layers]:
-        raise ValueError(f"orbax: layers are stacked, and not all layers have {', '.join(short)} in one format")
+            found[n] = Stored(x.shape, np.dtype(x.dtype), None if place is None else place + 1)
     return found
 
 

@@ -6,10 +6,14 @@
 of one state for each layer where the bank is unrolled, a tuple of one stacked state for each kind where it is scanned.
 A scanned bank carries its stacked states through the loop and writes each layer's back in place: as scanned inputs and
 outputs they would stand twice.
+
+A body that uses traced values besides its arguments (where tokens stand) has them as its leaves: jax.tree_util.Partial(
+function, *values).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Hashable, Sequence
@@ -19,6 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.custom_derivatives import SymbolicZero
 
 from jaxengine.homes.base import Bank, home
 from jaxengine.weights.base import CONTRACTED
@@ -127,61 +132,301 @@ def _scanned(body: Body, carry: Any, bank: Bank, states: Any, remat: str) -> tup
             here = ahead
         return (i + 1, carry, tuple(new)), None
 
+    streamed = home(bank.home).TIER != "device"
+    if streamed and last and remat != "dots":
+        form = _Alternating(bank.home, bank.kinds, bank.repeats, remat == "offload")
+        return _with_way_back(form, body, bank.weights, states, carry)
     # backwards each streamed layer is fetched again; kept, all of them would stand on the device
-    if (policy := _policy(remat, home(bank.home).TIER != "device")) is not None:
+    if (policy := _policy(remat, streamed)) is not None:
         period = jax.checkpoint(period, policy=policy, prevent_cse=False)  # a scan is its own barrier
     (_, carry, states), _ = lax.scan(period, (jnp.int32(0), carry, states), bank.weights, length=bank.repeats)
     return carry, states
 
 
 def _ahead(body: Body, carry: Any, bank: Bank, states: Any, remat: str) -> tuple[Any, Any]:
-    """Each layer is fetched while the one before it is computed, over the border of a period too.
+    if remat == "dots":
+        raise ValueError(
+            f"form 'ahead' keeps of a layer what comes into it alone, and remat is {remat!r}: use remat='full', or form='scan'"
+        )
+    form = _OneAhead(bank.home, bank.kinds, bank.repeats, remat == "offload")
+    return _with_way_back(form, body, bank.weights, states, carry)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Alternating:
+    """A scan over a period of unlike streamed layers, for `_with_way_back`."""
+
+    home: str
+    kinds: tuple[Hashable, ...]
+    repeats: int
+    offload: bool
+
+    def forward(self, body: Any, weights: Any, states: Any, carry: Any, *, keep: bool) -> tuple[Any, Any]:
+        fetch, last = home(self.home).fetch, len(self.kinds) - 1
+
+        def period(loop: Any, slices: Any) -> tuple[Any, Any]:
+            i, carry, states = loop
+            here, new, entered = fetch(slices[0]), [], []
+            for j, (kind, stack) in enumerate(zip(self.kinds, states, strict=True)):
+                ahead = None
+                entered.append(_away(carry, self.offload) if keep else ())
+                if j < last:
+                    ahead, carry = _fetched_after(fetch, weights[j + 1], i, carry)
+                carry, state = body(kind, here, carry, _at(stack, i))
+                new.append(_put(stack, state, i))
+                here = ahead
+            return (i + 1, carry, tuple(new)), tuple(entered)
+
+        (_, carry, states), entered = lax.scan(period, (jnp.int32(0), carry, states), weights, length=self.repeats)
+        return (carry, states), entered
+
+    def backward(
+        self, body: Any, weights: Any, states: Any, entered: Any, wanted: Any, g: Any, of_states: Any
+    ) -> list[Any]:
+        fetch, (of_body, of_weights, of_held, of_carry) = home(self.home).fetch, wanted
+
+        def period(loop: Any, entered: Any) -> tuple[Any, Any]:
+            i, g, total = loop
+            here, g = _fetched_after(fetch, weights[-1], i, g)
+            found: list[Any] = [None] * len(self.kinds)
+            for j in reversed(range(len(self.kinds))):
+                ahead = None
+                if j:
+                    ahead, g = _fetched_after(fetch, weights[j - 1], i, g)
+                given = (body, here, _at(states[j], i), _back_again(entered[j], self.offload))
+                asked, came = (of_body, of_weights[j], of_held[j]), (g, _at(of_states[j], i))
+                more, *found[j], g = _layer_back(self.kinds[j], given, asked, came, weights[j])
+                total = jax.tree.map(jnp.add, total, more)
+                here = ahead
+            return (i - 1, g, total), tuple(found)
+
+        start = (jnp.int32(self.repeats - 1), g, [jnp.zeros_like(x) for x in _chosen(body, of_body)])
+        (_, g, total), found = lax.scan(period, start, entered, length=self.repeats, reverse=True)
+        return [*total, *(w for f in found for w in f[0]), *(s for f in found for s in f[1]), *_chosen(g, of_carry)]
+
+
+@dataclasses.dataclass(frozen=True)
+class _OneAhead:
+    """Each layer is fetched while the one before it is computed, over the border of a period too; for `_with_way_back`.
 
     The stacks have one layer less than there are turns, and that layer stands alone: the first kind's first, which is
     fetched before the loop, and the other kinds' last, which are used after it. All slices in the loop are therefore at
-    the loop's own index, which is what makes DMA copies of them.
+    the loop's own index, which is what makes DMA copies of them. The way back goes through the same: the last turn's other
+    kinds, in a loop the first kind of a turn and the other kinds of the one before it, and the first layer.
     """
-    if remat != "none":
-        raise ValueError(
-            f"form 'ahead' keeps all that it fetched for the way back, and remat is {remat!r}: use form='scan'"
-        )
-    fetch, last = home(bank.home).fetch, len(bank.kinds) - 1
-    ones, rests = tuple(w["one"] for w in bank.weights), tuple(w["rest"] for w in bank.weights)
 
-    def period(loop: Any, slices: Any) -> tuple[Any, None]:
-        i, carry, here, states = loop
-        new = []
-        for j, (kind, stack) in enumerate(zip(bank.kinds, states, strict=True)):
-            following = (j + 1) % len(bank.kinds)
-            if last:
-                ahead, carry = _ordered(fetch, rests[following], i, slices[following], carry)
-            else:
-                ahead = fetch(slices[0])
-            carry, state = body(kind, here, carry, _at(stack, i))
-            new.append(_put(stack, state, i))
+    home: str
+    kinds: tuple[Hashable, ...]
+    repeats: int
+    offload: bool
+
+    def forward(self, body: Any, weights: Any, states: Any, carry: Any, *, keep: bool) -> tuple[Any, Any]:
+        fetch, last, R = home(self.home).fetch, len(self.kinds) - 1, self.repeats
+        ones, rests = tuple(w["one"] for w in weights), tuple(w["rest"] for w in weights)
+
+        def kept(carry: Any) -> Any:
+            return _away(carry, self.offload) if keep else ()
+
+        def period(loop: Any, slices: Any) -> tuple[Any, Any]:
+            i, carry, here, states = loop
+            new, entered = [], []
+            for j, (kind, stack) in enumerate(zip(self.kinds, states, strict=True)):
+                following = (j + 1) % len(self.kinds)
+                entered.append(kept(carry))
+                if last:
+                    ahead, carry = _fetched_after(fetch, rests[following], i, carry)
+                else:
+                    ahead = fetch(slices[0])
+                carry, state = body(kind, here, carry, _at(stack, i))
+                new.append(_put(stack, state, i))
+                here = ahead
+            return (i + 1, carry, here, tuple(new)), (kept(carry), *entered[1:])
+
+        first = kept(carry)
+        loop = (jnp.int32(0), carry, fetch(ones[0]), states)
+        (_, carry, here, states), between = lax.scan(period, loop, rests, length=R - 1)
+        new, after = [], []
+        for j, (kind, stack) in enumerate(zip(self.kinds, states, strict=True)):
+            ahead = None
+            after.append(kept(carry))
+            if j < last:
+                one, carry = lax.optimization_barrier((ones[j + 1], carry))
+                ahead = fetch(one)
+            carry, state = body(kind, here, carry, _at(stack, R - 1))
+            new.append(_put(stack, state, R - 1))
             here = ahead
-        return (i + 1, carry, here, tuple(new)), None
+        return (carry, tuple(new)), (first, between, tuple(after[1:]))
 
-    loop = (jnp.int32(0), carry, fetch(ones[0]), states)
-    (_, carry, here, states), _ = lax.scan(period, loop, rests, length=bank.repeats - 1)
-    new = []
-    for j, (kind, stack) in enumerate(zip(bank.kinds, states, strict=True)):
-        ahead = None
-        if j < last:
-            one, carry = lax.optimization_barrier((ones[j + 1], carry))
-            ahead = fetch(one)
-        carry, state = body(kind, here, carry, _at(stack, bank.repeats - 1))
-        new.append(_put(stack, state, bank.repeats - 1))
-        here = ahead
-    return carry, tuple(new)
+    def backward(
+        self, body: Any, weights: Any, states: Any, entered: Any, wanted: Any, g: Any, of_states: Any
+    ) -> list[Any]:
+        fetch, (of_body, of_weights, of_held, of_carry) = home(self.home).fetch, wanted
+        ones, rests = tuple(w["one"] for w in weights), tuple(w["rest"] for w in weights)
+        (first, between, after), R, K = entered, self.repeats, len(self.kinds)
+
+        def through(j: int, turn: Any, here: Any, x: Any, g: Any, place: str) -> Any:
+            given = (body, here, _at(states[j], turn), _back_again(x, self.offload))
+            asked, came = (of_body, of_weights[j][place], of_held[j]), (g, _at(of_states[j], turn))
+            return _layer_back(self.kinds[j], given, asked, came, weights[j][place])
+
+        def alone(j: int, turn: int, x: Any, g: Any) -> Any:
+            one, g = lax.optimization_barrier((ones[j], g))
+            return through(j, turn, fetch(one), x, g, "one")
+
+        def period(loop: Any, between: Any) -> tuple[Any, Any]:
+            i, g, total = loop
+            order = [0, *reversed(range(1, K))]
+            here, g = _fetched_after(fetch, rests[0], i, g)
+            found: list[Any] = [None] * K
+            for j, following in zip(order, [*order[1:], None], strict=True):
+                ahead = None
+                if following is not None:
+                    ahead, g = _fetched_after(fetch, rests[following], i, g)
+                more, *found[j], g = through(j, i if j else i + 1, here, between[j], g, "rest")
+                total = jax.tree.map(jnp.add, total, more)
+                here = ahead
+            return (i - 1, g, total), tuple(found)
+
+        total, single = [jnp.zeros_like(x) for x in _chosen(body, of_body)], [[]] * K
+        for j in reversed(range(1, K)):
+            more, *single[j], g = alone(j, R - 1, after[j - 1], g)
+            total = jax.tree.map(jnp.add, total, more)
+        (_, g, total), found = lax.scan(period, (jnp.int32(R - 2), g, total), between, length=R - 1, reverse=True)
+        more, *single[0], g = alone(0, 0, first, g)
+        total = jax.tree.map(jnp.add, total, more)
+        of_all = [w for one, rest in zip(single, found, strict=True) for w in (*one[0], *rest[0])]
+        turns = []
+        for j, (one, rest) in enumerate(zip(single, found, strict=True)):
+            for alone_, stack in zip(one[1], rest[1], strict=True):
+                rows = (stack, alone_[None]) if j else (alone_[None], stack)
+                turns.append(jnp.concatenate(rows))
+        return [*total, *of_all, *turns, *_chosen(g, of_carry)]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Kept:
+    """What a way back needs: what the bank was given, what came into each layer, and which of the former's leaves have a
+    gradient."""
+
+    given: Any
+    entered: Any
+    wanted: tuple[bool, ...] = dataclasses.field(metadata={"static": True})
+
+
+def _with_way_back(form: _Alternating | _OneAhead, body: Body, weights: Any, states: Any, carry: Any) -> Any:
+    """(carry, states) of streamed layers in a form that says how it is gone back through.
+
+    jax's own way back would take a layer at an index that was saved going forward: an array, and of a stack at such an
+    index XLA makes no DMA copy; what was fetched ahead it would keep. Here the way back has a loop of its own, whose index
+    is where every slice is. What comes into each layer is all that is kept, each layer is fetched again, and run again.
+
+        forward(body, weights, states, carry, keep) -> ((carry, states), what came into each layer)
+        backward(body, weights, states, entered, wanted, g, of_states) -> gradients of the leaves of (body, weights, states,
+            carry) that are wanted (a tree of bools), in order; g, of_states: of what came out, None for what is no float
+    """
+    body = body if isinstance(body, jax.tree_util.Partial) else jax.tree_util.Partial(body)
+    given, tree = jax.tree.flatten((body, weights, states, carry))
+
+    @jax.custom_vjp
+    def run(*given: Any) -> Any:
+        return form.forward(*jax.tree.unflatten(tree, given), keep=False)[0]
+
+    def there(*given: Any) -> Any:
+        held = [x.value for x in given]
+        out, entered = form.forward(*jax.tree.unflatten(tree, held), keep=True)
+        return out, _Kept(tuple(held), entered, tuple(x.perturbed for x in given))
+
+    def back(kept: _Kept, g: Any) -> tuple[Any, ...]:
+        parts, wanted = (jax.tree.unflatten(tree, leaves) for leaves in (kept.given, kept.wanted))
+        of_out = jax.tree.map(_cotangent, g, is_leaf=_is_zero)
+        found = iter(form.backward(*parts[:3], kept.entered, wanted, *of_out))
+        return tuple(next(found) if w else None for w in kept.wanted)
+
+    run.defvjp(there, back, symbolic_zeros=True)
+    return run(*given)
+
+
+def _layer_back(kind: Hashable, given: tuple[Any, ...], wanted: tuple[Any, ...], g: Any, stands: Any) -> Any:
+    """Back through one layer: its gradients that are wanted of (body, weights, state), those of weights where `stands` is,
+    and that of x. given: (body, weights, state, x)."""
+
+    def layer(body: Any, weights: Any, state: Any, x: Any) -> Any:
+        return body(kind, weights, x, state)
+
+    floats = jax.tree.map(_is_float, given[3])
+    of_body, of_weights, of_state, of_x = _pulled(layer, given, (*wanted, floats), g)
+    spaces = [jax.typeof(s).memory_space for s in _chosen(stands, wanted[1])]
+    of_weights = [jax.device_put(w, space) for w, space in zip(of_weights, spaces, strict=True)]
+    return of_body, of_weights, of_state, _filled(given[3], floats, of_x)
+
+
+def _away(x: Any, offload: bool) -> Any:
+    """What came into a layer, to where it waits."""
+    return _floats_to(jax.memory.Space.Host, x) if offload else x
+
+
+def _back_again(x: Any, offload: bool) -> Any:
+    return _floats_to(jax.memory.Space.Device, x) if offload else x
+
+
+def _floats_to(space: Any, tree: Any) -> Any:
+    return jax.tree.map(lambda x: jax.device_put(x, space) if _is_float(x) else x, tree)
+
+
+def _is_float(x: Any) -> bool:
+    return bool(jnp.issubdtype(x.dtype, jnp.inexact))
+
+
+def _is_zero(g: Any) -> bool:
+    return isinstance(g, SymbolicZero)
+
+
+def _cotangent(g: Any) -> Any:
+    """A cotangent as an array; of what is no float None."""
+    if _is_zero(g):
+        return jnp.zeros(g.aval.shape, g.aval.dtype) if _is_float(g.aval) else None
+    return g if _is_float(g) else None
+
+
+def _chosen(tree: Any, wanted: Any) -> list[Any]:
+    """The leaves that are wanted."""
+    return [x for x, w in zip(jax.tree.leaves(tree), jax.tree.leaves(wanted), strict=True) if w]
+
+
+def _filled(tree: Any, wanted: Any, chosen: Sequence[Any]) -> Any:
+    """A tree with `chosen` in the places of leaves that are wanted, None in the others'."""
+    rest = iter(chosen)
+    return jax.tree.map(lambda _, w: next(rest) if w else None, tree, wanted)
+
+
+def _pulled(layer: Any, given: tuple[Any, ...], wanted: tuple[Any, ...], g: Any) -> list[list[Any]]:
+    """The gradients of those leaves of each argument that are wanted; g: of what layer(*given) gives, None for no float."""
+
+    def on(*chosen: list[Any]) -> list[Any]:
+        rests = [iter(c) for c in chosen]
+        args = [
+            jax.tree.map(lambda x, w, rest=rest: next(rest) if w else x, tree, asked)
+            for tree, asked, rest in zip(given, wanted, rests, strict=True)
+        ]
+        return [x for x in jax.tree.leaves(layer(*args)) if _is_float(x)]
+
+    _, pull = jax.vjp(on, *map(_chosen, given, wanted))
+    return list(pull(jax.tree.leaves(g)))
 
 
 def _ordered(fetch: Any, stacks: Any, i: Any, slices: Any, carry: Any) -> tuple[Any, Any]:
     """stacks[i] fetched, and not before `carry` is there: without an order XLA starts all copies of a period at once and
     holds the whole period. The order is on the stack: on its slice it would not bind (AOT: 3.0 layers of a period of 3,
     in place of 2.0). Gradients go to `slices`, the scan's own view of stacks[i]."""
-    stacked, carry = lax.optimization_barrier((lax.stop_gradient(stacks), carry))
-    return jax.tree.map(_with_gradient_of, fetch(_at(stacked, i)), fetch(slices)), carry
+    here, carry = _fetched_after(fetch, lax.stop_gradient(stacks), i, carry)
+    return jax.tree.map(_with_gradient_of, here, fetch(slices)), carry
+
+
+def _fetched_after(fetch: Any, stacks: Any, i: Any, carry: Any) -> tuple[Any, Any]:
+    """stacks[i] fetched after `carry`, without a gradient: see `_ordered`."""
+    stacked, carry = lax.optimization_barrier((stacks, carry))
+    return fetch(_at(stacked, i)), carry
 
 
 def _put(stacks: Any, layer: Any, i: Any) -> Any:

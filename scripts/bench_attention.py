@@ -3,6 +3,7 @@
     python scripts/bench_attention.py                              what suits this machine, below
     python scripts/bench_attention.py --only decode --slots 8192   one of the two, one length
     python scripts/bench_attention.py --json FILE                  a row of results a line
+    python scripts/bench_attention.py --model-prompt 32768         a Llama of 125 M parameters reads a prompt, alone
 
 On a CPU: a causal prompt of 2k and 8k tokens forwards, and one token over 8k slots, raw and coded. On a GPU: prompts from 1k
 to 32k tokens with heads of 64, 128 and 256, forwards and with gradients, 16k tokens at a time (the benchmark of
@@ -15,6 +16,10 @@ take turns, round by round, and medians are compared; `beside ours` is a side's 
 Times on a CPU are of all its cores together (CPU time), which other processes disturb least. Peak: on a CPU how far the process
 grew during a call, its arguments and what is compiled apart; on a GPU temporaries and results of the compiled program.
 A GPU's decode goes over several caches in one program, of enough to exceed four times the largest L2.
+
+The prompt of a model: prefill as `Model.generate` calls it, in float32 with dense weights, one row, random weights and ids; how
+far the process grew, beside the temporaries of the compiled program and what the plan counts for cache and activations. All
+scores of a layer would be 12 heads x T x T x 4 bytes: 52 GB at 32,768 tokens.
 
 B sequences, T tokens, S slots, N query heads, K kv heads, H head dim.
 """
@@ -37,14 +42,18 @@ import click
 import jax
 import jax.numpy as jnp
 import numpy as np
+from bench import SHAPE_125M, Ours
 from jax import lax
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from jaxengine import technique
+from jaxengine import engine, technique
+from jaxengine.architecture import architecture, initialise
 from jaxengine.cache.base import CODECS
 from jaxengine.command import SETTINGS, reported, start_jax
+from jaxengine.loading import from_arrays
+from jaxengine.plan import Plan, need
 from pallas_kernels import dispatch
 from pallas_kernels.attention import attention
 from pallas_kernels.decode_attention import decode_attention, tiles
@@ -134,7 +143,8 @@ def prefills(lengths: list[int], widths: list[int], dtype: Any) -> Iterator[Case
             def jaxs(q: Any, k: Any, v: Any, at: Any, name: Any, scale: float = scale) -> Any:
                 return jax.nn.dot_product_attention(q, k, v, scale=scale, is_causal=True, implementation=name)
 
-            functions = {"ours": ours} | ({"ours, triton": functools.partial(ours, name="triton")} if on_gpu() else {})
+            names = ("triton", "mosaic_gpu", "tokamax") if on_gpu() else ()
+            functions = {"ours": ours} | {f"ours, {n}": functools.partial(ours, name=n) for n in names}
             functions |= {f"jax, {n}": functools.partial(jaxs, name=n) for n in (["cudnn"] * on_gpu() + ["xla"])}
 
             def gradient(f: Any, q: Any, k: Any, v: Any, at: Any, do: Any) -> Any:
@@ -288,6 +298,32 @@ def compared(case: Case, rounds: int, limit: float | None) -> list[Row]:
     ]  # fmt: skip
 
 
+def model_prompt(T: int) -> dict[str, Any]:
+    """One prompt of T tokens through the model: seconds, and bytes as they are measured, compiled and counted."""
+    config = SHAPE_125M | {"max_position_embeddings": T}
+    arch, plan = architecture(config), Plan(dtype="float32")
+    model = from_arrays(arch, plan, initialise(arch, 0), config)
+    ours = Ours(model, 1, T, 1)
+    given = (
+        model.params, model._put(ours.ids.astype(np.int32)), ours.lengths, ours.values, ours.keys, ours.stop_ids,
+    )  # fmt: skip
+    program = engine.prefill.lower(model.engine, ours.steps, T, 1, 0, *given).compile()
+    took: list[float] = []
+
+    def run() -> None:
+        start = clock()
+        jax.block_until_ready(program(*given))
+        took.append(clock() - start)
+
+    peak, counted = grown(run), need(arch, plan, batch=1, context=T)
+    return {
+        "what": "prompt of a model", "tokens": T, "seconds": took[0], "grew": peak,
+        "temporaries": program.memory_analysis().temp_size_in_bytes,
+        "counted_activations": counted.activations, "counted_cache": counted.cache,
+        "scores_of_a_layer": 4 * SHAPE_125M["num_attention_heads"] * T * T,
+    }  # fmt: skip
+
+
 def bandwidth() -> float | None:
     """Bytes/s of reading 1 GiB of a GPU's memory, the best of a row maximum and a sum; None on a CPU."""
     if not on_gpu():
@@ -332,11 +368,18 @@ def bandwidth() -> float | None:
 @click.option(
     "--dtype", metavar="DTYPE", show_default="float32; GPU: bfloat16", help="Of queries, raw keys and values."
 )
+@click.option(
+    "--model-prompt",
+    "model_prompt_tokens",
+    metavar="T",
+    type=click.IntRange(16),
+    help="Only this: a 125 M model reads T tokens.",
+)
 @click.option("--json", "file", metavar="FILE", type=click.Path(path_type=Path), help="Results, a line each.")
 @reported()
 def main(
     only: tuple[str, ...], tokens: tuple[int, ...], slots: tuple[int, ...], head_dim: tuple[int, ...],
-    cache: tuple[str, ...], rounds: int, dtype: str | None, file: Path | None,
+    cache: tuple[str, ...], rounds: int, dtype: str | None, model_prompt_tokens: int | None, file: Path | None,
 ) -> None:  # fmt: skip
     """Speed and memory of attention on this machine, beside jax's and torch's."""
     for S in slots:
@@ -344,6 +387,12 @@ def main(
             raise click.BadParameter(
                 f"{S} is no multiple of 64; the nearest is {round(S / 64) * 64}", param_hint="--slots"
             )
+    if model_prompt_tokens is not None:
+        line = json.dumps(model_prompt(engine.bucket(model_prompt_tokens)))
+        print(line)
+        if file is not None:
+            file.write_text(line + "\n")
+        return
     gpu = on_gpu()
     kind = jnp.dtype(dtype or ("bfloat16" if gpu else "float32"))
     lengths = list(tokens or ((2**i for i in range(10, 16)) if gpu else (2048, 8192)))

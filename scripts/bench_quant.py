@@ -3,22 +3,33 @@
     python scripts/bench_quant.py                          every kind, 4096 x 4096 and 14336 x 4096
     python scripts/bench_quant.py --kind int4 --rows 1     one of them
     python scripts/bench_quant.py --json FILE              a row of results a line
+    python scripts/bench_quant.py --decode                 tokens/s of a whole model, from GGUF files
+    python scripts/bench_quant.py --decode --peer PROGRAM  the same files in llama.cpp's llama-bench, in turns
 
 A few rows are bounded by the bytes of codes and scales: GB/s of those is reported, and its fraction of the memory
 bandwidth that is measured in the same run. `to float32` and `to bfloat16` are a dense matrix's time over this one's: above 1 the
 codes are faster. Every call takes another matrix than the last, of enough to exceed four times the last-level cache;
 implementations take turns, round by round, and medians are compared. On a GPU every implementation that serves is
 measured, and a program is one pass over all matrices, so that launches from Python do not count.
+
+--decode: a random Llama of 125 M parameters is written as three GGUF files, F32, Q8_0 and Q4_0, all matrices of one type. Every
+round decodes from each of them once, on each side: batch 1, 63 tokens after a prompt of 128, greedy. The peer is told the
+same (`llama-bench -p 0 -n 63 -d 128`) with as many threads as there are cores.
 """
 
 from __future__ import annotations
 
 import functools
 import json
+import os
 import platform
+import shutil
 import statistics
+import struct
+import subprocess
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,17 +37,23 @@ import click
 import jax
 import jax.numpy as jnp
 import numpy as np
+from bench import SHAPE_125M, Ours
 from jax import lax
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from jaxengine.command import SETTINGS, reported, start_jax
+import jaxengine
+from jaxengine.architecture import architecture, initialise
+from jaxengine.command import A_FILE, SETTINGS, reported, start_jax
+from jaxengine.plan import parameter_bytes
 from jaxengine.weights import base
 from pallas_kernels import dispatch
 from pallas_kernels.quant_matmul import layout, quant_matmul
 
-GROUPS = {"int8": 0, "int4": 128, "int3": 128, "int2": 64, "nf4": 64, "mxfp4": 32, "fp8": 0, "fp8_block": layout.BLOCK}
+GROUPS = {
+    "int8": 0, "int5": 64, "int4": 128, "int3": 128, "int2": 64, "nf4": 64, "mxfp4": 32, "fp8": 0, "fp8_block": layout.BLOCK,
+}  # fmt: skip
 CPU_BYTES = 160 << 20  # of matrices, in turn: four times the last-level cache of most
 GPU_BYTES = 4 * (64 << 20)  # four times the largest L2
 
@@ -72,8 +89,8 @@ def matrices(kind: str, N: int, K: int, count: int) -> list[tuple[Any, jax.Array
             return codes, scale if kind == "fp8" else scale[: -(-N // G)]
         if kind == "mxfp4":
             return words(4), jnp.asarray(rng.integers(118, 122, (N, K // G), np.uint8))
-        if kind == "int3":
-            return (words(8), words(16)), scale.astype(jnp.bfloat16)
+        if kind in ("int5", "int3"):
+            return (words(4 if kind == "int5" else 8), words(16)), scale.astype(jnp.bfloat16)
         return words(8 if kind == "int2" else 4), scale if kind == "nf4" else scale.astype(jnp.bfloat16)
 
     return [one() for _ in range(count)]
@@ -189,6 +206,168 @@ def compared(
     return found
 
 
+# --- a whole model, from a file that llama.cpp reads too -----------------------------------------------------------------
+
+PROMPT, NEW = 128, 64  # of NEW the first is prefill's
+GGUF = {
+    "embedding": "token_embd", "final_norm": "output_norm", "lm_head": "output", "input_norm": "attn_norm",
+    "mlp_norm": "ffn_norm", "q": "attn_q", "k": "attn_k", "v": "attn_v", "o": "attn_output", "gate": "ffn_gate",
+    "up": "ffn_up", "down": "ffn_down",
+}  # fmt: skip
+
+
+def q8_0(w: np.ndarray) -> np.ndarray:
+    """ggml's blocks of 32 int8: each row's bytes."""
+    groups = w.reshape(-1, 32)
+    d = (np.abs(groups).max(1, keepdims=True) / 127).astype(np.float16)
+    codes = np.round(groups / np.maximum(d.astype(np.float32), 1e-30)).astype(np.int8)
+    return np.concatenate([d.view(np.uint8), codes.view(np.uint8)], axis=1)
+
+
+def q4_0(w: np.ndarray) -> np.ndarray:
+    """ggml's blocks of 32 codes of 4 bits: the number of largest magnitude becomes the first code."""
+    groups = w.reshape(-1, 32)
+    largest = np.take_along_axis(groups, np.abs(groups).argmax(1)[:, None], 1)
+    d = (largest / -8).astype(np.float16)
+    wide = d.astype(np.float32)
+    codes = np.clip(np.round(np.divide(groups, wide, out=np.zeros_like(groups), where=wide != 0) + 8), 0, 15)
+    codes = codes.astype(np.uint8)
+    return np.concatenate([d.view(np.uint8), codes[:, :16] | codes[:, 16:] << 4], axis=1)
+
+
+# {type: (its number, what makes its bytes)}
+TYPES: dict[str, tuple[int, Callable[[np.ndarray], np.ndarray]]] = {
+    "F32": (0, lambda w: w), "Q8_0": (8, q8_0), "Q4_0": (2, q4_0),
+}  # fmt: skip
+
+
+def write_gguf(path: Path, shape: Mapping[str, Any], params: Mapping[str, Any], kind: str) -> None:
+    """A Llama as a GGUF file, its matrices all of one type; without words, which a benchmark does not need."""
+
+    def text(s: str) -> bytes:
+        return struct.pack("<Q", len(s)) + s.encode()
+
+    def entry(key: str, value: Any) -> bytes:
+        if isinstance(value, str):
+            return text(key) + struct.pack("<I", 8) + text(value)
+        return text(key) + (struct.pack("<If", 6, value) if isinstance(value, float) else struct.pack("<II", 4, value))
+
+    heads = shape["num_attention_heads"]
+    fields = {
+        "general.architecture": "llama", "general.name": f"random {kind}", "tokenizer.ggml.model": "none",
+        "llama.block_count": shape["num_hidden_layers"], "llama.context_length": shape["max_position_embeddings"],
+        "llama.embedding_length": shape["hidden_size"], "llama.feed_forward_length": shape["intermediate_size"],
+        "llama.attention.head_count": heads, "llama.attention.head_count_kv": shape["num_key_value_heads"],
+        "llama.attention.layer_norm_rms_epsilon": shape["rms_norm_eps"], "llama.rope.freq_base": shape["rope_theta"],
+        "llama.rope.dimension_count": shape["hidden_size"] // heads, "llama.vocab_size": shape["vocab_size"],
+    }  # fmt: skip
+    head, specs = b"", architecture(shape).specs()
+    at, made = 0, []
+    for name, array in params.items():
+        spec, (*layer, last) = specs[name], name.split(".")
+        rows = np.asarray(array, np.float32)
+        if spec.out is not None:
+            rows = rows.reshape(int(np.prod(spec.shape[: spec.out])), -1)
+        number, pack = TYPES[kind if spec.out is not None else "F32"]
+        theirs = (f"blk.{layer[1]}." if layer else "") + GGUF[last] + ".weight"
+        head += text(theirs) + struct.pack(f"<I{rows.ndim}QIQ", rows.ndim, *reversed(rows.shape), number, at)
+        made.append(np.ascontiguousarray(pack(rows)).tobytes())
+        at += len(made[-1]) + -len(made[-1]) % 32
+    start = b"GGUF" + struct.pack("<IQQ", 3, len(params), len(fields))
+    start += b"".join(entry(k, v) for k, v in fields.items()) + head
+    with path.open("wb") as file:
+        for part in (start, *made):
+            file.write(part + b"\0" * (-len(part) % 32))
+
+
+def program(peer: str) -> str:
+    """Where the peer is; UsageError where it is not."""
+    found = shutil.which(peer)
+    if found is None:
+        raise click.BadParameter(
+            f"{peer!r} is no program here: give the path of llama.cpp's llama-bench, or put it on the PATH (built from"
+            f" its sources: cmake -B build && cmake --build build --target llama-bench)",
+            param_hint="--peer",
+        )
+    return found
+
+
+def of_peer(command: str, path: Path) -> float:
+    """Tokens/s that llama-bench decodes from a file, one round."""
+    given = ["-m", str(path), "-p", "0", "-n", str(NEW - 1), "-d", str(PROMPT), "-r", "1", "-ngl", "0"]
+    done = subprocess.run(
+        [command, *given, "-t", str(os.cpu_count() or 1), "-o", "json"], capture_output=True, text=True, check=False
+    )
+    try:
+        [row] = json.loads(done.stdout)
+        return float(row["avg_ts"])
+    except (ValueError, KeyError):
+        said = (done.stderr or done.stdout).strip().splitlines()[-5:]
+        raise click.ClickException(
+            f"{command} ended with {done.returncode} and no result:\n" + "\n".join(said)
+        ) from None
+
+
+def decoded(shape: dict[str, Any], peer: str | None, rounds: int, file: Path | None) -> None:
+    """Print decode from each file, on each side."""
+    if shape.get("model_type") != "llama":
+        raise click.BadParameter(
+            f"model_type is {shape.get('model_type')!r}; files are written of a llama", param_hint="--config"
+        )
+    command, limit = None if peer is None else program(peer), bandwidth()
+    params, rows = initialise(architecture(shape), 0), []
+    with tempfile.TemporaryDirectory() as folder:
+        paths = {kind: Path(folder) / f"{kind}.gguf" for kind in TYPES}
+        for kind, path in paths.items():
+            write_gguf(path, shape, params, kind)
+        del params
+        sides: dict[str, Ours] = {}
+        read: dict[str, int] = {}
+        for kind, path in paths.items():
+            model = jaxengine.load(path, dtype="float32")
+            specs = model.architecture.specs()
+            # of the embedding one row is read
+            read[kind] = sum(parameter_bytes(model.plan, n, s) for n, s in specs.items() if n != "embedding")
+            sides[kind] = Ours(model, 1, PROMPT, NEW)
+            sides[kind].round()  # compiles
+        times: dict[tuple[str, str], list[float]] = {}
+        for _ in track(range(rounds), "measuring", console=Console(stderr=True)):
+            for kind, side in sides.items():
+                times.setdefault(("jaxengine", kind), []).append((NEW - 1) / side.round()[1])
+                if command is not None:
+                    times.setdefault(("llama.cpp", kind), []).append(of_peer(command, paths[kind]))
+    rate = {which: statistics.median(found) for which, found in times.items()}
+    machine = f"{jax.devices()[0].device_kind}, {platform.machine()}, {os.cpu_count()} cores, jax {jax.__version__}"
+    table = Table(
+        "file", "by", "tokens/s", "MB a token", "GB/s", "of memory", "to float32", "to llama.cpp",
+        title=f"decode, batch 1; {machine}, {limit / 1e9:.1f} GB/s read",
+    )  # fmt: skip
+    for (side, kind), tokens in rate.items():
+        own = rate[side, "F32"]
+        other = rate.get(("llama.cpp", kind)) if side == "jaxengine" else None
+        # what the peer keeps of a file in memory is its own affair: bytes are of our side
+        rows.append({
+            "machine": machine, "file": kind, "by": side, "tokens_per_s": tokens, "to_float32": tokens / own,
+            "bytes_per_token": read[kind] if side == "jaxengine" else None,
+            "to_llama.cpp": None if other is None else tokens / other, "memory_GBs": limit / 1e9,
+        })  # fmt: skip
+        size = rows[-1]["bytes_per_token"]
+        bytes_of = ("", "", "") if size is None else (
+            f"{size / 1e6:.0f}", f"{size * tokens / 1e9:.1f}", f"{size * tokens / limit:.2f}"
+        )  # fmt: skip
+        table.add_row(
+            kind,
+            side,
+            f"{tokens:.1f}",
+            *bytes_of,
+            f"{tokens / own:.2f}",
+            "" if other is None else f"{tokens / other:.2f}",
+        )
+    Console().print(table)
+    if file is not None:
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 @click.command(**SETTINGS)
 @click.option("--kind", type=click.Choice(layout.KINDS), multiple=True, show_default="all", help="Kinds of codes.")
 @click.option(
@@ -203,6 +382,17 @@ def compared(
 )
 @click.option("--rounds", metavar="N", type=click.IntRange(1), default=5, help="Rounds, whose medians are printed.")
 @click.option("--dtype", metavar="DTYPE", show_default="float32; GPU: bfloat16", help="Of the rows.")
+@click.option("--decode", is_flag=True, help="Tokens/s of a whole model from GGUF files, instead of single products.")
+@click.option(
+    "--peer", metavar="PROGRAM", help="With --decode: llama.cpp's llama-bench, by its path or its name on the PATH."
+)
+@click.option(
+    "--config",
+    type=A_FILE,
+    metavar="FILE",
+    show_default="a Llama of 125 M parameters",
+    help="With --decode: a Llama's config.json to take the shapes from.",
+)
 @click.option("--json", "file", metavar="FILE", type=click.Path(path_type=Path), help="Results, a line each.")
 @reported()
 def main(
@@ -211,9 +401,18 @@ def main(
     shape: tuple[str, ...],
     rounds: int,
     dtype: str | None,
+    decode: bool,
+    peer: str | None,
+    config: Path | None,
     file: Path | None,
 ) -> None:
-    """Speed of rows times quantised matrices, beside dense ones, on this machine."""
+    """Speed of rows times quantised matrices, beside dense ones, on this machine; with --decode of a whole model, beside
+    llama.cpp."""
+    if (peer is not None or config is not None) and not decode:
+        raise click.UsageError(f"{'--config' if peer is None else '--peer'} is of a whole model: say --decode too")
+    if decode:
+        decoded(SHAPE_125M if config is None else json.loads(config.read_text()), peer, rounds, file)
+        return
     shapes = [parsed(s) for s in shape]
     kinds = list(kind or layout.KINDS)
     Ms = list(rows or (1, 4, 16, 64, 256) + ((4096,) if on_gpu() else ()))

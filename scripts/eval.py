@@ -40,8 +40,8 @@ BATCH = 32
 TEXT = "bits per byte"
 # about from most bytes to fewest; the first is what the others are held against
 FORMATS = (
-    "dense", "lossless", "int8:outliers=8", "int8", "fp8", "int4:group_size=32", "int4:affine=true", "mxfp4", "nf4", "int4",
-    "int3", "int2",
+    "dense", "lossless", "int8:outliers=8", "int8", "fp8", "int5", "int4:group_size=32", "int4:affine=true", "mxfp4", "nf4",
+    "int4", "int3", "int2",
 )  # fmt: skip
 # of tasks, by how their names begin
 GROUPS = {"recall": "recall", "copy": "copy", "sums": ("addition", "subtraction"), "chat": "chat"}

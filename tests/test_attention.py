@@ -687,7 +687,10 @@ def test_which_implementation_serves() -> None:
             {"sinks": np.zeros(3, np.float32)},
             r"sinks is \(3,\); with q \(1, 3, 4, 8\) and k \(1, 2, 5, 8\) it is \(4,\)",
         ),
-        ({"implementation": "flash"}, "there is no implementation 'flash'; there are reference, xla, cudnn, triton"),
+        (
+            {"implementation": "flash"},
+            "there is no implementation 'flash'; there are reference, xla, cudnn, triton, mosaic_gpu, tokamax",
+        ),
     ],
 )
 def test_what_does_not_belong_together_is_said(change: dict[str, Any], said: str) -> None:

@@ -7,8 +7,10 @@ float32 (sums of some hundred terms, 2^-20 of a w / s of up to 2^bits) cannot ch
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -323,6 +325,40 @@ def test_a_killed_run_goes_on_with_the_same_bytes(two: Path, tmp_path: Path) -> 
     quantize(two, FEW, out=out, **HOW)
     assert files(out) == files(tmp_path / "whole")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["broken", "whole"]
+
+
+def test_a_killed_run_goes_on_with_other_memory(two: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer rows at a time are sums in another order, of what has not been summed yet."""
+    whole = quantize(two, FEW, out=tmp_path / "whole", **HOW)
+    out = tmp_path / "broken"
+
+    def track(done: int, total: int, now: str) -> None:
+        if (done, now) == (1, "inputs of gate, up"):
+            raise Killed
+
+    with pytest.raises(Killed):
+        quantize(two, FEW, out=out, progress=track, **HOW)
+    monkeypatch.setattr(run, "ROWS", 1)
+    found = quantize(two, FEW, out=out, **HOW)
+    assert found.lost == pytest.approx(whole.lost, rel=1e-3)
+    assert {n: v for n, v in found.lost.items() if n.startswith("layers.0.")} == {
+        n: v for n, v in whole.lost.items() if n.startswith("layers.0.")
+    }
+    assert files(out).keys() == files(tmp_path / "whole").keys()
+
+
+def test_a_run_under_way_is_not_looked_into(two: Path, tmp_path: Path) -> None:
+    """What another process is about to write there is no reason to refuse; that it is there is."""
+    work = tmp_path / ".out.calibration"
+    work.mkdir()
+    (work / run.ASKED).write_text('{"weights": "int')  # half of it
+    lock = os.open(work, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(CheckpointError, match="is being made by another process"):
+            quantize(two, FEW, out=tmp_path / "out", **HOW)
+    finally:
+        os.close(lock)
 
 
 def test_memory_is_kept(two: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -156,3 +156,22 @@ def test_choices_that_cannot_be(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"weights are 'int8' already, and weights='int4'"):
         convert(tmp_path / "int8", tmp_path / "out", to="compressed-tensors", weights="int4")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_cast_of_what_is_packed_already_is_of_the_rest(tmp_path: Path) -> None:
+    """dtype=: codes and scales are what they were, to the bit; embeddings and norms are cast, and config.json says so."""
+    convert(DEMO, tmp_path / "one", to="compressed-tensors", weights="int4:group_size=32")
+    convert(tmp_path / "one", tmp_path / "two", to="compressed-tensors", dtype="float32")
+    with Reader.open(tmp_path / "one") as one, Reader.open(tmp_path / "two") as two:
+        assert set(one.names) == set(two.names)
+        for name in one.names:
+            if any(name.endswith(end) for end in ("_packed", "_scale", "_shape")):
+                assert one.info(name).dtype == two.info(name).dtype
+                np.testing.assert_array_equal(one.read(name), two.read(name))
+            else:
+                assert (one.info(name).dtype.name, two.info(name).dtype.name) == ("bfloat16", "float32")
+                np.testing.assert_array_equal(one.read(name).astype(np.float32), two.read(name))
+    assert json.loads((tmp_path / "two" / "config.json").read_text())["dtype"] == "float32"
+    found, again = (jaxengine.load(tmp_path / n, home="host") for n in ("one", "two"))
+    assert (found.plan.dtype, again.plan.dtype) == ("bfloat16", "float32")
+    assert again.plan.weights == found.plan.weights

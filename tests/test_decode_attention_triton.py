@@ -215,6 +215,15 @@ SOME = [
     ("RTX 3090", 6, "raw", None, 1, 4), ("RTX 5090", 3, "int8", 16, 1, 1), ("B200", 7, "int4", None, 2, 1),
     ("H200", 1, "raw", None, 1, 16), ("RTX 3090", 4, "int4", 16, 1, 1), ("RTX 4090", 6, "int4", None, 1, 16),
 ]  # fmt: skip
+FEW, MORE = (
+    [("RTX 4090", 0, "raw", None, 1, 1), ("H200", 0, "int8", None, 8, 1)],
+    [
+        ("A100", 1, "int8", 64, 4, 1), ("RTX 3090", 6, "raw", None, 1, 4), ("RTX 5090", 3, "int4", 16, 1, 1),
+        ("B200", 7, "int4", None, 2, 1), ("H200", 1, "raw", 64, 1, 16), ("B200", 0, "raw", None, 1, 1),
+        ("RTX 5090", 2, "raw", None, 1, 1), ("A100", 4, "int4", None, 1, 1),
+    ],
+)  # fmt: skip
+IN_FLOAT16 = [*FEW, *(pytest.param(how, marks=pytest.mark.thorough) for how in MORE)]
 ALL = [
     (card, i, kind, page, 1, T)
     for card in CARDS for i in range(len(ATTENTIONS)) for kind in ("raw", "int8", "int4") for page in (None, 16, 64)
@@ -222,12 +231,12 @@ ALL = [
 ]  # fmt: skip
 
 
-def arguments(i: int, kind: str, page: int | None, B: int, T: int) -> dict[str, Any]:
+def arguments(i: int, kind: str, page: int | None, B: int, T: int, float_: Any = jnp.bfloat16) -> dict[str, Any]:
     heads = ATTENTIONS[i]
     slots = (B, heads.K, SLOTS) if page is None else (B * SLOTS // page + 1, heads.K, page)
-    dtype = {"raw": jnp.bfloat16, "int8": jnp.int8, "int4": jnp.uint8}[kind]
+    dtype = {"raw": float_, "int8": jnp.int8, "int4": jnp.uint8}[kind]
     width = heads.H // 2 if kind == "int4" else heads.H
-    made = {"q": like(B, T, heads.N, heads.H), "q_positions": like(B, T, dtype=jnp.int32)}
+    made = {"q": like(B, T, heads.N, heads.H, dtype=float_), "q_positions": like(B, T, dtype=jnp.int32)}
     made |= {n: like(*slots, width, dtype=dtype) for n in ("k", "v")}
     if kind != "raw":
         last = () if kind == "int8" else (2,)
@@ -251,6 +260,17 @@ def compiled(card: str, function: Any, given: Any) -> Any:
     ("card", "i", "kind", "page", "B", "T"), ALL if os.environ.get("DECODE_AOT") == "all" else SOME
 )
 def test_the_kernel_fits_the_card(card: str, i: int, kind: str, page: int | None, B: int, T: int) -> None:
+    fits(card, i, kind, page, B, T, jnp.bfloat16)
+
+
+@compiles
+@pytest.mark.aot
+@pytest.mark.parametrize("how", IN_FLOAT16)
+def test_the_kernel_fits_the_card_in_float16(how: Any) -> None:
+    fits(*how, jnp.float16)
+
+
+def fits(card: str, i: int, kind: str, page: int | None, B: int, T: int, float_: Any) -> None:
     spec, heads = aot.CARDS[card], ATTENTIONS[i]
     gpu = dispatch.Gpu(spec.capability, spec.cores)
 
@@ -258,8 +278,7 @@ def test_the_kernel_fits_the_card(card: str, i: int, kind: str, page: int | None
         how = {"scale": heads.H**-0.5, "window": heads.window, "softcap": heads.softcap}
         return triton.decode_attention(**given, **how)
 
-    given = arguments(i, kind, page, B, T)
-    program = compiled(card, step, given)
+    program = compiled(card, step, arguments(i, kind, page, B, T, float_))
     [kernel] = [k for k in disassembly.kernels(program) if k.name == f"decode_attention_{kind}"]
     R = T * heads.N // heads.K
     config = tiles.config(R, kind, heads.H, gpu)

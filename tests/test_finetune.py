@@ -33,7 +33,7 @@ from test_events import read as read_events
 import jaxengine
 from checkpoints.peft import read_adapter
 from checkpoints.safetensors import Reader
-from jaxengine import command
+from jaxengine import command, export, placement
 from jaxengine.finetune import command as finetune_command
 from jaxengine.finetune import run as runs
 from jaxengine.finetune.data import DataError, Documents, Packed, pack
@@ -54,7 +54,6 @@ SPLIT = pytest.param(
 )  # fmt: skip
 HOW = Settings(
     context=T, batch=2, steps=6, compute="float32", optimizer="sgd", learning_rate=0.3, schedule="linear", warmup=0,
-    rank=4, alpha=8.0,
 )  # fmt: skip
 
 
@@ -117,6 +116,9 @@ def test_settings_go_to_json_and_back() -> None:
         ({"clip": math.inf}, "clip is inf"),
         ({"targets": "q"}, "targets is 'q'"),
         ({"b2": 1.0}, "below 1"),
+        ({"steps": 5, "warmup": 5}, "at most 4 steps of warmup, or schedule='constant'"),
+        ({"train": "all", "rank": 4}, "rank is 4, and train is 'all'.* goes with lora, dora"),
+        ({"train": "lisa", "targets": ("q",)}, "targets is .*, and train is 'lisa'"),
     ],
 )
 def test_settings_refuse_what_cannot_be(given: dict[str, Any], why: str) -> None:
@@ -178,9 +180,9 @@ def test_eight_devices_are_one() -> None:
     eight._feed = eight._batches(state=None)
     np.testing.assert_allclose(losses(eight), wanted, rtol=CLOSE)
     a = eight._state.trained["banks"][0][0]["q"]["a"]
-    assert a.sharding.shard_shape(a.shape) == (2, 4, 48 // 4)
+    assert a.sharding.shard_shape(a.shape) == (2, 8, 48 // 4)
     shapes = [(x.shape, x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(eight._state.optimizer)]
-    assert ((2, 4, 48), (2, 4, 12)) in shapes
+    assert ((2, 8, 48), (2, 8, 12)) in shapes
 
 
 def test_held_out_loss_is_that_of_each_document_alone() -> None:
@@ -335,7 +337,7 @@ def test_other_settings_models_and_data_are_refused(tmp_path: Path) -> None:
     with run_of(llama(), out=out, save_every=2) as run:
         losses(run, 2)
     for change, why in (
-        ({"rank": 2}, "rank was 4 and is 2"),
+        ({"rank": 2}, "rank was 8 and is 2"),
         ({"seed": 1}, "seed was 0 and is 1"),
         ({"train": "all"}, "train was 'lora' and is 'all'"),
         ({"steps": 0, "epochs": 1}, "epochs was 0 and is 1"),
@@ -456,8 +458,26 @@ def test_pefts_adapters_beside_and_merged(case: str, tmp_path: Path) -> None:
     np.testing.assert_allclose(jaxengine.load(tmp_path / "merged").logits(ids)[0], wanted, atol=2e-4, rtol=0)
 
 
+def test_what_stands_beside_a_layer_in_host_memory_is_added_to_it() -> None:
+    """A streamed layer that stands alone is in host memory as it is, A and B are on the device."""
+    case = next(c for c in CASES if c.startswith("llama"))
+    found = []
+    for how in ({}, {"home": "split", "resident": 1}):
+        model = llama(adapter=ADAPTERS / case, **how)
+        parts = placement.stored(model.architecture, model.plan, model.params)
+        found.append({name: export.dense(get(), np.dtype("float32")) for name, get in parts.items()})
+    alone = llama()
+    plain = placement.stored(alone.architecture, alone.plan, alone.params)
+    moved = [n for n in found[0] if (found[0][n] != export.dense(plain[n](), np.dtype("float32"))).any()]
+    assert any(n.startswith("layers.1.") for n in moved)
+    for name, x in found[0].items():
+        np.testing.assert_array_equal(found[1][name], x, err_msg=name)
+
+
 def test_an_adapter_is_written_as_peft_reads_it(tmp_path: Path) -> None:
-    settings = dataclasses.replace(HOW, train="dora", targets=("q", "layers.1.down"), rs=True, steps=2)
+    settings = dataclasses.replace(
+        HOW, train="dora", targets=("q", "layers.1.down"), rank=4, alpha=8.0, rs=True, steps=2
+    )
     model, ids = llama(), np.arange(9)
     with run_of(model, settings, out=tmp_path / "out") as run:
         run.run()
@@ -586,6 +606,8 @@ def test_memory_chooses_where_layers_stand(sums: str, tmp_path: Path, monkeypatc
         (("--optimizer", "adam"), "Did you mean 'adamw'"),
         (("--steps", "3", "--epochs", "1"), "leave one out"),
         (("--rank", "0"), "--rank"),
+        (("--steps", "5", "--warmup", "5"), "at most 4 steps of warmup"),
+        (("--context", "48", "--warmup", "99"), "at most 6 steps of warmup"),
         (("--eval", "1.5"), "between 0 and 1"),
         (("--eval", "none.jsonl"), "there is no file none.jsonl"),
         (("--best",), "give --eval too"),

@@ -191,7 +191,7 @@ def test_plans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [prefill["program"], decode["program"]] == ["prefill", "decode"]
     assert prefill["card"] == program["card"] == "RTX 4090"
     assert prefill["compiled"] > decode["compiled"]
-    assert arithmetic["arithmetic"] == pytest.approx(prefill["compiled"], rel=0.2)
+    assert prefill["compiled"] <= arithmetic["arithmetic"] <= 1.05 * prefill["compiled"]
     assert (tmp_path / "program").stat().st_size == program["serialised_bytes"]
 
 

@@ -142,3 +142,16 @@ def test_a_claim_compiled() -> None:
     assert all(p["host"] == 0 for p in claim["compiled"])  # of host memory only the buffers that a disk is read into
     assert claim["fits_device"] == (most <= claim["budget"] == 3.1e9)
     assert claim["problems"] == []
+
+
+@pytest.mark.aot
+@pytest.mark.skipif(aot.missing() is not None, reason=str(aot.missing()))
+def test_a_step_of_fine_tuning_compiled() -> None:
+    found = CliRunner().invoke(headlines.main, ["--json", "--only", "hift"])
+    assert found.exit_code == 0, found.output
+    (claim,) = json.loads(found.stdout)["claims"]
+    assert [p["program"] for p in claim["compiled"]] == ["step"]
+    assert claim["compiled"][0]["device"] == pytest.approx(claim["arithmetic"]["device"], rel=0.05)
+    assert (claim["fits"], claim["problems"]) == (True, [])
+    # two float32 moments of every parameter wait in host memory, whoever's turn it is
+    assert claim["arithmetic"]["host"] == pytest.approx(8 * 6.74e9, rel=0.01)

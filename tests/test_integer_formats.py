@@ -23,15 +23,16 @@ from oracles.grouped import DTYPES, by_rule, error, least, word_of
 import jaxengine
 from jaxengine import formats, placement
 from jaxengine.plan import Plan
-from jaxengine.weights import int2, int3, int4, int8
+from jaxengine.weights import int2, int3, int4, int5, int8
 from jaxengine.weights.base import contract, take
 from sharding.mesh import make_mesh
 from sharding.rules import Rules, named_sharding
 
 U = 2.0**-24
-BITS = {"int8": 8, "int4": 4, "int3": 3, "int2": 2}
-MODULES: dict[str, Any] = {"int8": int8, "int4": int4, "int3": int3, "int2": int2}
+BITS = {"int8": 8, "int5": 5, "int4": 4, "int3": 3, "int2": 2}
+MODULES: dict[str, Any] = {"int8": int8, "int5": int5, "int4": int4, "int3": int3, "int2": int2}
 ZEROS = {
+    "int5": [float(z) for z in range(32)],
     "int4": [float(z) for z in range(16)],
     "int3": [z / 16 for z in range(-8, 8 * 16 - 7)],
     "int2": [z / 16 for z in range(-8, 4 * 16 - 7)],
@@ -73,6 +74,7 @@ def decoded(leaf: Any) -> np.ndarray:
 CHOICES = [
     "int4", "int4:group_size=64,scale=float16", "int4:group_size=16,scale=float32",
     "int4:affine=true", "int4:group_size=256,affine=true,scale=float32",
+    "int5:affine=true", "int5:group_size=32,scale=float16",
     "int3", "int3:group_size=32,affine=true,scale=float16",
     "int2:group_size=64,scale=float32", "int2:group_size=16,affine=true",
     "int8:group_size=32",
@@ -83,7 +85,7 @@ CHOICES = [
 def test_the_step_is_the_least_and_codes_are_the_nearest(text: str) -> None:
     fmt = formats.find(text)
     options = dict(fmt.options)
-    defaults = {"int4": 128, "int3": 64, "int2": 32}
+    defaults = {"int5": 64, "int4": 128, "int3": 64, "int2": 32}
     G = options.get("group_size", defaults.get(fmt.name))
     dtype = options.get("scale", "float32" if fmt.name == "int8" else "bfloat16")
     zeros = ZEROS[fmt.name] if options.get("affine") else None
@@ -228,7 +230,7 @@ def test_no_scale_is_subnormal(text: str) -> None:
 
 
 @pytest.mark.parametrize("G", [16, 32, 64, 128, 256])
-@pytest.mark.parametrize(("name", "planes"), [("int4", (4,)), ("int3", (2, 1)), ("int2", (2,))])
+@pytest.mark.parametrize(("name", "planes"), [("int5", (4, 1)), ("int4", (4,)), ("int3", (2, 1)), ("int2", (2,))])
 def test_each_code_stands_where_the_layout_says(name: str, planes: tuple[int, ...], G: int) -> None:
     inputs, bits = 300, BITS[name]
     codes = np.random.default_rng(G).integers(0, 2**bits, (2, 3, inputs)).astype(np.uint8)
@@ -340,6 +342,8 @@ C, S = np.zeros((4, 64), np.uint8), np.ones((4, 2), np.float32)
         ("int4", {"perm": np.arange(64)}, r"perm is int64 \[64\]; it is int32 \[64\]"),
         ("int4", {"perm": np.zeros(64, np.int32)}, "perm is no permutation"),
         ("int3", {"perm": np.arange(64, dtype=np.int32)}, "got a perm; pack it as int4"),
+        ("int5", {"codes": C + np.uint8(32)}, "largest code is 32; codes of 5 bits are 0 to 31"),
+        ("int5", {"perm": np.arange(64, dtype=np.int32)}, "got a perm; pack it as int4"),
         ("int2", {"perm": np.arange(64, dtype=np.int32)}, "got a perm; pack it as int4"),
         ("int8", {"perm": np.arange(64, dtype=np.int32)}, "got a perm"),
         ("int8", {"zero": S}, "got a zero"),
@@ -457,6 +461,7 @@ def test_split_over_a_mesh_along_either_dim(text: str, split: str, codes_split: 
     ("text", "bits"),
     [
         ("int4", 4.125), ("int4:group_size=32", 4.5), ("int4:affine=true", 4.25), ("int4:scale=float32", 4.25),
+        ("int5", 5.25), ("int5:affine=true,group_size=32,scale=float32", 7.0),
         ("int3", 3.25), ("int3:affine=true,group_size=128", 3.25), ("int2", 2.5), ("int2:group_size=128", 2.125),
         ("int8:group_size=32", 9), ("int8:group_size=128", 8.25),
     ],

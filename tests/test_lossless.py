@@ -165,6 +165,26 @@ def test_a_compiled_product_never_holds_the_matrix(monkeypatch: pytest.MonkeyPat
             assert f"{dtype}[64,16,{I}]" not in compiled.as_text(), (run, dtype)  # nor as what a loop has stacked
 
 
+@pytest.mark.parametrize("text", ["lossless", "lossless:bits=3,escapes=40"])
+def test_a_block_of_rows_after_another_is_encoded_as_all_at_once(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that the blocks do not divide, and two out dims."""
+    w, options = jnp.asarray(normal(7, 5, 64)), dict(formats.find(text).options)
+    encode = lossless.encode.__wrapped__  # pyright: ignore[reportFunctionMemberAccess]
+    whole = encode(w, out=2, **options)
+    monkeypatch.setattr(lossless, "LIMIT", 300)
+    found = encode(w, out=2, **options)
+    jax.tree.map(np.testing.assert_array_equal, found, whole)
+    assert jax.tree.structure(found) == jax.tree.structure(whole)
+
+
+def test_encoding_takes_little_beside_what_it_makes() -> None:
+    """All at once it is 12 bytes a weight; by blocks, those of a block and the codes once more."""
+    O, I = 8192, 2048  # noqa: E741
+    w = jax.ShapeDtypeStruct((O, I), jnp.bfloat16)
+    compiled: Any = jax.jit(lambda w: lossless.encode(w, out=1)).lower(w).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 1.6 * O * I + 14 * lossless.LIMIT
+
+
 @pytest.mark.parametrize(("split", "parts"), [("mlp", (4, 1)), ("embed", (1, 4))])
 def test_split_over_a_mesh_along_either_dim(
     split: str, parts: tuple[int, int], monkeypatch: pytest.MonkeyPatch

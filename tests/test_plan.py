@@ -101,8 +101,10 @@ def test_bytes_of_a_mesh_are_those_that_one_device_has(sharding: str, mesh: str,
         cache = jax.jit(lambda p, b=batch: empty_cache(model.engine, p, b, 40))(model.params)
         assert cache_bytes(arch, model.plan, batch=batch, length=40) == here(cache)
     if home(model.plan.home).TIER == "host":
-        every = sum(s.data.nbytes for x in jax.tree.leaves(model.params["banks"]) for s in x.addressable_shards)
-        assert need(arch, model.plan, batch=1, context=40).host == every
+        leaves, needs = jax.tree.leaves(model.params["banks"]), need(arch, model.plan, batch=1, context=40)
+        pinned = [x for x in leaves if x.sharding.memory_kind == "pinned_host"]
+        assert needs.host == sum(s.data.nbytes for x in pinned for s in x.addressable_shards) > 0
+        assert needs.resident == here([x for x in leaves if x.sharding.memory_kind == "device"]) > 0
 
 
 def test_memory_of_each_device_chooses_the_home() -> None:

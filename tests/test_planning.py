@@ -170,6 +170,23 @@ def test_arithmetic_against_the_compiled_programs(plan: Plan) -> None:
     assert prefill.report.problems == decode.report.problems == ()
 
 
+@pytest.mark.aot
+@pytest.mark.skipif(aot.missing() is not None, reason=str(aot.missing()))
+@pytest.mark.parametrize(
+    ("raw", "card", "batch", "context"),
+    [("small", "h200", 4, 512), ("small", "rtx4090", 4, 2048), ("8B", "rtx4090", 8, 512)],
+)
+def test_a_scan_is_counted_from_above(raw: str, card: str, batch: int, context: int) -> None:
+    """Attention's matrices are gone while the feed-forward block's halves stand: not more than 5 % over, and never under."""
+    from jaxengine.plan import need
+    from jaxengine.proof import prove
+
+    arch, plan = architecture({"small": SMALL, "8B": LLAMA_3_8B}[raw]), dataclasses.replace(BF16, home="host")
+    counted = need(arch, plan, batch=batch, context=context)
+    most = max(p.device for p in prove(arch, plan, find(card), batch=batch, length=context))
+    assert most <= counted.device <= 1.05 * most
+
+
 def test_speeds_over_several_cards() -> None:
     """A weight that is split is read in parts; one that is gathered is read whole, and so is one that each card has."""
 

@@ -24,7 +24,7 @@ from pallas_kernels.quant_matmul import layout, quant_matmul, reference, xla
 
 U = 2.0**-24
 E2M1 = [0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6]  # OCP MX v1.0, table of FP4
-BITS = {"int4": 4, "int3": 3, "int2": 2, "nf4": 4, "mxfp4": 4}
+BITS = {"int5": 5, "int4": 4, "int3": 3, "int2": 2, "nf4": 4, "mxfp4": 4}
 IMPLEMENTATIONS = ("reference", "xla")
 
 
@@ -59,6 +59,7 @@ CASES = [
     Case("int4", 32, scale="bfloat16"),
     Case("int4", 16, zero=True),
     Case("int4", 64, zero=True, scale="float16"),
+    Case("int5", 32, zero=True),
     Case("int3", 16, zero=True),
     Case("int2", 64, zero=True, scale="bfloat16"),
     Case("int2", 32),
@@ -106,7 +107,7 @@ def matrix(case: Case, N: int = 24, K: int = 192, seed: int = 0, size: float = 1
         s_codes = (127 + np.round(np.log2(s))).astype(np.uint8)
         scale, s = jnp.asarray(s_codes), 2.0 ** (s_codes.astype(np.float64) - 127)
     else:
-        bytes_ = {"int8": 127, "int4": 8, "int3": 4, "int2": 2, "nf4": 1, "fp8": 400, "fp8_block": 400}[kind]
+        bytes_ = {"int8": 127, "int5": 16, "int4": 8, "int3": 4, "int2": 2, "nf4": 1}.get(kind, 400)
         scale = jnp.asarray(s / bytes_, case.scale)
         s = np.asarray(scale).astype(np.float64)
     if kind == "int8":
@@ -120,16 +121,17 @@ def matrix(case: Case, N: int = 24, K: int = 192, seed: int = 0, size: float = 1
         w = np.asarray(codes).astype(np.float64)
     else:
         q = rng.integers(0, 2 ** BITS[kind], (N, K))
-        nothing = {"int4": 8, "int3": 4, "int2": 2, "nf4": 7, "mxfp4": 0}[kind]
+        nothing = {"int5": 16, "int4": 8, "int3": 4, "int2": 2, "nf4": 7, "mxfp4": 0}[kind]
         q[0] = nothing
-        if kind == "int3":
-            codes = (jnp.asarray(packed(q & 3, 2, G)), jnp.asarray(packed(q >> 2, 1, G)))
+        if kind in ("int5", "int3"):
+            low = BITS[kind] - 1
+            codes = (jnp.asarray(packed(q % 2**low, low, G)), jnp.asarray(packed(q >> low, 1, G)))
         else:
             codes = jnp.asarray(packed(q, BITS[kind], G))
         table = {"nf4": np.asarray(layout.NF4), "mxfp4": np.asarray(E2M1)}.get(kind)
         w = q.astype(np.float64) if table is None else table[q]
     zero = None
-    if kind in ("int4", "int3", "int2"):
+    if kind in ("int5", "int4", "int3", "int2"):
         z = np.full(blocks, float(2 ** (BITS[kind] - 1)))
         if case.zero:
             z[1:] = rng.uniform(0, 2 ** BITS[kind], blocks)[1:]
@@ -177,7 +179,7 @@ def how(case: Case, **more: Any) -> dict[str, Any]:
 # --- meaning ------------------------------------------------------------------------------------------------------
 
 
-@each(*CASES, Case("int8", 32), Case("int3", 32, scale="bfloat16"))
+@each(*CASES, Case("int8", 32), Case("int5", 16, scale="float16"), Case("int3", 32, scale="bfloat16"))
 def test_the_reference_is_the_matrix_of_the_description(case: Case) -> None:
     m = matrix(case)
     found = f64(reference.dense(m.codes, m.scale, m.zero, **how(case)))
@@ -258,6 +260,7 @@ ON_GPU = {
     Case("int8"): "bfloat16",
     Case("int8", 32): "float16",
     Case("int4", 16, zero=True): "float16",
+    Case("int5", 32, zero=True): "float16",
     Case("int3", 32): "bfloat16",
     Case("fp8_block", 128, codes="float8_e5m2"): "float16",
 }

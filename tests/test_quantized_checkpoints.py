@@ -746,6 +746,16 @@ def test_what_cannot_be_written_compressed() -> None:
         compressed.tensors("m.weight", base.Matrix(codes + np.uint8(16), scale), 4)
     with pytest.raises(CheckpointError, match=r"scales \[4, 3\] for \[4, 64\] codes; 3 groups must divide"):
         compressed.scheme(base.Matrix(codes, np.ones((4, 3), np.float32)), 4)
+    padded = base.Matrix(np.zeros((4, 96), np.uint8), scale)  # of groups of 64, the second half full: not groups of 48
+    with pytest.raises(
+        CheckpointError, match=r"2 scales a row for 96 inputs in groups of 64.*the last of them not whole"
+    ):
+        compressed.scheme(padded, 4, 64)
+    with pytest.raises(
+        CheckpointError, match=r"2 scales a row for 64 inputs in groups of 16, which 4 groups would hold:"
+    ):
+        compressed.layout("m.weight", base.Matrix(codes, scale), 4, 16)
+    assert compressed.scheme(base.Matrix(codes, scale), 4, 32)["group_size"] == 32
     with pytest.raises(CheckpointError, match="no module is packed"):
         compressed.quantization_config({})
     with pytest.raises(CheckpointError, match="one format and one order of columns"):

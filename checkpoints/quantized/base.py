@@ -5,11 +5,11 @@ zero point, sometimes an order of the columns. `Stored` says which of them a mat
 the headers alone, so that a whole checkpoint is planned and refused before a byte of data is read. `Matrix` holds them,
 unpacked and laid out [out, in] (O outputs, I inputs), for one matrix at a time:
 
-    int2, int3, int4   codes uint8   w = scale (code - zero), zero 2, 4, 8 where there is none
-    int8               codes int8    w = scale code
-    nf4                codes uint8   w = scale NF4[code]
-    mxfp4              codes uint8   w = 2^(scale - 127) E2M1[code]
-    fp8                codes float8  w = scale code
+    int2 to int5   codes uint8   w = scale (code - zero), zero the middle code (2, 4, 8, 16) where there is none
+    int8           codes int8    w = scale code
+    nf4            codes uint8   w = scale NF4[code]
+    mxfp4          codes uint8   w = 2^(scale - 127) E2M1[code]
+    fp8            codes float8  w = scale code
 
 Column i of the codes is column perm[i] of the matrix. No number is computed here that the checkpoint does not hold:
 codes stay the codes that they were, so what is read is exactly what was quantised.
@@ -54,7 +54,8 @@ class Stored:
     name: of the plain tensor that it stands in place of. tensors: {what it is: the tensor's name}. kind: the format of its
     codes (see above). group: inputs that share a scale; 0: all of a row, or of a block. block: rows and columns that share
     a scale, of fp8 in blocks. per_tensor: all share one. affine: it has zero points. scale: the dtype that its scales and
-    zero points are exact in. order: its columns may stand in another order. codes: the dtype of fp8 codes.
+    zero points are exact in. order: its columns may stand in another order. codes: the dtype of fp8 codes. by_rows: some rows
+    are read for the bytes of those alone.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Stored:
     scale: str = "float32"
     order: bool = False
     codes: str = ""
+    by_rows: bool = False
     detail: Any = None  # the method's own
 
 

@@ -148,7 +148,8 @@ def quantize(
     of activations (the checkpoint's own if not given). The embedding and the head stay as they are. progress: called
     with (layers done, layers in all, what is being done).
 
-    The same call goes on with what an interrupted one left. Raises, before anything is allocated or written:
+    The same call goes on with what an interrupted one left, with another memory too: how many rows are taken at a time decides
+    in which order sums are made, and nothing else. Raises, before anything is allocated or written:
     CheckpointError for a folder that cannot be read or written, ValueError for a choice there is not, or memory that does not
     hold a layer, with what would fit.
     """
@@ -178,7 +179,6 @@ def quantize(
         asked = {
             "checkpoint": hashlib.sha256(files_of(folder).encode()).hexdigest()[:16], "weights": run.plan.weights,
             "method": method, "dtype": dtype, "text": found.digest(), "samples": len(found), "context": context,
-            "rows": rows,
         }  # fmt: skip
         with _workplace(target, asked) as work:
             outcome = run.run(work, found, rows, progress or (lambda done, total, what: None))
@@ -204,13 +204,6 @@ def _workplace(target: Path, asked: Mapping[str, Any]) -> Iterator[Path]:
     """The hidden folder of a run for `target`, made or found again; removed when the block ends well."""
     work = target.with_name(f".{target.name}.calibration")
     path = work / ASKED
-    if path.is_file():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        if odd := [f"{n} was {before.get(n)!r} and is {now!r}" for n, now in asked.items() if before.get(n) != now]:
-            raise CheckpointError(
-                f"{work} is of another run for {target.name}, which was not finished: {', '.join(odd)}. Say the same again to go"
-                f" on, delete it, or give another output"
-            )
     work.mkdir(parents=True, exist_ok=True)
     lock = os.open(work, os.O_RDONLY)
     try:
@@ -220,6 +213,15 @@ def _workplace(target: Path, asked: Mapping[str, Any]) -> Iterator[Path]:
             raise CheckpointError(
                 f"{target} is being made by another process: wait for it, or give another output"
             ) from None
+        if not (work.is_dir() and os.path.samestat(os.fstat(lock), work.stat())):
+            raise CheckpointError(f"{target} has just been made by another process: give another output")
+        if path.is_file():
+            before = json.loads(path.read_text(encoding="utf-8"))
+            if odd := [f"{n} was {before.get(n)!r} and is {now!r}" for n, now in asked.items() if before.get(n) != now]:
+                raise CheckpointError(
+                    f"{work} is of another run for {target.name}, which was not finished: {', '.join(odd)}. Say the same again to"
+                    f" go on, delete it, or give another output"
+                )
         _replaced(path, json.dumps(asked, indent=2) + "\n")
         yield work
         shutil.rmtree(work, ignore_errors=True)

@@ -200,6 +200,7 @@ def _finetune(folder: str, data: tuple[Path, ...], out: Path, reading: Any, **gi
         held = documents((Path(held_out),))
     held = None if held is None else packed(held)
     trained_on = packed(found)
+    settings.make_optimizer(settings.steps_over(len(trained_on)))  # refuses a warmup of all steps before loading
     with reading() as bar:
         model = jaxengine.load(folder, plan=plan, progress=bar)
     run = Run(

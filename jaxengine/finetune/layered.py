@@ -9,6 +9,15 @@ one parameter at a time after all layers.
 A gradient's global norm is known only after all of it has been made. With clipping, the way back is therefore gone twice:
 once for the norm, once for the updates, with the same numbers. With clip=0 it is gone once.
 
+**Copies** go both ways at a time, beside matrix products, and in place (host_temp 0; tests/test_tuning_plan.py reads it from
+the program that XLA makes for a card): a matrix's gradient is used as soon as it is there, and the changed matrix goes out
+with its state while the next one's state comes in and the gradients of those before it are made. XLA lets what goes out
+wait until the layer's end, so that at most all of one layer, weights and state, stands changed on the device. Nothing is under
+way from one layer to the next: a layer's matrices come in first, and alone. With AdamW that is 4 of 12 bytes a parameter, so
+that a step that waits for the link alone takes at least 16/12 of what a full duplex would. Writing each layer a turn later
+would hide that too (AOT, two matrices of 64 MB a layer, H2D and D2H each 6 copies a turn: also in place, each copy out beside
+all of the next layer's products), but holds a layer and its state more (7.1 in place of 4.6 layers), and is not done.
+
 The parts of an accumulated batch go through a layer one after another while it is there, so that layers are brought once
 in a step however many parts there are.
 
@@ -18,7 +27,7 @@ A accumulated parts, B batch, T tokens, D model.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, cast
 
 import jax
@@ -55,20 +64,20 @@ def put(stacks: Any, layer: Any, i: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """How a bank's arrays are brought and taken back. States' counters, one number a layer, stand on the device."""
+    """How a bank's arrays are brought, and taken back to where those `held` before stood: back(tree, held). States'
+    counters, one number a layer, stand on the device, and so does what of a layer stays there (`Plan.stays`)."""
 
     fetch: Callable[[Any], Any]
-    back: Callable[[Any], Any]
+    back: Callable[[Any, Any], Any]
 
     @classmethod
     def on_host(cls) -> Place:
         """Of what stands in host memory between its uses."""
-        fetch = home("host").fetch
 
-        def sized(tree: Any, move: Callable[[Any], Any]) -> Any:
-            return jax.tree.map(lambda a: move(a) if a.ndim else a, tree)
+        def back(tree: Any, held: Any) -> Any:
+            return jax.tree.map(lambda a, h: jax.device_put(a, jax.typeof(h).memory_space), tree, held)
 
-        return cls(lambda tree: sized(tree, fetch), lambda tree: sized(tree, host))
+        return cls(home("host").fetch, back)
 
     @classmethod
     def of(cls, bank: Bank) -> Place:
@@ -79,7 +88,7 @@ class Place:
                 f" say home='host' or home='split', with form='scan'"
             )
         if home(bank.home).TIER == "device":
-            return cls(lambda tree: tree, lambda tree: tree)
+            return cls(lambda tree: tree, lambda tree, held: tree)
         return cls.on_host()
 
 
@@ -161,7 +170,7 @@ def backward(
             # this layer's gradient is used before the next one's is made
             g, carry, weights, state = lax.optimization_barrier((g, carry, weights, state))
             if write:
-                new_weights[i], new_states[i] = place.back(weights), place.back(state)
+                new_weights[i], new_states[i] = (place.back(t, h) for t, h in zip((weights, state), held, strict=True))
         return g, carry, tuple(new_weights), tuple(new_states)
 
     def period(j: Array, loop: Any) -> Any:
@@ -169,10 +178,12 @@ def backward(
         i = bank.repeats - 1 - j
         stacks, states = list(stacks), list(states)
         for k, kind in reversed(list(enumerate(bank.kinds))):
-            weights, state = (place.fetch(at(t, i)) for t in (stacks[k], states[k]))
+            held = [at(t, i) for t in (stacks[k], states[k])]
+            weights, state = (place.fetch(t) for t in held)
             g, carry, weights, state = one(kind, weights, state, bring(at(kept[k], i)), g, carry)
             if write:
-                stacks[k], states[k] = put(stacks[k], place.back(weights), i), put(states[k], place.back(state), i)
+                new = [place.back(t, h) for t, h in zip((weights, state), held, strict=True)]
+                stacks[k], states[k] = put(stacks[k], new[0], i), put(states[k], new[1], i)
         return g, carry, tuple(stacks), tuple(states)
 
     return lax.fori_loop(0, bank.repeats, period, (g, carry, tuple(bank.weights), tuple(states)))
@@ -184,21 +195,25 @@ def abstract(tuning: Tuning, banks: Any, trained: Any) -> State:
     ShapeDtypeStructs with shardings."""
     transformation = tuning.optax()
 
-    def placed(state: Any, weights: Any, memory: str | None, counters: int) -> Any:
-        """A moment of a parameter's shape is split as the parameter; the rest is whole everywhere."""
+    def placed(state: Any, weights: Any, memory: str | None, counters: int, stay: Sequence[str] = ()) -> Any:
+        """A moment of a parameter's shape is split as the parameter; the rest is whole everywhere. stay: names of parameters
+        whose moments are on the device."""
         splits = {w.shape: w.sharding.spec for w in jax.tree.leaves(weights)}
 
-        def one(s: Any) -> jax.ShapeDtypeStruct:
-            kind = memory if s.ndim > counters else None
-            place = NamedSharding(tuning.mesh, splits.get(s.shape, PartitionSpec()), memory_kind=kind)
+        def one(path: Any, s: Any) -> jax.ShapeDtypeStruct:
+            here = s.ndim <= counters or any(getattr(key, "key", None) in stay for key in path)
+            place = NamedSharding(
+                tuning.mesh, splits.get(s.shape, PartitionSpec()), memory_kind=None if here else memory
+            )
             return jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place)
 
-        return jax.tree.map(one, state)
+        return jax.tree_util.tree_map_with_path(one, state)
 
     def of(bank: Bank, weights: Any) -> Any:
         Place.of(bank)
         make = jax.vmap(transformation.init) if bank.stacked else transformation.init
-        return placed(jax.eval_shape(make, weights), weights, home(bank.home).MEMORY, int(bank.stacked))
+        stay = [n for n, w in weights.items() if w.sharding.memory_kind in (None, "device")]
+        return placed(jax.eval_shape(make, weights), weights, home(bank.home).MEMORY, int(bank.stacked), stay)
 
     states = tuple(tuple(of(b, weights) for weights in held) for b, held in zip(banks, trained["banks"], strict=True))
     alone = ({n: w} for n, w in trained["outer"].items())
@@ -281,10 +296,11 @@ def step(tuning: Tuning, banks: tuple[Bank, ...], state: State, batch: Batch) ->
     place, new_outer, outer_states, before = Place.on_host(), {}, {}, squares
     for name, held in state.optimizer["outer"].items():
         held, gradient, before = lax.optimization_barrier((held, {name: of_outer[name]}, before))  # after the last one
+        was = held
         _, changed, held = use(before, gradient, {name: outer[name]}, place.fetch(held))
         changed, held, before = lax.optimization_barrier((changed, held, before))
         new_outer |= changed
-        outer_states[name] = place.back(held)
+        outer_states[name] = place.back(held, was)
     trained = {"outer": new_outer, "banks": tuple(weights for weights, _ in new)}
     optimizer = {"outer": outer_states, "banks": tuple(states for _, states in new)}
     measured = {

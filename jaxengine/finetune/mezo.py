@@ -19,10 +19,13 @@ where steps and layers count from 0, what is outside the layers counts as layer 
 architecture's own order and j is 0, but for what stands beside a matrix (LoRA's a and b: in the order of their names). It is
 the same in every home, form and mesh.
 
-**Rounding.** Sums are taken in float32 and rounded to the parameter's own dtype, to the nearest: theta + eps z before it is
-used, theta - lr g z before it is kept. theta itself is not moved to and fro, so it does not drift as in the paper's code. In
-bfloat16 a change of less than 1/512 of a parameter is lost, in float16 of less than 1/4096, which the paper's and ZO2's
-rates stay above for some parameters only; float32 keeps all, for twice the bytes.
+**Rounding.** theta + eps z is made in float32 and rounded to the parameter's own dtype, to the nearest, before it is used:
+of a norm near 1 in bfloat16 that may leave nothing of eps z. theta itself is not moved to and fro, so it does not drift as in
+the paper's code. A change lr g z is far smaller than the last digit of most bfloat16 parameters (1/256 of one), so that
+rounded to the nearest, as the paper's code and ZO2's do in float16, it would be lost in every step. It is therefore rounded up
+or down by chance, as likely as it is near to each: in the mean nothing is lost (Gupta et al., arXiv:1502.02551). The chance is
+a number of the step and the parameter like the noise, with 2^16 + j in the place of j, so that streamed and resident runs
+still agree update for update. It costs one more draw of a parameter's four in a step, and is not made of float32 ones.
 
 What is trained may also be LoRA's or DoRA's beside frozen matrices in any format.
 
@@ -54,6 +57,7 @@ from jaxengine.homes.base import Bank, home
 from jaxengine.walk import walk
 
 PRNG = "threefry2x32"  # jax's own since it has been; another default would give other noise
+CHANCE = 2**16  # added to an array's number: of what it is rounded by
 
 
 @jax.tree_util.register_dataclass
@@ -103,31 +107,48 @@ class Noise:
     tuning: Tuning
     key: Array
 
-    def change(self, specs: Mapping[str, Spec], layer: Array, held: Mapping[str, Any], how: Change) -> dict[str, Any]:
-        """What is trained of a layer, or outside, with how(theta, z) in the place of each theta; specs: of all in there."""
+    def change(
+        self, specs: Mapping[str, Spec], layer: Array, held: Mapping[str, Any], how: Change, *, by_chance: bool = False
+    ) -> dict[str, Any]:
+        """What is trained of a layer, or outside, with how(theta, z) in the place of each theta, rounded to its dtype: to the
+        nearest, or up or down by chance. specs: of all in there."""
         frozen, names = find_trained(self.tuning.train).FROZEN, list(specs)
         leaves = {name: tree_flatten_with_path(leaf) for name, leaf in held.items()}
-        places = [(names.index(name), j) for name, (arrays, _) in leaves.items() for j in range(len(arrays))]
-        if not places:
+        arrays = [(name, j, path, theta) for name, (of, _) in leaves.items() for j, (path, theta) in enumerate(of)]
+        moving = [k for k, (*_, path, _) in enumerate(arrays) if not (path and path[-1].key in frozen)]
+        narrow = [k for k in moving if by_chance and arrays[k][-1].dtype != jnp.float32]
+        if not moving:
             return dict(held)
+        places = [(names.index(name), j) for name, j, *_ in (arrays[k] for k in moving)]
+        places += [(names.index(name), CHANCE + j) for name, j, *_ in (arrays[k] for k in narrow)]
         keys = iter(_keys(jax.random.fold_in(self.key, layer), *np.array(places, np.int32).T))
-        made = {}
-        for name, (arrays, tree) in leaves.items():
-            new = []
-            for path, theta in arrays:
-                key = next(keys)
-                if path and path[-1].key in frozen:
-                    new.append(theta)
-                    continue
-                z = draw(key, theta.shape)
-                new.append(how(theta.astype(jnp.float32), z, specs[name].out is not None).astype(theta.dtype))
-            made[name] = jax.tree.unflatten(tree, new)
-        return made
+        made = [theta for *_, theta in arrays]
+        for k in moving:
+            name, _, _, theta = arrays[k]
+            made[k] = how(theta.astype(jnp.float32), draw(next(keys), theta.shape), specs[name].out is not None)
+        for k in narrow:
+            made[k] = rounded(made[k], chance(next(keys), made[k].shape), arrays[k][-1].dtype)
+        new = iter(x.astype(theta.dtype) for x, (*_, theta) in zip(made, arrays, strict=True))
+        return {name: jax.tree.unflatten(tree, [next(new) for _ in of]) for name, (of, tree) in leaves.items()}
 
 
 def draw(key: Array, shape: tuple[int, ...]) -> Array:
     """z of one array, which XLA makes where it is used: it never stands (fusions of integers and one erf_inv)."""
     return jax.random.normal(key, shape, jnp.float32)
+
+
+def chance(key: Array, shape: tuple[int, ...]) -> Array:
+    """Numbers in [0, 1), as `draw`."""
+    return jax.random.uniform(key, shape, jnp.float32)
+
+
+def rounded(x: Float[Array, "..."], chance: Float[Array, "..."], dtype: Any) -> Array:
+    """x in a narrower dtype: the nearest number of it, or the one beyond x where chance is below x's way towards that."""
+    near = x.astype(dtype)
+    off = x - near.astype(jnp.float32)  # exact
+    beyond = lax.nextafter(near, jnp.where(off < 0, -jnp.inf, jnp.inf).astype(dtype))
+    way = jnp.abs(beyond.astype(jnp.float32) - near.astype(jnp.float32))
+    return jnp.where((chance * way < jnp.abs(off)) & (off != 0), beyond, near)
 
 
 def _keys(key: Array, i: Any, j: Any) -> Array:
@@ -145,7 +166,7 @@ def _due(tuning: Tuning, state: State) -> Callable[[Mapping[str, Spec], Array, A
     def how(theta: Array, z: Array, matrix: bool) -> Array:
         return (theta * (1 - due.decay) if matrix and tuning.optimizer.weight_decay else theta) - due.scale * z
 
-    return lambda specs, layer, held: noise.change(specs, layer, held, how)
+    return lambda specs, layer, held: noise.change(specs, layer, held, how, by_chance=True)
 
 
 def _key(state: State) -> Array:
@@ -154,7 +175,7 @@ def _key(state: State) -> Array:
 
 def _place(tuning: Tuning, bank: Bank) -> Place:
     """How what is trained of a layer is brought and taken back: what stands beside frozen matrices is on the device."""
-    return Place.of(bank) if tuning.train == "all" else Place(lambda tree: tree, lambda tree: tree)
+    return Place.of(bank) if tuning.train == "all" else Place(lambda tree: tree, lambda tree, held: tree)
 
 
 def _through(
@@ -172,8 +193,8 @@ def _through(
             if streamed:
                 held, carry = lax.optimization_barrier((held, carry))  # or all copies start with the program
             layer, x = carry
-            held, x = run(kind, weights, place.fetch(held), layer, x)
-            return (layer + 1, x), place.back(held)
+            new, x = run(kind, weights, place.fetch(held), layer, x)
+            return (layer + 1, x), place.back(new, held)
 
         (layer, x), (of_bank,) = walk(body, (layer, x), (bank,), (held,))
         new.append(of_bank)

@@ -12,6 +12,7 @@ Device bytes are those of the moment when most stands there: on the way back thr
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any, NamedTuple, cast
 
@@ -23,13 +24,16 @@ from jaxengine.architecture import Architecture
 from jaxengine.engine import Engine, Program
 from jaxengine.finetune import layered, mezo, sampled
 from jaxengine.finetune import step as whole
-from jaxengine.finetune.optimizers.base import Optimizer
+from jaxengine.finetune.optimizers.base import Matrix, Optimizer
+from jaxengine.finetune.optimizers.base import optimizer as find_optimizer
 from jaxengine.finetune.step import Batch, Tuning
 from jaxengine.finetune.trained._lowrank import LowRank
 from jaxengine.finetune.trained.all import Options as Every
 from jaxengine.finetune.trained.base import targets, trained
 from jaxengine.homes.base import home
-from jaxengine.plan import Need, Plan, Variant, layer_bytes, show_bytes, streamed_bytes, tier_bytes, weight_bytes
+from jaxengine.plan import Need, Plan, Variant, layer_bytes, show_bytes, streamed_bytes, tier_bytes, weight_bytes, width
+
+GAPS = 0.05  # between buffers of unlike sizes that copies hold for a while, of their bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +151,7 @@ def need(architecture: Architecture, plan: Plan, task: Task, *, batch: int, cont
     remat, L = plan.remat or "full", architecture.num_layers
     parts = task.accumulate if layered else 1  # of a batch, whose inputs to layers stand at the same time
     one = layer_activations(architecture, batch * context, dtype.itemsize)
-    entering = parts * batch * context * architecture.config.hidden_size * dtype.itemsize
+    entering = parts * batch * context * width(architecture) * dtype.itemsize
     streamed = sum(p.num_layers for p in plan.parts(architecture) if home(p.home).TIER != "device")
     kept = {
         "full": L * entering,
@@ -159,33 +163,48 @@ def need(architecture: Architecture, plan: Plan, task: Task, *, batch: int, cont
     # what a layer's matrices gave is there already where it is kept
     back = one.within - (one.dots if remat == "dots" or (remat == "none" and not streamed) else 0)
     host = tiers["host"] + (L * entering if remat == "offload" else 0)
-    share = state_share(task.optimizer)
     if task.train != "all":
         adapters = adapter_bytes(architecture, task)
-        gradients, optimizer, trained = adapters, int(share * adapters), adapters
+        gradients, optimizer, trained = adapters, adapter_states(architecture, task), adapters
         streaming = streamed_bytes(architecture, plan)
         activations = max(streaming + back, loss) - streaming
     else:
-        trained, optimizer = 0, int(share * (outer + tiers["device"]))
+        outside, states = outer_states(architecture, task.optimizer), layer_states(architecture, plan, task.optimizer)
+        trained, optimizer = 0, sum(outside.values()) + sum(whole for whole, _ in states)
         if layered:
             layer, head = max(each), head_bytes(architecture)
             streaming = layer if streamed else 0
-            gradients = layer + head
-            cast = 2 * layer * dtype.itemsize // 4 if dtype.itemsize < 4 else 0  # the weights', and their gradient
-            # a layer's optimizer state comes when its gradient is there and what made it is gone
+            # a gradient to which no other is added stays in the arithmetic's dtype until it is used
+            narrow = layer * dtype.itemsize // 4
+            gradients = (narrow if task.accumulate == 1 else layer) + head
+            cast = (narrow if dtype.itemsize < 4 else 0) * (1 if task.accumulate == 1 else 2)  # of a part too
+            here = [home(p.home).TIER == "device" for p in plan.parts(architecture) for _ in range(p.num_layers)]
+            coming = max((w - stay for (w, stay), near in zip(states, here, strict=True) if not near), default=0)
+            # copies are under way of some matrices while others are used
+            shapes = {s.shape for k in set(architecture.kinds) for s in architecture.block(k)[1].values()}
+            largest = 4 * max(map(math.prod, shapes))
+            under_way = 2 * largest if streamed else 0
+            if task.accumulate > 1:  # and the embedding's gradient stands, to be added to
+                under_way += 4 * math.prod(architecture.outer()[1]["embedding"].shape)
+            update = 0
+            if streamed:  # all that was changed waits to go back, beside what one matrix is changed from; and gaps
+                update = coming + largest * (streaming + coming) // streaming + 5 * entering // parts
+                if task.accumulate > 1:  # in the place of the gradient, which is as wide
+                    update -= layer
+                update += int(GAPS * (streaming + gradients + kept + update))
             # after the layers all gradients of what is outside, and the state of one such parameter at a time
-            largest = 4 * max(math.prod(s.shape) for s in architecture.outer()[1].values())
-            last = outer + int(share * largest) - streaming - gradients
-            activations = max(cast + back, int(share * layer) if streamed else 0, loss - streaming - gradients, last)
+            last = outer + max(outside.values()) - streaming - gradients
+            activations = max(cast + back + under_way, update, loss - streaming - gradients, last)
             if cast:  # of resident layers one is made going forward, and stays
                 activations += tiers["device"] * dtype.itemsize // 4
-            optimizer = int(share * tiers["device"])
-            host += int(share * (outer + tiers["host"]))
+            optimizer = sum(whole if near else stay for (whole, stay), near in zip(states, here, strict=True))
+            host += sum(outside.values()) + sum(whole for whole, _ in states) - optimizer
         else:
-            # until they are used they are in the arithmetic's dtype, but for sums over parts
+            # until they are used they are in the arithmetic's dtype, but for sums over parts and stacks
             narrow = dtype.itemsize if task.accumulate == 1 else 4
-            streaming, gradients = 0, (outer + tiers["device"]) * narrow // 4
-            activations = max(back, loss)
+            stacked = sum(sum(each[p.start : p.start + p.num_layers]) for p in plan.parts(architecture) if p.stacked)
+            streaming, gradients = 0, stacked + (outer + tiers["device"] - stacked) * narrow // 4
+            activations = max(back, loss, max(_changing(architecture, plan, task.optimizer)) - kept)
     return Need(
         outer=outer, resident=tiers["device"], streaming=streaming, cache=0, activations=activations, host=host,
         disk=tiers["disk"], trained=trained, gradients=gradients, optimizer=optimizer, kept=kept,
@@ -198,7 +217,7 @@ def _need_of_losses(architecture: Architecture, plan: Plan, task: Task, *, batch
     tiers, each = tier_bytes(architecture, plan), layer_bytes(architecture, plan)
     streamed = any(home(p.home).TIER != "device" for p in plan.parts(architecture))
     itemsize, rows = jnp.dtype(task.compute or plan.dtype).itemsize, batch * context
-    both = 2 * task.accumulate * rows * architecture.config.hidden_size * itemsize
+    both = 2 * task.accumulate * rows * width(architecture) * itemsize
     adapters = adapter_bytes(architecture, task) if task.beside else 0
     if task.beside:
         streaming, moved, of_head = streamed_bytes(architecture, plan), 0, 0
@@ -240,7 +259,7 @@ def _need_in(
     # stands in the plan's dtype too, but where the trained tree has it in float32
     outer = stored * (sum(elements.values()) - (own if not kind.KEPT or stored == 4 else 0))
     trained_now = 4 * (M * layer + own)
-    entering = rows * architecture.config.hidden_size * dtype
+    entering = rows * width(architecture) * dtype
     offload = entering * architecture.num_layers if plan.remat == "offload" else 0
     kept = 0 if offload else architecture.num_layers * entering
     saved = 2 * (M + 1) * entering if M else 0
@@ -250,31 +269,71 @@ def _need_in(
     of_head *= dtype if loss_pieces(architecture, task, task.accumulate * batch, context) == 1 else 4
     of_layers = M * layer * (dtype if M == 1 and task.accumulate == 1 else 4)
     gradients = of_layers + 4 * own
-    cast = (2 if M > 1 else 1) * layer * dtype if M and dtype < 4 else 0  # a slot's weights, and their gradient
+    # a slot's weights, and their gradient where it is added to others
+    cast = (2 if M > 1 or task.accumulate > 1 else 1) * layer * dtype if M and dtype < 4 else 0
     loss = loss_activations(architecture, task, task.accumulate * batch, context, dtype)
+    matrices = [s for k in set(architecture.kinds) for s in architecture.block(k)[1].values() if s.out is not None]
+    temporaries = find_optimizer(task.optimizer.name).temporaries
+    changing = [temporaries((M, *s.shape), Matrix(1, s.out or 1)) for s in matrices if M]
     moments = {
         "loss": kept + of_head + loss,
         "layers": kept + of_head + saved + streaming + one.within,
         "weights": saved + of_head + of_layers + cast + one.narrow,
-        "update": gradients,
+        "update": gradients + max(changing, default=0),
     }
-    share, host = state_share(task.optimizer), tiers["host"] + offload
+    outside, states = outer_states(architecture, task.optimizer), layer_states(architecture, plan, task.optimizer)
+    optimizer, host = M * max(w for w, _ in states) + sum(outside[n] for n in turn.outer), tiers["host"] + offload
     if kind.KEPT:  # moments, and float32 values where those that the model runs with are narrower
         every = sum(elements.values()) + sum(each) // stored
-        host += int((share + (1 if stored < 4 else 0)) * 4 * every)
+        host += sum(outside.values()) + sum(w for w, _ in states) + (4 * every if stored < 4 else 0)
     standing = min(gradients, max(moments.values()))
     return Need(
         outer=outer, resident=tiers["device"], streaming=0, cache=0, activations=max(moments.values()) - standing,
-        host=host, disk=tiers["disk"], trained=trained_now, gradients=standing, optimizer=int(share * trained_now), kept=0,
+        host=host, disk=tiers["disk"], trained=trained_now, gradients=standing, optimizer=optimizer, kept=0,
     )  # fmt: skip
 
 
-def state_share(optimizer: Optimizer) -> float:
-    """Bytes of an optimizer's state for each byte of large float32 matrices."""
+@functools.cache
+def state_of(optimizer: Optimizer, shape: tuple[int, ...], matrix: Matrix | None = None) -> int:
+    """Bytes of an optimizer's state for one float32 array, but for counters; matrix: how it is one inside a layer, or beside
+    one."""
     if not optimizer.order:
-        return 0.0
-    held = jax.ShapeDtypeStruct((1024, 1024), jnp.float32)
-    return size_of(jax.eval_shape(optimizer.make().init, held)) / size_of(held)
+        return 0
+    how = optimizer.make(None, lambda tree: jax.tree.map(lambda _: matrix, tree))
+    held = jax.eval_shape(how.init, jax.ShapeDtypeStruct(shape, jnp.float32))
+    return size_of([x for x in jax.tree.leaves(held) if x.ndim])
+
+
+def outer_states(architecture: Architecture, optimizer: Optimizer) -> dict[str, int]:
+    """Bytes of the state of each parameter outside the layers."""
+    return {n: state_of(optimizer, s.shape) for n, s in architecture.outer()[1].items()}
+
+
+def layer_states(architecture: Architecture, plan: Plan, optimizer: Optimizer) -> list[tuple[int, int]]:
+    """Bytes of each layer's state, and of that what stands on the device with `Plan.stays`."""
+
+    def of(i: int, kind: Any) -> tuple[int, int]:
+        found = []
+        for n, s in architecture.block(kind)[1].items():
+            size = state_of(optimizer, s.shape, None if s.out is None else Matrix(0, s.out))
+            found.append((size, size if all(jax.tree.leaves(plan.stays(f"layers.{i}.{n}", s))) else 0))
+        whole, stays = zip(*found, strict=True)
+        return sum(whole), sum(stays)
+
+    first = {kind: of(i, kind) for i, kind in reversed(list(enumerate(architecture.kinds)))}
+    return [first[kind] for kind in architecture.kinds]
+
+
+def _changing(architecture: Architecture, plan: Plan, how: Optimizer) -> list[int]:
+    """Bytes that stand while each array of the banks is changed, where all are on the device."""
+    of, found = find_optimizer(how.name).temporaries, []
+    for part in plan.parts(architecture):
+        lead = (part.repeats,) if part.stacked else ()
+        for kind in part.kinds:
+            for spec in architecture.block(kind)[1].values():
+                matrix = None if spec.out is None else Matrix(len(lead), spec.out)
+                found.append(of((*lead, *spec.shape), matrix))
+    return found
 
 
 def head_bytes(architecture: Architecture) -> int:
@@ -285,13 +344,25 @@ def head_bytes(architecture: Architecture) -> int:
 
 def adapter_bytes(architecture: Architecture, task: Task) -> int:
     """Bytes of what is trained beside frozen matrices, float32."""
-    specs, total = architecture.specs(), 0
+    return sum(4 * math.prod(shape) for shape, _ in _adapters(architecture, task))
+
+
+def adapter_states(architecture: Architecture, task: Task) -> int:
+    """Bytes of an optimizer's state for them."""
+    return sum(state_of(task.optimizer, shape, how) for shape, how in _adapters(architecture, task))
+
+
+def _adapters(architecture: Architecture, task: Task) -> list[tuple[tuple[int, ...], Matrix | None]]:
+    """The shape of each, and how it is a matrix."""
+    specs, found = architecture.specs(), []
     for name in targets(architecture, task.options.targets):
         spec = specs[name]
         assert spec.out is not None
-        ins, outs = math.prod(spec.shape[spec.out :]), math.prod(spec.shape[: spec.out])
-        total += 4 * (task.options.rank * (ins + outs) + (2 * outs if task.train == "dora" else 0))
-    return total
+        ins, outs = spec.shape[spec.out :], spec.shape[: spec.out]
+        found += [((task.options.rank, *ins), Matrix(0, 1)), ((*outs, task.options.rank), Matrix(0, len(outs)))]
+        if task.train == "dora":
+            found += [(outs, None)] * 2
+    return found
 
 
 class OneLayer(NamedTuple):
@@ -325,10 +396,12 @@ def loss_pieces(architecture: Architecture, task: Task, batch: int, context: int
 
 def loss_activations(architecture: Architecture, task: Task, batch: int, context: int, itemsize: int) -> int:
     """Bytes while the loss is made: some tokens' logits in float32, their gradient, and the gradient of what comes in."""
-    V, D = architecture.config.vocab_size, architecture.config.hidden_size
+    V, D = architecture.config.vocab_size, width(architecture)
+    pieces = loss_pieces(architecture, task, batch, context)
+    # in one piece the logits' gradient is made apart from them, before it is narrowed
+    each = 4 + (4 if pieces == 1 else itemsize)
     chunk = task.loss_chunk or max(1, min(context, whole.LOGITS // (4 * batch * V)))
-    logits = batch * min(chunk, context) * V
-    return logits * (4 + itemsize) + 2 * batch * context * D * itemsize
+    return batch * min(chunk, context) * V * each + 2 * batch * context * D * itemsize
 
 
 def variants(
@@ -391,10 +464,9 @@ def seconds(
         / card.bandwidth,
     }
     if tiers["host"]:
-        if tunes:  # the weights twice to the device, and back; the optimizer's state both ways; with clipping once more
-            moved = (2 + 2 + 2 + 1 + (3 if task.clip else 0)) * tiers["host"]
-            if task.layered(plan):  # the state of what is outside the layers, both ways
-                moved += int(2 * state_share(task.optimizer) * weight_bytes(architecture, plan)["outer"])
+        if tunes:  # weights twice to the device (with clipping once more), and back; the optimizer's state both ways
+            moved = (3 + (1 if task.clip else 0)) * tiers["host"]
+            moved += 2 * (need(architecture, plan, task, batch=batch, context=context).host - tiers["host"])
         else:
             moved = 2 * tiers["host"] * task.accumulate
         times["host link"] = moved / card.link
@@ -410,8 +482,8 @@ def _seconds_of_turns(
     passes, stored = 3 + 2 * M / L, jnp.dtype(plan.dtype).itemsize
     moved = 2.0 * tiers["host"]
     if trained(task.train).KEPT:
-        share = state_share(task.optimizer) + (1 if stored < 4 else 0)
-        moved += 2 * share * 4 * M * max(layer_bytes(architecture, plan)) / stored
+        largest = max(w for w, _ in layer_states(architecture, plan, task.optimizer))
+        moved += 2 * M * (largest + (4 * max(layer_bytes(architecture, plan)) // stored if stored < 4 else 0))
     times = {
         "matmuls": 2 * passes * elements * tokens / card.tensor,
         "device memory": passes * sum(tiers.values()) / card.bandwidth,

@@ -57,6 +57,7 @@ from jaxengine.finetune.planning import Task, abstract_trained
 from jaxengine.finetune.sampled import SAMPLED
 from jaxengine.finetune.step import Batch, State, Tuning
 from jaxengine.finetune.trained import base
+from jaxengine.finetune.trained._lowrank import LowRank
 from jaxengine.finetune.trained.base import targets, trained
 from jaxengine.homes.base import home
 from jaxengine.model import Model
@@ -178,11 +179,18 @@ class Settings:
                 raise ValueError(
                     f"{name} is {getattr(self, name)!r}, and train is {self.train!r}: it goes with {', '.join(kinds)}"
                 )
+        usual = {f.name: f.default for f in dataclasses.fields(LowRank)}
+        for name in usual.keys() - own.keys():
+            if getattr(self, name) != usual[name]:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}, and train is {self.train!r}, which puts nothing beside a matrix: it"
+                    f" goes with {', '.join(ADAPTERS)}; leave it out"
+                )
         if self.train in SAMPLED:
             sampled.check_remat(self.train, self.remat)
         for name, value in made.items():
             object.__setattr__(self, name, value)
-        _ = self.options, self.make_optimizer(0, "constant")
+        _ = self.options, self.make_optimizer(self.steps, "" if self.steps else "constant")
         if not self.backward:
             _check_zeroth_order(self)
 
@@ -201,6 +209,10 @@ class Settings:
         """What is said of what is trained."""
         kind = trained(self.train).Options
         return kind(**{f.name: getattr(self, f.name) for f in dataclasses.fields(kind)})
+
+    def steps_over(self, rows: int) -> int:
+        """Steps of a run over so many packed rows."""
+        return self.steps or math.ceil(self.epochs * rows / (self.batch * self.accumulate))
 
     def make_optimizer(self, steps: int, schedule: str = "") -> Optimizer:
         """For a run of so many steps."""
@@ -478,7 +490,7 @@ class Run:
         self.model, self.settings, self.held_out = model, settings, held_out
         self.save_every, self.eval_every, self.keep = save_every, eval_every, keep
         self.step, each = 0, settings.batch * settings.accumulate
-        self.steps = settings.steps or math.ceil(settings.epochs * len(rows) / each)
+        self.steps = settings.steps_over(len(rows))
         engine = dataclasses.replace(model.engine, dtype=settings.compute, chunk=0)
         self.tuning: Any = Tuning(  # in the place of a Program's Engine
             engine, settings.train, settings.options, settings.make_optimizer(self.steps), settings.remat,
@@ -496,7 +508,7 @@ class Run:
 
     def _open(self) -> None:
         """The state at the beginning, or where the folder's run stands."""
-        model = self.model
+        model, settings = self.model, self.settings
         if self.out is not None:
             wanted = said(self.settings, model.architecture, model.plan)
             if not self._every:
@@ -521,6 +533,12 @@ class Run:
             model.params = self._combined()
         self._first = self.step + 1
         self._standing = self._count()
+        listed = any(part.home == "device" and part.form == "unrolled" for part in model.plan.parts(model.architecture))
+        if settings.backward and settings.remat == "full" and listed and jax.default_backend() == "cpu":
+            log.info(
+                "remat='full' saves little memory on a CPU where layers are written out, as XLA runs them again too early:"
+                " load the model with form='scan', or say remat='none', which runs nothing again"
+            )
 
     def _abstract_state(self) -> State:
         """The state's shapes, dtypes and places."""

@@ -308,10 +308,11 @@ def _writer(held: Flat) -> Any:
     structure, shardings = held
 
     def write(stack: Any, layer: Any, i: Array) -> Any:
-        if any(s.memory_kind == HOST for s in shardings):
+        def one(stack: Array, x: Array, where: NamedSharding) -> Array:
             # the index too, and unsigned: jax would compute with a signed one, on the host
-            layer, i = jax.device_put((layer, i), jax.memory.Space.Host)
-        return put(stack, layer, i)
+            return put(stack, *(jax.device_put((x, i), jax.memory.Space.Host) if where.memory_kind == HOST else (x, i)))
+
+        return jax.tree.map(one, stack, layer, jax.tree.unflatten(structure, shardings))
 
     return jax.jit(write, donate_argnums=0, out_shardings=jax.tree.unflatten(structure, shardings))
 

@@ -21,7 +21,7 @@ Forms, and what XLA:GPU makes of them:
               weights that a program cannot reach (a file's). Two layers on the device. No gradient goes through it.
     ahead     as scan, and each layer is fetched while the one before it is computed: two layers on the device, and all
               of a layer's matmuls beside the copy. For passes whose compute is not small beside the copy; on the way back
-              it holds every layer that it fetched, where a scan fetches each again.
+              each layer is fetched again, as in a scan.
 """
 
 from __future__ import annotations

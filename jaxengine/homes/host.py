@@ -1,7 +1,8 @@
 """Streamed: the weights stand in pinned host memory and each layer is copied to the device just before it is used.
 
 The copy is inside the compiled program: a scan over the stacked layers whose body starts with the copy. XLA:GPU makes a
-DMA of it (the slice's offset is affine in the loop's own index) and holds one layer at a time. On the CPU backend the
+DMA of it (the slice's offset is affine in the loop's own index) and holds one layer at a time. Vectors, and what else
+`Plan.stays`, stand on the device, so that what is copied is matrices: `fetch` leaves them where they are. On the CPU backend the
 memory kind is a type only, which is how the placement is tested there.
 """
 

@@ -1,4 +1,4 @@
-"""Integer codes of 8, 4, 3 or 2 bits, with a scale for each group of inputs: what int8, int4, int3 and int2 share.
+"""Integer codes of 8, 5, 4, 3 or 2 bits, with a scale for each group of inputs: what int8, int5, int4, int3 and int2 share.
 
     w_ok ~ s_og (q_ok - z_og)        q = 0 .. 2^bits - 1,  g = k // G
 
@@ -47,7 +47,7 @@ from pallas_kernels.quant_matmul import quant_matmul
 
 SCALES = ("bfloat16", "float16", "float32")
 LARGEST_GROUP = 256
-PLANES = {4: (4,), 3: (2, 1), 2: (2,)}  # bits of the planes that codes of so many bits stand in
+PLANES = {5: (4, 1), 4: (4,), 3: (2, 1), 2: (2,)}  # bits of the planes that codes of so many bits stand in
 LEAST = {"bfloat16": 2.0**-120, "float16": 2.0**-14, "float32": 2.0**-120}  # of a scale
 
 
@@ -91,8 +91,8 @@ def unpack_plane(words: UInt16[Array, "... W"], bits: int, group_size: int) -> U
 class Grouped(Weight):
     """Codes with a scale a group. All arrays have the out dims first; a stack of layers has one more before them.
 
-    codes: uint16 [out..., words], of 3 bits the lower two; of 8 bits int8 [out..., Ip], q - 128.
-    high: the third bit of 3-bit codes, uint16 [out..., Ip / 16]; else None.
+    codes: uint16 [out..., words], of 5 and 3 bits all but the highest; of 8 bits int8 [out..., Ip], q - 128.
+    high: the highest bit of 5-bit and 3-bit codes, uint16 [out..., Ip / 16]; else None.
     scale, zero: [out..., Ip / G] in one dtype; zero None where symmetric.
     perm: int32 [I], the codes' column i is the matrix's column perm[i]; None where they are in order.
     """
@@ -118,10 +118,11 @@ class Grouped(Weight):
     def _padded_codes(self) -> UInt8[Array, "..."]:
         if self.bits == 8:
             return self.codes.view(np.uint8) ^ np.uint8(128)
-        found = unpack_plane(self.codes, PLANES[self.bits][0], self.group_size)
+        width = PLANES[self.bits][0]
+        found = unpack_plane(self.codes, width, self.group_size)
         if self.high is None:
             return found
-        return found | (unpack_plane(self.high, 1, self.group_size) << 2)
+        return found | (unpack_plane(self.high, 1, self.group_size) << width)
 
     def unpacked(self) -> UInt8[Array, "..."]:
         """The codes [out..., I], unsigned, in the order of `perm`; numpy where the arrays are."""
@@ -339,7 +340,7 @@ def leaf_axes(
     flat: Any = axes[: out + 1]
     return Grouped(
         codes=flat,
-        high=flat if bits == 3 else None,
+        high=flat if len(PLANES.get(bits, ())) == 2 else None,
         scale=flat,
         zero=flat if affine else None,
         perm=(None,) if act_order else None,  # pyright: ignore[reportArgumentType]

@@ -2,10 +2,9 @@
 
     s_o = max(max_i |w_oi| / 127, 2^-120)        q_oi = round(w_oi / s_o)        w_oi ~ q_oi s_o
 
-The scale belongs to the output, so it is applied after the matmul: the codes go into the dot as they are, and XLA:GPU
-reads them as int8 (tests/test_aot.py). XLA:CPU writes them out as a float matrix before each dot: there the format
-saves memory at rest, not time. A quarter of float32's bytes, half of bfloat16's; the error of an element is at most
-s_o / 2. The scale is kept in float32.
+The scale belongs to the output, so it is applied after the matmul (pallas_kernels/quant_matmul), to float32 sums: sums of
+codes are up to 127 / max|w| times the result and overflow float16. A quarter of float32's bytes, half of bfloat16's; the
+error of an element is at most s_o / 2. The scale is kept in float32.
 
 group_size: 0 is the above. With 16, 32, 64 or 128 each group of that many inputs has a scale, as in GGUF's Q8_0 and Q6_K
 (`_grouped.py`): 8 + 32 / group_size bits per weight for errors that follow the group's largest number, not the channel's.
@@ -27,7 +26,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int8
 
 from jaxengine.weights import _grouped, _outliers
-from jaxengine.weights.base import Integers, Weight, einsum
+from jaxengine.weights.base import Integers, Weight, split_spec
+from pallas_kernels.quant_matmul import quant_matmul
 
 OPTIONS = {"group_size": (0, 16, 32, 64, 128), "outliers": (0, 8, 16, 32, 64, 128)}
 LEAST = 2.0**-120  # of a scale: half of it, and its products with codes, are normal float32 numbers
@@ -56,10 +56,12 @@ class PerChannel(Weight):
         return self._wide_scale() * (0.5 + 2 * 127 * 2.0**-24)
 
     def contract(self, spec: str, x: Array) -> Array:
-        # float32 until the scale is in: sums of codes are up to 127 / max|w| times the result and overflow float16
-        y = einsum(spec, x, self.codes.astype(x.dtype), jnp.float32)
-        scale = self.scale.reshape((1,) * (y.ndim - self.scale.ndim) + self.scale.shape)
-        return (y * scale).astype(x.dtype)
+        batch, _, outs = split_spec(spec)
+        lead, out_shape = x.shape[: len(batch)], self.codes.shape[: len(outs)]
+        rows = x.reshape(math.prod(lead), -1)
+        codes, scale = self.codes.reshape(-1, rows.shape[1]), self.scale.reshape(-1)
+        y = quant_matmul(rows, codes, scale, kind="int8", group_size=0, dtype=x.dtype)
+        return y.reshape(*lead, *out_shape)
 
     def integers(self) -> Integers:
         return Integers(8, self.codes.reshape(*self.scale.shape, -1), self.scale)

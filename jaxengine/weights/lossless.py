@@ -135,12 +135,9 @@ def _contracted(flat: Lossless, x: Array) -> Array:
     def block(main: Lossless, wide: Array, i: Array) -> Array:
         return product(jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, i, 1, keepdims=False), main), wide)
 
-    blocks = 1
-    while blocks * LIMIT < O * I and 2 * blocks <= O:
-        blocks *= 2
+    blocks, each = _blocks(O, I)
     if blocks == 1:
         return jax.checkpoint(product)(flat, wide)
-    each = O // blocks
     main = jax.tree.map(lambda a: a[: each * blocks].reshape(each, blocks, -1), flat)
     y = lax.map(lambda i: block(main, wide, i), jnp.arange(blocks))
     y = y.transpose(1, 0, 2).reshape(each * blocks, len(x))
@@ -172,8 +169,32 @@ def room(inputs: int, bits: int, escapes: int) -> int:
 def encode(w: Array, *, out: int, bits: int = 4, escapes: int = 0) -> Lossless:
     """w [out..., in...] as bfloat16, losslessly. bits: of an exponent's index; escapes: room for so many in 1,024 inputs (0:
     4, or 32 of 3 bits). `check` tells whether that was enough."""
-    lead, window = w.shape[:out], 1 << bits
-    numbers = _bits(w).reshape(math.prod(lead), -1)
+    lead = w.shape[:out]
+    wide = w.reshape(math.prod(lead), -1)
+    rows = functools.partial(_encoded, bits=bits, C=room(wide.shape[1], bits, escapes))
+    # a block of rows after another, for what is made on the way is eight times the bytes of what is kept; blocks as in
+    # `_contracted`
+    blocks, each = _blocks(*wide.shape)
+    main = wide[: each * blocks].reshape(each, blocks, -1)
+    made = lax.map(lambda i: rows(lax.dynamic_index_in_dim(main, i, 1, keepdims=False)), jnp.arange(blocks))
+    flat = jax.tree.map(lambda a: a.swapaxes(0, 1).reshape(each * blocks, *a.shape[2:]), made)
+    if each * blocks < len(wide):
+        flat = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), flat, rows(wide[each * blocks :]))
+    made = jax.tree.map(lambda a: a.reshape(*lead, *a.shape[1:]), flat)
+    return dataclasses.replace(made, rest=made.rest.reshape(w.shape))
+
+
+def _blocks(O: int, I: int) -> tuple[int, int]:  # noqa: E741
+    """(blocks, rows of each) of at most LIMIT numbers; a power of two."""
+    blocks = 1
+    while blocks * LIMIT < O * I and 2 * blocks <= O:
+        blocks *= 2
+    return blocks, O // blocks
+
+
+def _encoded(w: Array, *, bits: int, C: int) -> Lossless:
+    """Rows [O, I] of a matrix."""
+    window, numbers = 1 << bits, _bits(w)
     O, I = numbers.shape  # noqa: E741
     exponent = ((numbers >> 7) & 0xFF).astype(jnp.int32)
     rest = (((numbers >> 8) & 0x80) | (numbers & 0x7F)).astype(jnp.uint8)
@@ -185,7 +206,6 @@ def encode(w: Array, *, out: int, bits: int = 4, escapes: int = 0) -> Lossless:
     escaped = (index < 0) | (index >= window)
     index = jnp.where(escaped, 0, index).astype(jnp.uint8)
 
-    C = room(I, bits, escapes)
     at = jnp.arange(I, dtype=jnp.int32)
     # the first ones: the largest of what falls from I on
     found = I - lax.top_k(jnp.where(escaped, I - at, 0), C)[0]
@@ -196,15 +216,14 @@ def encode(w: Array, *, out: int, bits: int = 4, escapes: int = 0) -> Lossless:
     planes = [_grouped.pack_plane(index, 4, G)] if bits == 4 else [
         _grouped.pack_plane(index & 3, 2, G), _grouped.pack_plane(index >> 2, 1, G)
     ]  # fmt: skip
-    shaped = lambda a: a.reshape(*lead, -1)  # noqa: E731
     return Lossless(
-        rest=rest.reshape(w.shape),
-        index=shaped(planes[0]),
-        high=shaped(planes[1]) if bits == 3 else None,
-        base=base.astype(jnp.uint8).reshape(lead),
-        place=shaped(place.astype(_unsigned(I + C))),
-        exponent=shaped(kept.astype(jnp.uint8)),
-        count=escaped.sum(axis=1).astype(_unsigned(I)).reshape(lead),
+        rest=rest,
+        index=planes[0],
+        high=planes[1] if bits == 3 else None,
+        base=base.astype(jnp.uint8),
+        place=place.astype(_unsigned(I + C)),
+        exponent=kept.astype(jnp.uint8),
+        count=escaped.sum(axis=1).astype(_unsigned(I)),
     )
 
 

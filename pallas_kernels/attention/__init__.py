@@ -4,7 +4,8 @@
 over any number of slots, where they take less than the keys do, or rows of up to a MiB; on a CPU it is also the faster one
 there. Everything else is served in linear memory: on a CPU by `xla.py`, in blocks; on a GPU by the first that serves of cuDNN,
 our Triton kernel and `xla.py`. A refusal is logged once, with its reason; `implementation` asks for one by name, and then a
-refusal is the caller's error.
+refusal is the caller's error. By name only: `mosaic_gpu.py`, our kernel for Hopper, which has not run on a card yet, and
+`tokamax.py`, the library of that name, where it is installed.
 
 Two cores of a Xeon at 2.5 GHz, jax 0.12, 12 heads of 64, float32, CPU milliseconds, reference against blocks: one query over
 2,048 slots 1.8 and 3.0, 8 such rows 12 and 33; with 4 kv heads 8 queries 1.7 and 1.4, 16 queries 3.6 and 2.9, 64 queries over
@@ -52,8 +53,10 @@ def attention(
 
     return_lse: beside it the natural logarithm of the softmax's denominator, [B, T, N] in float32. contiguous: the caller
     knows that both positions are 0, 1, ... and -1 only after them; what it says is not checked, and is what cuDNN needs.
-    implementation: 'reference', 'xla', 'cudnn' or 'triton'; None chooses. Raises ValueError for shapes that do not belong
-    together, and dispatch.Refused where the implementation asked for cannot serve.
+    implementation: by name, 'reference', 'xla', 'cudnn', 'triton', 'mosaic_gpu' or 'tokamax'; None chooses.
+
+    Raises ValueError for shapes that do not belong together, and dispatch.Refused where the implementation asked for cannot
+    serve.
     """
     reference.check(q, k, v, q_positions, k_positions, window, softcap, sinks, q_segments, k_segments)
     (_, T, N, _), (K, S) = q.shape, k.shape[1:3]
@@ -95,4 +98,23 @@ def _triton(*arguments: Any, **how: Any) -> Any:
     return triton.attention(*first, **by_name)
 
 
-IMPLEMENTATIONS = {"reference": _reference, "xla": _xla, "cudnn": _cudnn, "triton": _triton}
+def _mosaic_gpu(*arguments: Any, **how: Any) -> Any:
+    try:
+        from pallas_kernels.attention import mosaic_gpu
+    except ImportError as e:
+        raise dispatch.Refused(f"this jax has no Pallas for Mosaic GPU ({e}); the chunked form (xla) serves") from e
+    first, by_name = _named(*arguments, **how)
+    return mosaic_gpu.attention(*first, **by_name)
+
+
+def _tokamax(*arguments: Any, **how: Any) -> Any:
+    from pallas_kernels.attention import tokamax  # it asks for the library only when called
+
+    first, by_name = _named(*arguments, **how)
+    return tokamax.attention(*first, **by_name, contiguous=how["contiguous"])
+
+
+IMPLEMENTATIONS = {
+    "reference": _reference, "xla": _xla, "cudnn": _cudnn, "triton": _triton, "mosaic_gpu": _mosaic_gpu,
+    "tokamax": _tokamax,
+}  # fmt: skip

@@ -6,10 +6,8 @@ query is read once, keys and values once per tile of queries, and memory is line
 scores from the log-sum-exp that forward kept: one kernel owns tiles of keys (dk, dv), one tiles of queries (dq), so that
 no sum needs atomics and gradients are the same from run to run.
 
-Which tiles of keys a tile of queries can see follows from the least and greatest position of each tile, whatever the
-order of positions (a ring buffer's are not sorted). XLA computes per tile of queries four bounds lo <= a <= b <= hi: no
-tile outside [lo, hi) has anything to see, and in [a, b) everything is seen by everyone. Those run without a mask; the rest,
-with the diagonal, runs with one. For sorted positions the bounds are exact; for others they are sound and wider.
+Which tiles of keys a tile of queries can see is known before the kernel runs (`spans.py`): none outside [lo, hi), and in
+[a, b) everything is seen by everyone. Those run without a mask; the rest, with the diagonal, runs with one.
 
 Where queries are few (decode, short chunks) the G query heads of one kv head are rows of one tile, so that keys and values
 are read once for all of them.
@@ -34,7 +32,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -48,11 +46,11 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import dispatch
 from pallas_kernels.attention import tiles as tiling
 from pallas_kernels.attention.reference import check
+from pallas_kernels.attention.spans import FAR, bounds, padded, places
 from pallas_kernels.attention.tiles import Config, Tiles
 from pallas_kernels.triton_call import triton_call
 
 NEVER = -1e30  # finite, so that a row with nothing to see makes no NaN
-FAR = 2**30  # the position of a slot that holds nothing: later than every query
 LOG2E, LN2 = math.log2(math.e), math.log(2.0)
 PACKED = 64  # fewer queries than this: the query heads of a kv head share a tile
 
@@ -190,106 +188,10 @@ def _serves(q: Any, k: Any, v: Any, scale: float, interpret: bool) -> tuple[int,
     return (8, 0) if card is None else card.capability
 
 
-# ---- what can be seen
-
-
-class _Extent(NamedTuple):
-    """Of each tile [B, tiles]: least and greatest position, whether every row holds something, likewise segments."""
-
-    lo: jax.Array
-    hi: jax.Array
-    whole: jax.Array
-    segment_lo: jax.Array | None
-    segment_hi: jax.Array | None
-
-
-def _extremes(least: list[jax.Array], most: list[jax.Array]) -> list[jax.Array]:
-    """Minima and maxima over the last axis, in one reduction, which XLA makes one kernel."""
-    info = jnp.iinfo(jnp.int32)
-    split = len(least)
-
-    def of_two(x: Any, y: Any) -> Any:
-        return tuple((lax.min if i < split else lax.max)(*pair) for i, pair in enumerate(zip(x, y, strict=True)))
-
-    arrays = tuple(x.astype(jnp.int32) for x in [*least, *most])
-    start = tuple(jnp.int32(info.max if i < split else info.min) for i in range(len(arrays)))
-    return list(lax.reduce(arrays, start, of_two, (arrays[0].ndim - 1,)))
-
-
-def _extent(positions: jax.Array, segments: jax.Array | None, block: int, *, ends: bool) -> _Extent:
-    """ends: whether the rows that fill the last tile up count as holding nothing."""
-    at = _padded(positions, block, -1 if ends else FAR)
-    at = at.reshape(at.shape[0], -1, block)
-    held = (at >= 0) & (at < FAR)
-    least, most = [jnp.where(held, at, FAR), at >= 0], [jnp.where(held, at, -1)]
-    if segments is None:
-        lo, whole, hi = _extremes(least, most)
-        return _Extent(lo, hi, whole > 0, None, None)
-    of = _padded(segments, block, 0).reshape(at.shape)
-    lo, whole, of_lo, hi, of_hi = _extremes([*least, jnp.where(held, of, FAR)], [*most, jnp.where(held, of, -FAR)])
-    return _Extent(lo, hi, whole > 0, of_lo, of_hi)
-
-
-def _spans(q: _Extent, k: _Extent, window: int | None, *, of_keys: bool) -> tuple[jax.Array, ...]:
-    """(lo, a, b, hi), each [B, tiles of queries], a, b and lo to be cut off at hi: see the head of this file.
-
-    of_keys: bounds on tiles of queries for each tile of keys instead.
-    """
-
-    def meet(q: _Extent, k: _Extent) -> tuple[jax.Array, jax.Array]:
-        """[B, owned, walked over]: whether anything can be seen, and whether everything is."""
-        q, k = (
-            _Extent(*(None if x is None else x[:, None, :] if walked else x[:, :, None] for x in extent))  # pyright: ignore[reportArgumentType]
-            for extent, walked in ((q, of_keys), (k, not of_keys))
-        )
-        some, every = k.lo <= q.hi, (k.hi <= q.lo) & (q.whole & k.whole)
-        if window is not None:
-            some &= q.lo - k.hi < window
-            every &= q.hi - k.lo < window
-        if q.segment_lo is not None and q.segment_hi is not None:
-            assert k.segment_lo is not None
-            assert k.segment_hi is not None
-            some &= (q.segment_lo <= k.segment_hi) & (q.segment_hi >= k.segment_lo)
-            one = (q.segment_lo == q.segment_hi) & (k.segment_lo == k.segment_hi)
-            every &= one & (q.segment_lo == k.segment_lo)
-        return some, some & every
-
-    def following(x: _Extent) -> _Extent:
-        return _Extent(*(None if y is None else jnp.pad(y[:, 1:], ((0, 0), (0, 1))) for y in x))  # pyright: ignore[reportArgumentType]
-
-    some, every = meet(q, k)
-    _, every_after = meet(following(q), k) if of_keys else meet(q, following(k))
-    n = some.shape[2]
-    index = jnp.arange(n, dtype=jnp.int32)[None, None]
-    lo, a, b, hi = _extremes(
-        [jnp.where(some, index, n), jnp.where(every, index, n), jnp.where(every & ~every_after, index + 1, n)],
-        [jnp.where(some, index + 1, 0)],
-    )
-    return lo, a, b, hi
-
-
-def _padded(x: jax.Array, block: int, fill: float, axis: int = 1) -> jax.Array:
-    """x filled up along `axis` to a multiple of `block`."""
-    more = -x.shape[axis] % block
-    if not more:
-        return x
-    return jnp.pad(x, [(0, more if i == axis else 0) for i in range(x.ndim)], constant_values=fill)
-
-
 def _bounds(
     call: Call, config: Config, q_at: Any, k_at: Any, q_of: Any, k_of: Any, *, of_keys: bool
 ) -> tuple[jax.Array, ...]:
-    q = _extent(q_at, q_of, config.block_q, ends=False)
-    k = _extent(k_at, k_of, config.block_k, ends=True)
-    return _spans(q, k, call.window, of_keys=of_keys)
-
-
-def _places(q_at: Any, k_at: Any, q_of: Any, k_of: Any, block_q: int, block_k: int) -> tuple[Any, ...]:
-    """Positions and segments as the kernels read them: filled up to whole tiles with rows that hold nothing."""
-    return (
-        _padded(q_at, block_q, -1), _padded(k_at, block_k, -1),
-        None if q_of is None else _padded(q_of, block_q, 0), None if k_of is None else _padded(k_of, block_k, 0),
-    )  # fmt: skip
+    return bounds(call.window, config.block_q, config.block_k, q_at, k_at, q_of, k_of, of_keys=of_keys)
 
 
 # ---- in the kernels
@@ -454,8 +356,8 @@ def _forward(
         listed = pl.BlockSpec((None, None, None, lists.shape[3]), lambda i, p, b: (b, p, at(i) * BQ // block_q, 0))
         count = pl.BlockSpec((None, None, None), lambda i, p, b: (b, p, at(i) * BQ // block_q))
     if sinks is not None:
-        sinks = _padded(sinks.astype(jnp.float32), BQ, 0.0)
-    arrays = (q, k, v, sinks, *_places(q_at, k_at, q_of, k_of, BQ, unit), *spans, lists, counts)
+        sinks = padded(sinks.astype(jnp.float32), BQ, 0.0)
+    arrays = (q, k, v, sinks, *places(q_at, k_at, q_of, k_of, BQ, unit), *spans, lists, counts)
     specs = (rows, keys, keys, sink, row, slot, row, slot, span, span, span, span, listed, count)
     out, lse = triton_call(
         functools.partial(_forward_kernel, call=call, config=config, R=R, S=S, H=H, unit=unit),
@@ -601,9 +503,9 @@ def _backward_keys(
     slot = pl.BlockSpec((None, BK), lambda j, h, b: (b, j))
     span = pl.BlockSpec((None, None), lambda j, h, b: (b, j))
     per_row = pl.BlockSpec((None, G, rows), lambda j, h, b: (b, h, 0))
-    bounds = _bounds(call, config, q_at, k_at, q_of, k_of, of_keys=True)
-    sums = _padded(lse, BQ, 0.0, 2), _padded(delta, BQ, 0.0, 2)
-    arrays = (q, k, v, do, *sums, *_places(q_at, k_at, q_of, k_of, BQ, BK), *bounds)
+    spans = _bounds(call, config, q_at, k_at, q_of, k_of, of_keys=True)
+    sums = padded(lse, BQ, 0.0, 2), padded(delta, BQ, 0.0, 2)
+    arrays = (q, k, v, do, *sums, *places(q_at, k_at, q_of, k_of, BQ, BK), *spans)
     specs = (queries, keys, keys, queries, per_row, per_row, row, slot, row, slot, span, span, span, span)
     dk, dv = triton_call(
         functools.partial(_keys_kernel, call=call, config=config, T=T, S=S, H=H, G=G),
@@ -639,9 +541,9 @@ def _backward_queries(
     slot = pl.BlockSpec((None, slots), lambda i, n, b: (b, 0))
     span = pl.BlockSpec((None, None), lambda i, n, b: (b, at(i)))
     per_row = pl.BlockSpec((None, None, BQ), lambda i, n, b: (b, n, at(i)))
-    bounds = _bounds(call, config, q_at, k_at, q_of, k_of, of_keys=False)
-    sums = _padded(lse, BQ, 0.0, 2), _padded(delta, BQ, 0.0, 2)
-    arrays = (q, k, v, do, *sums, *_places(q_at, k_at, q_of, k_of, BQ, BK), *bounds)
+    spans = _bounds(call, config, q_at, k_at, q_of, k_of, of_keys=False)
+    sums = padded(lse, BQ, 0.0, 2), padded(delta, BQ, 0.0, 2)
+    arrays = (q, k, v, do, *sums, *places(q_at, k_at, q_of, k_of, BQ, BK), *spans)
     specs = (queries, keys, keys, queries, per_row, per_row, row, slot, row, slot, span, span, span, span)
     return triton_call(
         functools.partial(_queries_kernel, call=call, config=config, T=T, S=S, H=H),
@@ -772,6 +674,20 @@ def _attend_backward(call: Call, kept: Any, given: Any) -> Any:
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
+
+
+def backward(
+    kept: Any, given: Any, scale: float, window: int | None, softcap: float | None, *, interpret: bool = False
+) -> Any:
+    """The gradients for another forward kernel.
+
+    kept: (q, k, v, sinks, q_at, k_at, q_of, k_of, out, lse [B, N, T]); given: the gradients of out and of lse. Gives those of
+    the first four, and None for the rest of the eight.
+    """
+    q, k, v = kept[:3]
+    capability = _serves(q, k, v, scale, interpret)
+    tiles = tiling.choose(capability, q.shape[3], q.shape[1])
+    return _attend_backward(Call(scale, window, softcap, tiles, interpret), kept, given)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))

@@ -39,7 +39,7 @@ def quant_matmul(
     """x [M, K] times the transpose of a quantised matrix [N, K]; the result [M, N] in `dtype`.
 
     x: bfloat16, float16 or float32; K counts the padding of the last group (x zero there). codes, scale, zero: see the table
-    in layout.py; codes of int3 are a tuple of two arrays. kind: one of layout.KINDS. group_size: the number of inputs
+    in layout.py; codes of int5 and int3 are a tuple of two arrays. kind: one of layout.KINDS. group_size: the number of inputs
     that share a scale; 0 for one scale per output (int8, fp8), 128 for fp8_block. Sums, scales and zeros are float32.
     implementation: "reference", "xla" or "triton"; None takes the first that serves.
 

@@ -5,11 +5,12 @@ bits holds 16/b codes that lie G b / 16 inputs apart: in group g, word r, bits b
 
     k = g G + r + j (G b / 16)          0 <= r < G b / 16,  0 <= j < 16 / b
 
-so that a plane is unpacked by 16/b shifts of whole vectors, and nothing is interleaved. int3 is a plane of 2 bits and
-one of 1 bit.
+so that a plane is unpacked by 16/b shifts of whole vectors, and nothing is interleaved. int5 is a plane of the lower 4
+bits and one of the highest, int3 the same with 2.
 
 kind        codes                                    scale                                   weight
 int8        int8 [N, K]                              float [N], or [N, K/G] with G > 0       s q
+int5        (uint16 [N, K/4], uint16 [N, K/16])      float [N, K/G], zero the same or None   s (q - z), z = 16
 int4        uint16 [N, K/4]                          float [N, K/G], zero the same or None   s (q - z), z = 8
 int3        (uint16 [N, K/8], uint16 [N, K/16])      float [N, K/G], zero the same or None   s (q - z), z = 4
 int2        uint16 [N, K/8]                          float [N, K/G], zero the same or None   s (q - z), z = 2
@@ -32,9 +33,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, UInt8, UInt16
 
-BITS = {"int8": 8, "int4": 4, "int3": 3, "int2": 2, "nf4": 4, "mxfp4": 4, "fp8": 8, "fp8_block": 8}
+BITS = {"int8": 8, "int5": 5, "int4": 4, "int3": 3, "int2": 2, "nf4": 4, "mxfp4": 4, "fp8": 8, "fp8_block": 8}
 KINDS = tuple(BITS)
-MIDDLE = {"int4": 8, "int3": 4, "int2": 2}  # the code of zero where no zero is given
+MIDDLE = {"int5": 16, "int4": 8, "int3": 4, "int2": 2}  # the code of zero where no zero is given
 FLOATS = ("fp8", "fp8_block")
 BLOCK = 128  # of fp8_block, both ways
 FP8 = (jnp.float8_e4m3fn, jnp.float8_e5m2)
@@ -62,7 +63,7 @@ E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3
 
 def planes(kind: str) -> tuple[int, ...]:
     """Bits of each plane of 16-bit words that a kind's codes stand in; none where a code is a byte."""
-    return {"int3": (2, 1), "int2": (2,)}.get(kind, (4,) if BITS[kind] == 4 else ())
+    return {"int5": (4, 1), "int3": (2, 1), "int2": (2,)}.get(kind, (4,) if BITS[kind] == 4 else ())
 
 
 def outputs(codes: Any) -> int:
@@ -87,9 +88,9 @@ def e8m0(scale: UInt8[Array, "..."]) -> Float[Array, "..."]:
 
 def numbers(codes: Any, kind: str, group_size: int) -> Float[Array, "N K"] | Int[Array, "N K"]:
     """What the codes stand for before zero and scale: float32, [N, K]."""
-    if kind == "int3":
-        low, high = (unpack(plane, bits, group_size) for plane, bits in zip(codes, (2, 1), strict=True))
-        return (low + jnp.uint16(4) * high).astype(jnp.float32)
+    if len(made_of := planes(kind)) == 2:
+        low, high = (unpack(plane, bits, group_size) for plane, bits in zip(codes, made_of, strict=True))
+        return (low + jnp.uint16(1 << made_of[0]) * high).astype(jnp.float32)
     if kind in ("int8", "fp8", "fp8_block"):
         return codes.astype(jnp.float32)
     found = unpack(codes, planes(kind)[0], group_size)

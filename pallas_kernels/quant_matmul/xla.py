@@ -39,11 +39,13 @@ from pallas_kernels.quant_matmul import layout
 FEW_ROWS = 4  # in one reduction, at most
 UNROLLED = 320  # operations of a loop that LLVM unrolls as a whole, as counted here
 WRITTEN_OUT = 96  # the same, of one row's sums that are written out: more of them only take longer to compile
-OPERATIONS = {"int8": 2, "nf4": 22, "fp8": 12, "fp8_block": 12, "mxfp4": 9, "int3": 10}  # to make a number; others 5
+# to make a number; others 5
+OPERATIONS = {"int8": 2, "nf4": 22, "fp8": 12, "fp8_block": 12, "mxfp4": 9, "int5": 10, "int3": 10}
 # XLA:CPU of jax 0.10 fuses a written out sum with the reshape behind it, in spite of the barrier, and makes no vectors of it:
 # there a row of zeros goes with the one
 ONE_ALONE = jax.__version_info__ >= (0, 11)
 LANES = 16  # of a unit where no group says so
+MANY_ROWS = 512  # from which on a CPU has a chunk as one matrix
 CPU_CHUNK = 2**20  # weights of a chunk: 4 MiB in float32, which caches hold
 GPU_CHUNK = 2**24  # 32 MiB in 16 bits
 BYTES = ("int8", *layout.FLOATS)  # kinds of one code in a byte
@@ -68,7 +70,8 @@ def quant_matmul(
         return _reduced(rows, *_matrix(w, kind, group_size))[: len(x)].astype(dtype)
 
     def many(x: Array, *w: Any) -> Array:
-        return _chunked(x.astype(jnp.float32), *_matrix(w, kind, group_size), CPU_CHUNK, _apart).astype(dtype)
+        y = _chunked(x.astype(jnp.float32), *_matrix(w, kind, group_size), CPU_CHUNK, _cpu_form(len(x)))
+        return lax.optimization_barrier(y).astype(dtype)  # or each that uses it adds up the parts anew
 
     def gpu(x: Array, *w: Any) -> Array:
         return _chunked(x, *_matrix(w, kind, group_size), GPU_CHUNK, _joined).astype(dtype)
@@ -91,7 +94,8 @@ def transposed(
     """g times the matrix itself, in `dtype`: the gradient of x."""
 
     def cpu(g: Array, *w: Any) -> Array:
-        return _transposed(g.astype(jnp.float32), *_matrix(w, kind, group_size), CPU_CHUNK, _apart).astype(dtype)
+        dx = _transposed(g.astype(jnp.float32), *_matrix(w, kind, group_size), CPU_CHUNK, _cpu_form(len(g)))
+        return lax.optimization_barrier(dx).astype(dtype)
 
     def gpu(g: Array, *w: Any) -> Array:
         return _transposed(g, *_matrix(w, kind, group_size), GPU_CHUNK, _joined).astype(dtype)
@@ -147,10 +151,11 @@ def _matrix(w: tuple[Any, ...], kind: str, group_size: int) -> tuple[Any, Array,
 
 def _raw(codes: Any, how: _How, j: int) -> Int[Array, "... r"]:
     """The j-th vector of each unit as it stands in memory; codes [..., words of a unit]."""
-    if how.kind == "int3":
+    if isinstance(codes, tuple):
         low, high = codes
-        low = low[..., (j % 2) * how.r : (j % 2 + 1) * how.r].astype(jnp.int32)
-        return ((low >> (2 * (j // 2))) & 3) | (((high.astype(jnp.int32) >> j) & 1) << 2)
+        turn, at = divmod(j, how.bits)  # the lower plane has as many vectors in a row as bits
+        low = low[..., at * how.r : (at + 1) * how.r].astype(jnp.int32) >> (how.bits * turn)
+        return (low & (2**how.bits - 1)) | (((high.astype(jnp.int32) >> j) & 1) << how.bits)
     if how.kind in BYTES:
         return codes[..., j * how.r : (j + 1) * how.r]
     return (codes.astype(jnp.int32) >> (how.bits * j)) & (2**how.bits - 1)
@@ -293,6 +298,16 @@ def _joined(codes: Any, scale: Array | None, zero: Array | None, how: _How) -> l
     return [jnp.stack([w.reshape(len(w), -1, how.r) for w in parts], 2).reshape(len(parts[0]), -1)]
 
 
+def _whole(codes: Any, scale: Array | None, zero: Array | None, how: _How) -> list[Float[Array, "N K"]]:
+    """The matrix, float32, as one, written out: its vectors are made one by one, and then laid side by side."""
+    return [lax.optimization_barrier(w) for w in _joined(codes, scale, zero, how)]
+
+
+def _cpu_form(M: int) -> Matrices:
+    """What a chunk is on a CPU: for many rows, one large product pays for writing the matrix once more."""
+    return _whole if M >= MANY_ROWS else _apart
+
+
 def _vectors(x: Array, n: int, how: _How) -> list[Array]:
     """x [M, K] as the n matrices have their inputs."""
     if n == 1:
@@ -384,7 +399,7 @@ def _transposed(
         dx = product(g, operands)
     else:
         (g_main, main), (g_rest, rest) = _split((g.T, operands), chunks, each)
-        J = 1 if matrices is _joined or how.kind in BYTES else how.J
+        J = how.J if matrices is _apart and how.kind not in BYTES else 1
         none = [jnp.zeros((M, K // J), jnp.float32)] * J
         dx = lax.fori_loop(0, chunks, lambda i, dx: _sum_of(dx, product(_at(g_main, i).T, _at(main, i))), none)
         if chunks * each < N:

@@ -10,9 +10,15 @@ from typing import Any
 
 import optax
 
-from jaxengine.finetune.optimizers.base import Optimizer
+from jaxengine.finetune.optimizers.base import Matrix, Optimizer
 
 ORDER = 1
+
+
+def temporaries(shape: tuple[int, ...], matrix: Matrix | None) -> int:
+    """None: a change is made as it is used."""
+    del shape, matrix
+    return 0
 
 
 def make(how: Optimizer, decayed: Any, matrices: Any) -> optax.GradientTransformation:

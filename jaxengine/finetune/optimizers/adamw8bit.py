@@ -18,7 +18,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, UInt8
 
-from jaxengine.finetune.optimizers.base import Optimizer
+from jaxengine.finetune.optimizers.base import Matrix, Optimizer
 
 ORDER = 1
 BLOCK = 256  # elements with a scale of their own
@@ -110,6 +110,12 @@ def _read(codes: Array, scales: Array | None, *, signed: bool) -> Array:
 
 def _write(moment: Array, scales: Array | None, *, signed: bool) -> tuple[Array, Array | None]:
     return (moment, None) if scales is None else encode(moment, signed=signed)
+
+
+def temporaries(shape: tuple[int, ...], matrix: Matrix | None) -> int:
+    """None: a change is made as it is used."""
+    del shape, matrix
+    return 0
 
 
 def make(how: Optimizer, decayed: Any, matrices: Any) -> optax.GradientTransformation:

@@ -3,6 +3,7 @@
 A file has
     ORDER    the derivatives that it asks for: 1, a gradient; 0, losses alone
     make(how, decayed, matrices) -> optax.GradientTransformation
+    temporaries(shape, matrix) -> bytes that stand while a parameter is changed, beside its gradient and state
 where `decayed` is optax's mask of the leaves that weight decay acts on: matrices, not norms and biases; and matrices(tree)
 says of each leaf how it is a matrix inside a layer (Matrix), or None (both may be None: everything that has two dims).
 Parameters, gradients and states are float32 unless the file says otherwise, and every state is zeros before the first step.
@@ -68,7 +69,7 @@ class Optimizer:
         if self.warmup < 0 or (self.schedule != "constant" and self.steps <= self.warmup):
             raise ValueError(
                 f"optimizer: warmup is {self.warmup} and steps {self.steps}; a {self.schedule} schedule ends at `steps`,"
-                f" after the warmup"
+                f" after the warmup: at most {max(self.steps - 1, 0)} steps of warmup, or schedule='constant'"
             )
 
     @property

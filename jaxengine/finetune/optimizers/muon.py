@@ -51,11 +51,23 @@ def orthogonal(x: Float[Array, "R C"], eps: float) -> Float[Array, "R C"]:
 
 
 def _each_of(stack: Float[Array, "n R C"], eps: float) -> Float[Array, "n R C"]:
-    """The same of each, as many together as AT_ONCE says: of a bank's whole stack the intermediate ones would stand too."""
-    at_once = max(1, AT_ONCE // math.prod(stack.shape[1:]))
-    if len(stack) <= at_once:
+    """The same of each, in its place, as many together as AT_ONCE says: of a bank's whole stack the intermediate ones would
+    stand too."""
+    at_once = _together(*stack.shape)
+
+    def some(i: Array, stack: Array) -> Array:
+        taken = lax.dynamic_slice_in_dim(stack, i * at_once, at_once)
+        return lax.dynamic_update_slice_in_dim(stack, jax.vmap(lambda x: orthogonal(x, eps))(taken), i * at_once, 0)
+
+    if at_once == len(stack):
         return jax.vmap(lambda x: orthogonal(x, eps))(stack)
-    return lax.map(lambda x: orthogonal(x, eps), stack, batch_size=at_once)
+    return lax.fori_loop(0, len(stack) // at_once, some, stack)
+
+
+def _together(count: int, rows: int, columns: int) -> int:
+    """How many of so many matrices: a divisor."""
+    most = max(1, AT_ONCE // (rows * columns))
+    return max(n for n in range(1, min(count, most) + 1) if count % n == 0)
 
 
 def scale_by_muon(b1: float, b2: float, eps: float, matrices: Any = None) -> optax.GradientTransformation:
@@ -78,8 +90,10 @@ def scale_by_muon(b1: float, b2: float, eps: float, matrices: Any = None) -> opt
         gradients, tree = jax.tree.flatten(updates)
         count = state.count + 1
         n = count.astype(jnp.float32)
-        held, made = (tree.flatten_up_to(t) for t in state[1:]), []
+        held, made, before = (tree.flatten_up_to(t) for t in state[1:]), [], None
         for g, how, m, v in zip(gradients, of_leaves(updates), *held, strict=True):
+            if how is not None and before is not None:  # one after another, or what goes into all factors stands first
+                g, m, before = lax.optimization_barrier((g, m, before))
             m = b1 * m + (1 - b1) * g
             if how is None:
                 v = b2 * v + (1 - b2) * g * g
@@ -89,7 +103,7 @@ def scale_by_muon(b1: float, b2: float, eps: float, matrices: Any = None) -> opt
             rows, columns = math.prod(outs), math.prod(ins)
             ahead = b1 * m / (1 - b1 ** (n + 1)) + (1 - b1) * g / (1 - b1**n)  # Nesterov's, as Adam's (Dozat, 2016)
             ahead = ahead.reshape(-1, rows, columns)
-            change = _each_of(ahead, eps).reshape(g.shape)
+            before = change = _each_of(ahead, eps).reshape(g.shape)
             made.append((SIZE * math.sqrt(max(rows, columns)) * change, m, None))
         change, *trees = (
             (jax.tree.unflatten(tree, column) for column in zip(*made, strict=True)) if made else (updates, *state[1:])
@@ -97,6 +111,15 @@ def scale_by_muon(b1: float, b2: float, eps: float, matrices: Any = None) -> opt
         return change, Momenta(count, *trees)
 
     return optax.GradientTransformation(init, update)  # type: ignore[arg-type]
+
+
+def temporaries(shape: tuple[int, ...], matrix: Matrix | None) -> int:
+    """Bytes that stand while such a parameter is changed: what its factors are made of, in whose place they come; and of those
+    that are made together their own and the products."""
+    if matrix is None:
+        return 0
+    each, count = math.prod(shape[matrix.stacked :]), math.prod(shape[: matrix.stacked])
+    return 4 * each * (count + 4 * _together(count, 1, each))
 
 
 def make(how: Optimizer, decayed: Any, matrices: Any) -> optax.GradientTransformation:

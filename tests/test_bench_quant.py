@@ -1,0 +1,132 @@
+"""scripts/bench_quant.py --decode: that its files are what they say, and what is done with a peer's answers.
+
+No time is asserted. The peer is a program of two lines which checks what it is told.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from oracles import packed
+
+import jaxengine
+from jaxengine.architecture import architecture, initialise
+from jaxengine.weights.base import Weight
+
+ROOT = Path(__file__).parent.parent
+SHAPE = {
+    "model_type": "llama", "vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1,
+    "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 256, "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0, "tie_word_embeddings": False, "dtype": "float32",
+}  # fmt: skip
+PEER = """#!{python}
+import json, sys
+given = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+assert (given["-p"], given["-n"], given["-d"], given["-o"]) == ("0", "63", "128", "json"), given
+assert open(given["-m"], "rb").read(4) == b"GGUF"
+print({answer})
+"""
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    return runpy.run_path(str(ROOT / "scripts" / "bench_quant.py"))
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *given: str) -> tuple[Any, str, str]:
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    monkeypatch.setattr(sys, "argv", ["bench_quant.py", *given])
+    monkeypatch.setattr(sys, "stdout", out := io.StringIO())
+    monkeypatch.setattr(sys, "stderr", err := io.StringIO())
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(ROOT / "scripts" / "bench_quant.py"), run_name="__main__")
+    return end.value.code, out.getvalue(), err.getvalue()
+
+
+@pytest.fixture
+def shape(tmp_path: Path) -> str:
+    (tmp_path / "shape.json").write_text(json.dumps(SHAPE))
+    return str(tmp_path / "shape.json")
+
+
+def peer(folder: Path, answer: str) -> str:
+    path = folder / "llama-bench"
+    path.write_text(PEER.format(python=sys.executable, answer=answer))
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.mark.parametrize(("kind", "step"), [("F32", 0), ("Q8_0", 0.5 / 127), ("Q4_0", 1 / 8)])
+def test_the_files_hold_the_model(kind: str, step: float, script: dict[str, Any], tmp_path: Path) -> None:
+    """Each number within half a step of its group's largest; Q4_0 cuts the other end off by up to a whole one."""
+    arch = architecture(SHAPE)
+    params = initialise(arch, 0)
+    script["write_gguf"](tmp_path / "m.gguf", SHAPE, params, kind)
+    model = jaxengine.load(tmp_path / "m.gguf")
+    assert model.config == architecture(SHAPE | {"rms_norm_eps": model.config.rms_norm_eps}).config
+    [bank] = model.params["banks"]
+    found = model.params["outer"] | {f"layers.0.{n}": w for n, w in bank.weights[0].items()}
+    assert found.keys() == params.keys()
+    for name, leaf in found.items():
+        exact = np.asarray(params[name])
+        dense = np.asarray(leaf.dense() if isinstance(leaf, Weight) else leaf)
+        if name.endswith((".q", ".k")):  # llama.cpp has the halves of a head in turns, and it was not written so
+            exact = np.sort(exact.reshape(exact.shape[0], -1), 1)
+            dense = np.sort(dense.reshape(dense.shape[0], -1), 1)
+            largest = np.abs(exact).max()
+        else:
+            largest = np.abs(exact).max(-1, keepdims=True) if exact.ndim > 1 else 0.0
+        assert (np.abs(dense - exact) <= 1.01 * step * largest + 1e-9).all(), name
+
+
+def test_blocks_are_ggmls(script: dict[str, Any]) -> None:
+    w = np.random.default_rng(0).normal(size=(4, 64)).astype(np.float32)
+    w[0, :32] = 0
+    for make, dense, steps in ((script["q8_0"], packed.q8_0, 127), (script["q4_0"], packed.q4_0, 8)):
+        found = dense(make(w)).reshape(w.shape)
+        largest = np.abs(w.reshape(-1, 32)).max(1).repeat(32).reshape(w.shape)
+        assert (np.abs(found - w) <= largest / steps * (1.01 if steps == 8 else 0.51)).all()
+        assert (found[0, :32] == 0).all()
+
+
+def test_decode_beside_a_peer(shape: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = tmp_path / "rows.json"
+    given = ("--decode", "--rounds", "1", "--config", shape, "--peer", peer(tmp_path, "json.dumps([{'avg_ts': 8.0}])"))
+    code, out, _ = run(monkeypatch, *given, "--json", str(found))
+    assert not code
+    assert "decode, batch 1" in out
+    rows = {(r["by"], r["file"]): r for r in map(json.loads, found.read_text().splitlines())}
+    assert rows.keys() == {(side, kind) for side in ("jaxengine", "llama.cpp") for kind in ("F32", "Q8_0", "Q4_0")}
+    ours = rows["jaxengine", "Q4_0"]
+    assert ours["to_llama.cpp"] == pytest.approx(ours["tokens_per_s"] / 8)
+    assert ours["to_float32"] == pytest.approx(ours["tokens_per_s"] / rows["jaxengine", "F32"]["tokens_per_s"])
+    matrices = 96 * 64 + 64 * 64 * 2 + 2 * 32 * 64 + 3 * 64 * 96  # all but the embedding
+    assert ours["bytes_per_token"] == matrices * 4.5 / 8 + 3 * 64 * 4
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (("--peer", "llama-bench"), "say --decode too"),
+        (("--decode", "--peer", "/nowhere/llama-bench"), "is no program here: give the path of llama.cpp"),
+    ],
+)
+def test_what_is_refused(given: tuple[str, ...], said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    code, _, err = run(monkeypatch, *given)
+    assert code
+    assert said in " ".join(err.replace("│", " ").split())
+
+
+def test_a_peer_that_fails(shape: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = ("--decode", "--rounds", "1", "--config", shape, "--peer", peer(tmp_path, "sys.exit('no such device')"))
+    code, _, err = run(monkeypatch, *given)
+    assert code
+    assert "no such device" in err
