@@ -199,7 +199,7 @@ LOADING = (
     click.option("--kept", metavar="N", type=int, help="Layers of a disk home that stay in host memory."),
     click.option(
         "--stay", metavar="PATTERN", multiple=True, show_default="vectors",
-        help="Parameters of layers in host memory that stand on the device too, e.g. k; may be given several times.",
+        help="Parameters of layers on the host to keep on the device, e.g. k; several times.",
     ),
     click.option(
         "--disk", metavar="FOLDER", show_default="~/.cache/jaxengine/layers",
@@ -402,7 +402,7 @@ def from_stdin() -> str:
     metavar="PATTERN",
     multiple=True,
     show_default="vectors",
-    help="Parameters of layers in host memory that stand on the device too, e.g. k; may be given several times.",
+    help="Parameters of layers on the host to keep on the device, e.g. k; several times.",
 )
 @click.option("--mesh", metavar="AXES", default="", show_default="one card", help="Several such cards, e.g. tensor=2.")
 @click.option(

@@ -338,9 +338,10 @@ def _with_way_back(form: _Alternating | _OneAhead, body: Body, weights: Any, sta
         return out, _Kept(tuple(held), entered, tuple(x.perturbed for x in given))
 
     def back(kept: _Kept, g: Any) -> tuple[Any, ...]:
-        parts, wanted = (jax.tree.unflatten(tree, leaves) for leaves in (kept.given, kept.wanted))
-        of_out = jax.tree.map(_cotangent, g, is_leaf=_is_zero)
-        found = iter(form.backward(*parts[:3], kept.entered, wanted, *of_out))
+        body, weights, states, _ = jax.tree.unflatten(tree, kept.given)
+        of_carry, of_states = jax.tree.map(_cotangent, g, is_leaf=_is_zero)
+        wanted = jax.tree.unflatten(tree, kept.wanted)
+        found = iter(form.backward(body, weights, states, kept.entered, wanted, of_carry, of_states))
         return tuple(next(found) if w else None for w in kept.wanted)
 
     run.defvjp(there, back, symbolic_zeros=True)
