@@ -23,6 +23,9 @@ checkpoints/quantized does; a block is of one row:
     IQ4_XS  256    136    d (sc - 32) table[q]  float16 d, 6-bit scales of 8 groups in 6 bytes, 128 bytes
     MXFP4   32     17     2^(e - 127) E2M1[q]   e, 16 bytes
 
+Held, scales and minima in float32, the K types take more than in the file, in bits: Q2_K 6.0 (2.6), Q3_K 5.0 (3.4), Q4_K 6.0
+(4.5), Q5_K 7.0 (5.5), Q6_K 10.0 (6.6), and those of bytes Q5_0 (5.5) and IQ4 (4.3 to 4.5) between 8.5 and 9.
+
 Scales of the K types are products of two numbers, kept in float32, where they are exact. A minimum is taken as s (q - z), z =
 minimum / s in float32: that is to one rounding of it. All else is what the file holds, to the bit. The table of IQ4 is of
 int8 numbers, so that its codes are held as those. `quantize` gives the tensors of one file several types, also one matrix

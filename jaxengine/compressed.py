@@ -178,6 +178,12 @@ def _abstract(
                 f" and int2 are. Save it as 'hf', decoded, or as 'orbax'"
             )
         inputs, bits, group = math.prod(w.shape[out:]), integers.bits, integers.group
+        if bits not in compressed.BITS:
+            known = ", ".join(map(str, compressed.BITS))
+            raise CheckpointError(
+                f"compressed-tensors: {name} is {said}, codes of {bits} bits; the form has {known}. Give it a format of those, or"
+                f" save it as 'orbax' (as it is) or 'hf' (decoded)"
+            )
         if integers.scale.shape[-1] > 1 and integers.group and inputs % integers.group:
             raise CheckpointError(
                 f"compressed-tensors: {name} has {inputs} inputs, which its groups of {integers.group} do not divide;"

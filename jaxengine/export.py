@@ -156,12 +156,14 @@ def write_beside(folder: Path, origin: Origin, dtype: str | None) -> None:
     """config.json, as it was unless something has changed, and the other text files of the folder it came from."""
     named = "torch_dtype" if "torch_dtype" in origin.config and "dtype" not in origin.config else "dtype"
     raw = origin.config | ({named: dtype} if dtype else {})
-    if origin.folder is not None and raw == read_config(origin.folder):
+    alone = origin.folder is None or not (origin.folder / "config.json").is_file()  # a GGUF file
+    if origin.folder is not None and not alone and raw == read_config(origin.folder):
         shutil.copyfile(origin.folder / "config.json", folder / "config.json")
     else:
         (folder / "config.json").write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     for path in sorted(origin.folder.iterdir()) if origin.folder is not None else ():
         own = path.name in ("config.json", PLAN) or path.name.endswith(".index.json")
+        own |= alone and not path.name.startswith(("tokenizer", "special_tokens_map"))
         if path.is_file() and path.suffix in BESIDE and not own:
             shutil.copyfile(path, folder / path.name)
 

@@ -104,6 +104,11 @@ def load(
         chosen = _counted(chosen, over)
         check_mesh(arch, chosen)
         check_stay(arch, chosen)
+        if chosen.stay and memory is None and find_home(chosen.home).TIER == "device":
+            raise ValueError(
+                f"stay is {chosen.stay!r} and home is {chosen.home!r}, where every layer stands on the device: say home='host',"
+                f" home='split' with resident=, or memory="
+            )
         beside = 0 if adapter is None else _adapter_bytes(arch, adapter)
         budget = None if memory is None else parse_bytes(memory) - beside
         if memory is not None and budget is not None:

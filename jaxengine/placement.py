@@ -51,7 +51,6 @@ def place(
         check_platform(where, mesh.devices.flat[0].platform)
     check_sharding(architecture, plan, mesh)
     rules, parts = plan.sharding_rules(), plan.parts(architecture)
-    _check_stacks(architecture, plan, parts)
 
     def one(name: str, spec: Spec, memory: str | None) -> Any:
         array = read(name)
@@ -137,22 +136,6 @@ def _in_turn(architecture: Architecture, part: Part) -> Iterator[tuple[int, str,
         for name, spec in architecture.block(kind)[1].items():
             for turn in range(part.repeats):
                 yield turn * len(part.kinds) + j, name, spec
-
-
-def _check_stacks(architecture: Architecture, plan: Plan, parts: tuple[Part, ...]) -> None:
-    """Layers that stand in one stack have one format; refuse, before anything is read, a plan that gives them several."""
-    for part in parts:
-        if not part.stacked:
-            continue
-        for j, kind in enumerate(part.kinds):
-            for name, spec in architecture.block(kind)[1].items():
-                full = [f"layers.{part.start + r * len(part.kinds) + j}.{name}" for r in range(part.repeats)]
-                if len(formats := {plan.format_of(n, spec) for n in full}) > 1:
-                    raise ValueError(
-                        f"Plan: layers that are scanned share one format; {name} has {', '.join(sorted(formats))} in"
-                        f" different layers. Give the same format to all of {full[0]} ... {full[-1]}, or use"
-                        f" form='unrolled'"
-                    )
 
 
 def _empty_stack(shape: tuple[int, ...], dtype: Any, sharding: NamedSharding) -> jax.Array:

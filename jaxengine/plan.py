@@ -129,7 +129,7 @@ class Plan:
         Raises ValueError where more layers are to be resident or kept than there are others beside them.
         """
         kinds, r, k = architecture.kinds, self.resident, self.kept
-        like = _likeness(architecture, self.weights, self.weight_rules)
+        like = likeness(architecture, self.weights, self.weight_rules)
         if r + k and r + k >= len(kinds):
             said = f"{r} of {len(kinds)} layers are resident" + (f" and {k} kept in host memory" if k else "")
             raise ValueError(
@@ -219,7 +219,7 @@ class Plan:
 
 
 @functools.cache
-def _likeness(
+def likeness(
     architecture: Architecture, weights: str, weight_rules: tuple[tuple[str, str], ...]
 ) -> tuple[Hashable, ...]:
     """Of each layer what it must have in common with another to stand in one stack with it: its kind, and its formats."""
@@ -422,9 +422,10 @@ def tier_bytes(architecture: Architecture, plan: Plan) -> dict[str, int]:
 
 def streamed_bytes(architecture: Architecture, plan: Plan) -> int:
     """Bytes of streamed layers that stand on the device at a time: see `device_bytes`."""
-    each, most = brought_bytes(architecture, plan), 0
+    whole, brought, most = layer_bytes(architecture, plan), brought_bytes(architecture, plan), 0
     for part in plan.parts(architecture):
         if home(part.home).TIER != "device":
+            each = whole if part.stacked else brought  # a scan copies its slice of what stays, too
             sizes = each[part.start : part.start + part.num_layers]
             at_once = 2 if part.form in ("ahead", "python") or (part.form == "scan" and len(part.kinds) > 1) else 1
             most = max(most, min(at_once * max(sizes), sum(sizes)))
@@ -464,7 +465,7 @@ def activation_bytes(architecture: Architecture, plan: Plan, *, batch: int, toke
         attending = scores + read_again + rows * (3 * N + 2 * K) * H * size
         if _scanned_alone(plan, parts):  # keys' and values' matrices go when those are there; angles stand meanwhile
             gone = _matrices_bytes(architecture, plan, kind, "kv_heads")[0]
-            attending = max(rows * (N + 2 * K) * H * size, attending - sum(gone)) + 4 * rows * H
+            attending = max(rows * (2 * N + 3 * K) * H * size, attending - sum(gone)) + 4 * rows * H
         # of layers that are written out more stands than one needs: XLA runs one's products beside another's
         halves = max(_halves_bytes(architecture, plan, kind, rows), 4 * rows * F * size - beside if listed else 0)
         # partial products of a matrix that is split along what it contracts, summed over devices in float32

@@ -135,12 +135,13 @@ def streamed_form(architecture: Architecture, plan: Plan, card: Card, batch: int
     """'ahead' where a decoding step's compute is worth hiding behind the copies, at the price of a second layer on the
     device; '' (a plain scan) where either is so much longer than the other that there is nothing to gain."""
     size = weight_bytes(architecture, plan)["layers"]
+    moved = sum(brought_bytes(architecture, dataclasses.replace(plan, home="host", form="", resident=0, kept=0)))
     elements = sum(
         math.prod(s.shape) for name, s in architecture.specs().items() if name.startswith("layers.") and s.out
     )
     rows = on_one(plan, ("batch",), (batch,))[0]
     compute = max(2 * elements * share(architecture, plan) * rows / card.tensor, size / card.bandwidth)
-    return "ahead" if AHEAD[0] < size / card.link / compute < AHEAD[1] else ""
+    return "ahead" if AHEAD[0] < moved / card.link / compute < AHEAD[1] else ""
 
 
 def candidates(
@@ -418,8 +419,8 @@ def plan_folder(
         raise ValueError(f"dtype is {named!r} in config.json and none is given; say dtype {', '.join(DTYPES)}")
     start = Plan(weights=weights or "dense") if stored is None else stored
     plan = Plan(
-        dtype=named, weights=start.weights, weight_rules=start.weight_rules, kv_codec=kv, stay=tuple(stay), mesh=mesh,
-        sharding=sharding,
+        dtype=named, weights=start.weights, weight_rules=start.weight_rules, kv_codec=kv, mesh=mesh, sharding=sharding,
+        stay=stay if isinstance(stay, str) else tuple(stay),  # which Plan refuses
     )  # fmt: skip
     return plan_for(
         found, plan, card, batch=batch, context=context, task=task,

@@ -21,7 +21,7 @@ from jaxengine.architecture import Architecture
 from jaxengine.engine import Engine
 from jaxengine.finetune import planning as tuning
 from jaxengine.homes.base import home
-from jaxengine.plan import Plan, brought_bytes, cache_bytes, mesh_of, resident_bytes, weight_bytes
+from jaxengine.plan import Plan, brought_bytes, cache_bytes, likeness, mesh_of, resident_bytes, weight_bytes
 from pallas_kernels import aot
 from pallas_kernels.audit import Report, audit
 from pallas_kernels.cards import Card
@@ -102,6 +102,7 @@ def programs(
         for p in plan.parts(architecture)
         if home(p.home).TIER == "disk" or p.form == "python"
     )
+    like = likeness(architecture, plan.weights, plan.weight_rules)
     last = dataclasses.replace(state, cache=())
     following = jax.eval_shape(lambda now: engine.following(how, now), last)
     found: dict[str, Called] = {}
@@ -122,14 +123,15 @@ def programs(
         add(f"{phase}, before", outside.enter, (how, piece), (outer, ids, attend, states), (ids, attend))
         x = jax.eval_shape(lambda *a: engine.embed(how, *a), outer, ids, attend)
         kinds: dict[Any, None] = {}
-        for bank, kv in zip(params["banks"][first:], state.cache[first:], strict=True):
+        parts = plan.parts(architecture)[first:]
+        for bank, part, kv in zip(params["banks"][first:], parts, state.cache[first:], strict=True):
             for i, kind in enumerate(bank.kinds * bank.repeats):
-                if kind in kinds:
+                if (key := like[part.start + i]) in kinds:  # its kind and its formats
                     continue
-                kinds[kind] = None
-                weights = packing.abstract_layer(architecture, plan, architecture.kinds.index(kind))
+                kinds[key] = None
+                weights = packing.abstract_layer(architecture, plan, part.start + i)
                 add(
-                    f"{phase}, a layer" + ("" if len(set(architecture.kinds)) == 1 else f" like {kind}"),
+                    f"{phase}, a layer" + ("" if len(set(like)) == 1 else f" like layer {part.start + i}"),
                     outside.layer, (how, kind, piece), (weights, x, attend, kv[i]), (x, attend), 2,
                 )  # fmt: skip
         if phase == "prefill":

@@ -151,7 +151,8 @@ class HuggingFace:
     def origin(self, config: dict[str, Any]) -> Origin:
         """With the split into files, so that an export can be the same."""
         meta = {"files": dict(self._reader.metadata), "index": self._reader.index_metadata, "prefix": self._prefix}
-        folder = self.folder if (self.folder / "config.json").is_file() else None  # a GGUF file stands alone
+        # a GGUF file may stand alone, or among other models' files
+        folder = self.folder if any((self.folder / n).is_file() for n in ("config.json", "tokenizer.json")) else None
         return Origin(
             config | self._mended, folder, dtypes_of(self.architecture, self.dtype), self._copies,
             dict(self._reader.weight_map), meta,

@@ -202,7 +202,7 @@ class _Alternating:
 
         start = (jnp.int32(self.repeats - 1), g, [jnp.zeros_like(x) for x in _chosen(body, of_body)])
         (_, g, total), found = lax.scan(period, start, entered, length=self.repeats, reverse=True)
-        return [*total, *(w for f in found for w in f[0]), *(s for f in found for s in f[1]), *_chosen(g, of_carry)]
+        return [*total, *(w for f in found for w in f[0]), *(s for f in found for s in f[1]), *_carried(g, of_carry)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -300,7 +300,7 @@ class _OneAhead:
             for alone_, stack in zip(one[1], rest[1], strict=True):
                 rows = (stack, alone_[None]) if j else (alone_[None], stack)
                 turns.append(jnp.concatenate(rows))
-        return [*total, *of_all, *turns, *_chosen(g, of_carry)]
+        return [*total, *of_all, *turns, *_carried(g, of_carry)]
 
 
 @jax.tree_util.register_dataclass
@@ -393,6 +393,11 @@ def _cotangent(g: Any) -> Any:
 def _chosen(tree: Any, wanted: Any) -> list[Any]:
     """The leaves that are wanted."""
     return [x for x, w in zip(jax.tree.leaves(tree), jax.tree.leaves(wanted), strict=True) if w]
+
+
+def _carried(g: Any, wanted: Any) -> list[Any]:
+    """The leaves of a carry's gradient that are wanted; what is no float has none, and None in its place."""
+    return _chosen(g, jax.tree.map(lambda w, x: None if x is None else w, wanted, g))
 
 
 def _filled(tree: Any, wanted: Any, chosen: Sequence[Any]) -> Any:

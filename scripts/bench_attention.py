@@ -43,6 +43,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from bench import SHAPE_125M, Ours
+from click.core import ParameterSource
 from jax import lax
 from rich.console import Console
 from rich.progress import track
@@ -388,6 +389,14 @@ def main(
                 f"{S} is no multiple of 64; the nearest is {round(S / 64) * 64}", param_hint="--slots"
             )
     if model_prompt_tokens is not None:
+        context, others = (
+            click.get_current_context(),
+            ("only", "tokens", "slots", "head_dim", "cache", "rounds", "dtype"),
+        )
+        if odd := [n for n in others if context.get_parameter_source(n) is ParameterSource.COMMANDLINE]:
+            raise click.UsageError(
+                f"--{odd[0].replace('_', '-')} is of attention alone: leave it out with --model-prompt"
+            )
         line = json.dumps(model_prompt(engine.bucket(model_prompt_tokens)))
         print(line)
         if file is not None:

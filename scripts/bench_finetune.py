@@ -15,6 +15,7 @@ A step of LoRA takes 4 multiply-adds a weight and token (forward, and back to wh
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -130,6 +131,15 @@ def child(pipe: Any, side: str, *given: Any) -> None:
     pipe.send(held(most=True))
 
 
+def answer(name: str, process: Any, pipe: Any) -> Any:
+    """What a side's process says next."""
+    try:
+        return pipe.recv()
+    except EOFError:
+        process.join()
+        raise click.ClickException(f"{name}'s process ended ({process.exitcode}); what it said is above") from None
+
+
 def measure(
     shape: dict[str, Any], batch: int, context: int, dtype: str, remat: str, form: str, rounds: int, peer: bool
 ) -> dict[str, dict[str, Any]]:
@@ -145,18 +155,18 @@ def measure(
             process = spawn.Process(target=child, args=(theirs, name, *given), daemon=True)
             process.start()
             theirs.close()
-            found[name] = {"before": ours.recv(), "losses": [], "seconds": []}
+            found[name] = {"before": answer(name, process, ours), "losses": [], "seconds": []}
             sides[name] = process, ours
         for turn in range(rounds + 2):  # the first compiles, the second is the first with warm memory
-            for name, (_, pipe) in sides.items():
+            for name, (process, pipe) in sides.items():
                 pipe.send(True)
-                loss, seconds = pipe.recv()
+                loss, seconds = answer(name, process, pipe)
                 found[name]["losses"].append(loss)
                 if turn >= 2:
                     found[name]["seconds"].append(seconds)
         for name, (process, pipe) in sides.items():
             pipe.send(False)
-            found[name]["most"] = pipe.recv()
+            found[name]["most"] = answer(name, process, pipe)
             process.join()
     return found
 
@@ -191,6 +201,8 @@ def main(
     config: Path | None,
 ) -> None:
     """Time and memory of a LoRA step, and beside peft's."""
+    if peer and (lack := [n for n in ("peft", "torch", "transformers") if importlib.util.find_spec(n) is None]):
+        raise click.BadParameter(f"{', '.join(lack)} is not installed: pip install '.[oracle]'", param_hint="--peer")
     shape = json.loads(config.read_text()) if config else SHAPE_125M
     console, rate = Console(), matmul_rate()
     arch = architecture(shape)

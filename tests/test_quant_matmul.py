@@ -408,7 +408,7 @@ def test_split_over_a_mesh(case: Case, dim: str, monkeypatch: pytest.MonkeyPatch
 # --- what is refused ----------------------------------------------------------------------------------------------
 
 REFUSED = {
-    "kind": ({"kind": "int5"}, "no kind 'int5'.*int4"),
+    "kind": ({"kind": "int6"}, "no kind 'int6'.*int5"),
     "implementation": ({"implementation": "cuda"}, "no implementation 'cuda'.*xla"),
     "dims of x": ({"x": jnp.ones((1, 2, 192))}, r"float32 \[1, 2, 192\].*two dims"),
     "dtype of x": ({"x": jnp.ones((2, 192), jnp.int32)}, "int32.*bfloat16, float16, float32"),

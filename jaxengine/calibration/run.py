@@ -215,6 +215,10 @@ def _workplace(target: Path, asked: Mapping[str, Any]) -> Iterator[Path]:
             ) from None
         if not (work.is_dir() and os.path.samestat(os.fstat(lock), work.stat())):
             raise CheckpointError(f"{target} has just been made by another process: give another output")
+        if target.exists() and (not target.is_dir() or any(target.iterdir())):  # since `_check`
+            with contextlib.suppress(OSError):
+                work.rmdir()
+            raise CheckpointError(f"{target} has just been made by another process: give another output")
         if path.is_file():
             before = json.loads(path.read_text(encoding="utf-8"))
             if odd := [f"{n} was {before.get(n)!r} and is {now!r}" for n, now in asked.items() if before.get(n) != now]:

@@ -144,11 +144,16 @@ def chance(key: Array, shape: tuple[int, ...]) -> Array:
 
 def rounded(x: Float[Array, "..."], chance: Float[Array, "..."], dtype: Any) -> Array:
     """x in a narrower dtype: the nearest number of it, or the one beyond x where chance is below x's way towards that."""
-    near = x.astype(dtype)
-    off = x - near.astype(jnp.float32)  # exact
-    beyond = lax.nextafter(near, jnp.where(off < 0, -jnp.inf, jnp.inf).astype(dtype))
-    way = jnp.abs(beyond.astype(jnp.float32) - near.astype(jnp.float32))
-    return jnp.where((chance * way < jnp.abs(off)) & (off != 0), beyond, near)
+    # digits by arithmetic: XLA:GPU takes a cast there and back for the number itself (xla_allow_excess_precision)
+    info = jnp.finfo(dtype)
+    least = np.float32(info.tiny).view(np.uint32)
+    exponent = jnp.maximum(lax.bitcast_convert_type(x, jnp.uint32) & jnp.uint32(0x7F800000), least)
+    power = lax.bitcast_convert_type(exponent, jnp.float32)
+    digits = x * lax.bitcast_convert_type(jnp.uint32(254 << 23) - exponent, jnp.float32) * 2.0**info.nmant
+    near = jnp.round(digits)
+    off = digits - near  # exact
+    taken = near + jnp.where(chance < jnp.abs(off), jnp.sign(off), 0)
+    return (taken * (2.0**-info.nmant * power)).astype(dtype)
 
 
 def _keys(key: Array, i: Any, j: Any) -> Array:

@@ -414,7 +414,11 @@ def variants(
         made = dataclasses.replace(plan, **({"form": "", "resident": 0, "kept": 0, "chunk": 0} | given))
         n = need(architecture, made, task, batch=batch, context=context)
         refused = ""
-        if n.device > memory:
+        if made.remat == "dots" and any(
+            home(p.home).TIER != "device" and p.form == "scan" and len(p.kinds) > 1 for p in made.parts(architecture)
+        ):
+            refused = "unlike layers that alternate are fetched again in copies under remat 'full' and 'offload' alone"
+        elif n.device > memory:
             refused = f"{show_bytes(n.device - memory)} over on the device"
         elif ram is not None and n.host > ram:
             refused = f"{show_bytes(n.host - ram)} over in host memory"

@@ -282,8 +282,8 @@ def check(settings: Settings, architecture: Architecture, plan: Plan, mesh: jax.
     for part in plan.parts(architecture):
         if home(part.home).TIER == "disk" or part.form in ("ahead", "python"):
             raise ValueError(
-                f"home is {plan.home!r} and form {plan.resolved_form!r}: no gradient goes through layers that are read from"
-                f" disk or fetched ahead. Say home='host', or home='split' with resident=, and leave form out (the weights"
+                f"home is {plan.home!r} and form {plan.resolved_form!r}: no run trains through layers that are read from disk or"
+                f" fetched ahead. Say home='host', or home='split' with resident=, and leave form out (the weights"
                 f" of a quantised format take less room: weights='nf4', train='lora')"
             )
     if jax.process_count() > 1:
@@ -318,7 +318,7 @@ def _check_joined(architecture: Architecture, patterns: tuple[str, ...]) -> None
 
 def said(settings: Settings, architecture: Architecture, plan: Plan) -> dict[str, Any]:
     """What settings.json holds: what decides the losses, in plain numbers and text."""
-    deciding = ("dtype", "weights", "weight_rules", "home", "form", "resident", "sharding", "rules", "mesh")
+    deciding = ("dtype", "weights", "weight_rules", "home", "form", "resident", "stay", "sharding", "rules", "mesh")
     config = hashlib.sha256(repr((architecture.family, architecture.config)).encode()).hexdigest()[:16]
     made = {
         **dataclasses.asdict(settings),

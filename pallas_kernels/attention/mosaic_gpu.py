@@ -321,7 +321,7 @@ def _forward(call: Call, q: Any, k: Any, v: Any, sinks: Any, q_at: Any, k_at: An
     at_q, at_k, of_q, of_k = places(q_at, k_at, q_of, k_of, BQ, BK)
     q = padded(padded(q, BQ, 0), 64, 0, 3)
     k, v = (padded(padded(x, BK, 0, 2), 64, 0, 3) for x in (k, v))
-    more = [] if of_q is None else [of_q, of_k]
+    more = [] if of_q is None else [of_q.astype(jnp.int32), of_k.astype(jnp.int32)]
     more += [] if sinks is None else [sinks.astype(jnp.float32)]
     rows = q.shape[1]
     run = plgpu.kernel(

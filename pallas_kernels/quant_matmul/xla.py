@@ -74,6 +74,8 @@ def quant_matmul(
         return lax.optimization_barrier(y).astype(dtype)  # or each that uses it adds up the parts anew
 
     def gpu(x: Array, *w: Any) -> Array:
+        if kind == "int8" and not group_size:  # which XLA:GPU reads inside the dot
+            return (_dot("mk,nk->mn", x, w[0]) * w[1].astype(jnp.float32)[None]).astype(dtype)
         return _chunked(x, *_matrix(w, kind, group_size), GPU_CHUNK, _joined).astype(dtype)
 
     M, K = x.shape
@@ -98,6 +100,9 @@ def transposed(
         return lax.optimization_barrier(dx).astype(dtype)
 
     def gpu(g: Array, *w: Any) -> Array:
+        if kind == "int8" and not group_size and g.dtype != jnp.float16:  # whose range g s may leave
+            scaled = (g.astype(jnp.float32) * w[1].astype(jnp.float32)[None]).astype(g.dtype)
+            return _dot("mn,nk->mk", scaled, w[0]).astype(dtype)
         return _transposed(g, *_matrix(w, kind, group_size), GPU_CHUNK, _joined).astype(dtype)
 
     return lax.platform_dependent(g, codes, scale, *_present(zero), cpu=cpu, default=gpu)
