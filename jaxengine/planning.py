@@ -418,9 +418,10 @@ def plan_folder(
     if named not in DTYPES:
         raise ValueError(f"dtype is {named!r} in config.json and none is given; say dtype {', '.join(DTYPES)}")
     start = Plan(weights=weights or "dense") if stored is None else stored
+    named_to_stay: Any = stay if isinstance(stay, str) else tuple(stay)  # a string, which Plan refuses
     plan = Plan(
         dtype=named, weights=start.weights, weight_rules=start.weight_rules, kv_codec=kv, mesh=mesh, sharding=sharding,
-        stay=stay if isinstance(stay, str) else tuple(stay),  # which Plan refuses
+        stay=named_to_stay,
     )  # fmt: skip
     return plan_for(
         found, plan, card, batch=batch, context=context, task=task,
