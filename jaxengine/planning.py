@@ -26,6 +26,7 @@ from jaxengine.plan import (
     Need,
     Plan,
     Variant,
+    brought_bytes,
     check_mesh,
     check_stay,
     gathered,

