@@ -251,6 +251,8 @@ def check_stay(architecture: Architecture, plan: Plan) -> None:
                 f"stay: {pattern!r} {said or 'matches no parameter of a layer'}; a layer's are {', '.join(every)}. Nearest:"
                 f" {near!r}"
             )
+        if not any(_names(pattern, n) and architecture.specs()[n].out is not None for n in names):
+            raise ValueError(f"stay: {pattern!r} names vectors alone, which stay on the device anyway: leave it out")
         for kind in set(architecture.kinds):
             layers = [i for i, k in enumerate(architecture.kinds) if k == kind]
             for name in architecture.block(kind)[1]:

@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from test_attention_triton import Case, agrees, arguments, inputs, oracle
 
@@ -67,9 +68,13 @@ def test_gradients() -> None:
     x = inputs(case)
     found, pull = jax.vjp(run(case, x), x.q, x.k, x.v, x.sinks)
     wanted = oracle(case, x, tiles=3)
-    names = ("out", "lse", "dq", "dk", "dv", "dsinks")
-    for name, value in zip(names, (*found, *pull((jnp.asarray(x.do), jnp.asarray(x.dlse)))), strict=True):
-        agrees(value, wanted[name], name)
+    gradients = pull((jnp.asarray(x.do), jnp.asarray(x.dlse)))
+    assert [g.dtype for g in gradients] == [a.dtype for a in (x.q, x.k, x.v, x.sinks)]
+    for name, value in zip(("out", "lse", "dq", "dk", "dv", "dsinks"), (*found, *gradients), strict=True):
+        right, bound = wanted[name]
+        off = abs(np.asarray(value, np.float64) - right)
+        assert (off <= bound).all(), f"{name}: {(off - bound).max()} over"
+        assert bound.max() < abs(right).max(), name  # zeros would not pass
 
 
 def abstract(H: int = 64, T: int = 128, dtype: Any = jnp.bfloat16) -> tuple[Any, ...]:

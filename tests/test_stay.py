@@ -131,6 +131,7 @@ def test_a_budget_is_for_what_stays_too() -> None:
         (("qq",), r"'qq' matches no parameter of a layer; a layer's are .*Nearest: 'q'"),
         (("layers.*.gat",), "Nearest: 'gate'"),
         (("embedding",), "matches only embedding, outside the layers"),
+        (("input_norm",), "'input_norm' names vectors alone"),
         (("layers.1.q",), "names q in 1 of 2 like layers.*say 'q' for all of them"),
     ],
 )
