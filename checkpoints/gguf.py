@@ -23,12 +23,13 @@ checkpoints/quantized does; a block is of one row:
     IQ4_XS  256    136    d (sc - 32) table[q]  float16 d, 6-bit scales of 8 groups in 6 bytes, 128 bytes
     MXFP4   32     17     2^(e - 127) E2M1[q]   e, 16 bytes
 
-Held, scales and minima in float32, the K types take more than in the file, in bits: Q2_K 6.0 (2.6), Q3_K 5.0 (3.4), Q4_K 6.0
-(4.5), Q5_K 7.0 (5.5), Q6_K 10.0 (6.6), and those of bytes Q5_0 (5.5) and IQ4 (4.3 to 4.5) between 8.5 and 9.
+Held, in bits (and in the file): Q2_K 3.1 (2.6), Q3_K 3.6 (3.4), Q4_K 4.6 (4.5), Q5_K 5.6 (5.5), Q6_K 8.6 (6.6), and those of
+bytes Q5_0 (5.5) and IQ4 (4.3 to 4.5) between 8.5 and 9; the others as in the file, but for minima in float32.
 
-Scales of the K types are products of two numbers, kept in float32, where they are exact. A minimum is taken as s (q - z), z =
-minimum / s in float32: that is to one rounding of it. All else is what the file holds, to the bit. The table of IQ4 is of
-int8 numbers, so that its codes are held as those. `quantize` gives the tensors of one file several types, also one matrix
+Scales and minima of the K types stay the codes and float16 units that they are in the file (jaxengine/weights/kquant.py), and
+products of two numbers, where they are made, are exact in float32. A minimum is taken as s (q - z), z = minimum / s in
+float32: that is to one rounding of it. All else is what the file holds, to the bit. The table of IQ4 is of int8 numbers, so
+that its codes are held as those. `quantize` gives the tensors of one file several types, also one matrix
 in different layers.
 """
 
@@ -400,17 +401,19 @@ class Blocks:
     def read(self, tensors: Tensors, stored: Stored, rows: slice) -> Matrix:
         size = next(kind.nbytes for kind in KINDS.values() if kind.name == stored.detail)
         blocks = tensors.read(stored.tensors["blocks"], rows=rows).reshape(-1, size)
-        codes, scale, zero = TAKEN[stored.detail][1](blocks)
+        codes, scale, zero, *units = TAKEN[stored.detail][1](blocks)
         count = rows.stop - rows.start
         return Matrix(
             codes.reshape(count, stored.inputs),
             scale.reshape(count, -1),
             None if zero is None else zero.reshape(count, -1),
+            units=units[0].reshape(count, -1, units[0].shape[-1]) if units else None,
         )
 
 
 IQ4 = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.int8)  # ggml's table
 Block = tuple[np.ndarray, np.ndarray, np.ndarray | None]  # codes [B, inputs], scale and zero [B, groups]
+KBlock = tuple[np.ndarray, np.ndarray, np.ndarray | None, np.ndarray]  # scales and minima as codes, and their units
 
 
 def _float16(raw: np.ndarray) -> np.ndarray:
@@ -461,16 +464,21 @@ def _q8_0(blocks: np.ndarray) -> Block:
     return np.ascontiguousarray(blocks[:, 2:]).view(np.int8), _float16(blocks[:, :2]), None
 
 
-def _q2_k(blocks: np.ndarray) -> Block:
+def _in_steps(codes: np.ndarray, step: np.ndarray, least: np.ndarray, units: np.ndarray) -> KBlock:
+    """d step code - dmin least; codes [B, groups, G], step and least [B, groups], units [B, 2] d and dmin."""
+    d, dmin = units[:, :1], units[:, 1:]
+    # a group whose step is zero is all -minimum, which is held so that its codes are zero
+    codes[((step == 0) | (d == 0)) & (least != 0) & (dmin != 0)] = 0
+    return codes.reshape(len(codes), -1), step, least, units
+
+
+def _q2_k(blocks: np.ndarray) -> KBlock:
     scales, packed = blocks[:, :16], blocks[:, 16:80].reshape(-1, 2, 1, 32)
-    d, least = (_float16(blocks[:, i : i + 2]).astype(np.float32) for i in (80, 82))
     codes = (packed >> np.array([0, 2, 4, 6], np.uint8)[:, None]) & 3
-    return _less(
-        codes.reshape(-1, 16, 16), d * (scales & 15).astype(np.float32), least * (scales >> 4).astype(np.float32)
-    )
+    return _in_steps(codes.reshape(-1, 16, 16), scales & 15, scales >> 4, _float16(blocks[:, 80:84]))
 
 
-def _q3_k(blocks: np.ndarray) -> Block:
+def _q3_k(blocks: np.ndarray) -> KBlock:
     highest, packed, scales = blocks[:, None, :32], blocks[:, 32:96].reshape(-1, 2, 1, 32), blocks[:, 96:108]
     low = (packed >> np.array([0, 2, 4, 6], np.uint8)[:, None]) & 3
     high = (highest >> np.arange(8, dtype=np.uint8)[:, None]) & 1
@@ -478,19 +486,17 @@ def _q3_k(blocks: np.ndarray) -> Block:
     # the low four bits of 16 scales are in eight bytes, their high two in four, 4 scales apart
     lows = np.concatenate([scales[:, :8] & 15, scales[:, :8] >> 4], axis=1)
     highs = np.concatenate([(scales[:, 8:] >> shift) & 3 for shift in (0, 2, 4, 6)], axis=1)
-    scale = (lows | (highs << 4)).astype(np.float32) - 32
-    return codes, scale * _float16(blocks[:, 108:]).astype(np.float32), None
+    return codes, (lows | (highs << 4)).view(np.int8) - np.int8(32), None, _float16(blocks[:, 108:])
 
 
 def _steps(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Scales and minima of Q4_K's and Q5_K's 8 groups, float32."""
-    d, least = (_float16(blocks[:, i : i + 2]).astype(np.float32) for i in (0, 2))
+    """Codes of the scales and minima of Q4_K's and Q5_K's 8 groups."""
     # bytes 0-3 and 4-7: scales and minima of groups 0-3, and above them the high two bits of those of groups 4-7, whose
     # low four bits are in bytes 8-11
     first, second, third = (blocks[:, 4 + i : 8 + i] for i in (0, 4, 8))
     sc = np.concatenate([first & 63, (third & 15) | ((first >> 6) << 4)], axis=1)
     m = np.concatenate([second & 63, (third >> 4) | ((second >> 6) << 4)], axis=1)
-    return d * sc.astype(np.float32), least * m.astype(np.float32)
+    return sc, m
 
 
 def _halves(raw: np.ndarray) -> np.ndarray:
@@ -499,23 +505,22 @@ def _halves(raw: np.ndarray) -> np.ndarray:
     return np.stack([packed & 15, packed >> 4], axis=2).reshape(len(raw), 8, 32)
 
 
-def _q4_k(blocks: np.ndarray) -> Block:
-    return _less(_halves(blocks[:, 16:]), *_steps(blocks))
+def _q4_k(blocks: np.ndarray) -> KBlock:
+    return _in_steps(_halves(blocks[:, 16:]), *_steps(blocks), _float16(blocks[:, :4]))
 
 
-def _q5_k(blocks: np.ndarray) -> Block:
+def _q5_k(blocks: np.ndarray) -> KBlock:
     high = (blocks[:, None, 16:48] >> np.arange(8, dtype=np.uint8)[:, None]) & 1
-    return _less(_halves(blocks[:, 48:]) | (high << 4), *_steps(blocks))
+    return _in_steps(_halves(blocks[:, 48:]) | (high << 4), *_steps(blocks), _float16(blocks[:, :4]))
 
 
-def _q6_k(blocks: np.ndarray) -> Block:
+def _q6_k(blocks: np.ndarray) -> KBlock:
     low, high = blocks[:, :128].reshape(-1, 2, 64), blocks[:, 128:192].reshape(-1, 2, 32)
-    scale = np.ascontiguousarray(blocks[:, 192:208]).view(np.int8).astype(np.float32)
+    step = np.ascontiguousarray(blocks[:, 192:208]).view(np.int8)
     # of each half: 64 bytes hold the low bits of inputs 0-63 and, above, of 64-127; 32 bytes the high bits, 32 at a time
     lows = np.concatenate([low & 15, low >> 4], axis=2)
     highs = np.concatenate([(high >> shift) & 3 for shift in (0, 2, 4, 6)], axis=2)
-    codes = (lows | (highs << 4)).reshape(-1, 256).view(np.int8) - np.int8(32)
-    return codes, scale * _float16(blocks[:, 208:]).astype(np.float32), None
+    return (lows | (highs << 4)).reshape(-1, 256), step, None, _float16(blocks[:, 208:])
 
 
 def _iq4_nl(blocks: np.ndarray) -> Block:
@@ -535,18 +540,18 @@ def _mxfp4(blocks: np.ndarray) -> Block:
 
 
 # of each packed type: what it is held as (`Stored`), and how blocks are taken apart
-TAKEN: dict[str, tuple[dict[str, Any], Callable[[np.ndarray], Block]]] = {
+TAKEN: dict[str, tuple[dict[str, Any], Callable[[np.ndarray], Block | KBlock]]] = {
     "Q4_0": ({"kind": "int4", "group": 32, "scale": "float16"}, _q4_0),
     "Q4_1": ({"kind": "int4", "group": 32, "affine": True}, _q4_1),
     # as bytes, which every kernel reads: it stands in for Q4_K and Q5_K in small models, whose inputs 256 does not divide
     "Q5_0": ({"kind": "int8", "group": 32, "scale": "float16"}, _q5_0),
     "Q5_1": ({"kind": "int5", "group": 32, "affine": True}, _q5_1),
     "Q8_0": ({"kind": "int8", "group": 32, "scale": "float16"}, _q8_0),
-    "Q2_K": ({"kind": "int2", "group": 16, "affine": True}, _q2_k),
-    "Q3_K": ({"kind": "int3", "group": 16}, _q3_k),
-    "Q4_K": ({"kind": "int4", "group": 32, "affine": True}, _q4_k),
-    "Q5_K": ({"kind": "int5", "group": 32, "affine": True}, _q5_k),
-    "Q6_K": ({"kind": "int8", "group": 16}, _q6_k),
+    "Q2_K": ({"kind": "kquant2", "group": 16, "affine": True}, _q2_k),
+    "Q3_K": ({"kind": "kquant3", "group": 16}, _q3_k),
+    "Q4_K": ({"kind": "kquant4", "group": 32, "affine": True}, _q4_k),
+    "Q5_K": ({"kind": "kquant5", "group": 32, "affine": True}, _q5_k),
+    "Q6_K": ({"kind": "kquant6", "group": 16}, _q6_k),
     "IQ4_NL": ({"kind": "int8", "group": 32, "scale": "float16"}, _iq4_nl),
     "IQ4_XS": ({"kind": "int8", "group": 32}, _iq4_xs),
     "MXFP4": ({"kind": "mxfp4", "group": 32}, _mxfp4),

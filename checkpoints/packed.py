@@ -24,17 +24,28 @@ Two traps for who hands the arrays to jax. Both give wrong numbers without an er
 - On other backends `device_put` returns before it has read the array. Call `jax.block_until_ready` on what it gave
   before the layer is released.
 Kept layers are never written again, and need neither.
+
+Writing takes as long as reading and encoding a whole model, so what was interrupted goes on: a store is written in a
+hidden folder beside its place, `.NAME.partial`, where `done` has a line for each layer that is whole, after one that
+says of which store; its name comes last, by a rename. What is left there is continued only by a writer of the same head
+(fingerprint, arrays, places), and after every finished layer was read again and has its checksum. The folder's `lock` is
+held (flock) by whoever writes, so that a second writer waits, and one that was killed holds nothing. A reader holds a
+shared lock on the store itself: `remove_store` leaves what any process has open.
 """
 
 import contextlib
 import errno
+import fcntl
+import hashlib
 import itertools
 import json
 import logging
 import math
 import operator
 import os
+import socket
 import struct
+import tempfile
 import threading
 import time
 import weakref
@@ -50,7 +61,6 @@ import ml_dtypes
 import numpy as np
 
 from checkpoints.errors import CheckpointError
-from checkpoints.output import output_file
 from checkpoints.safetensors import aligned_empty
 
 Spec = Mapping[str, tuple[Sequence[int], Any]]  # name -> (shape, dtype)
@@ -75,6 +85,8 @@ _PAGE = 4096
 _LINE = 64  # bytes: what jax's CPU backend wants of an array it takes as it is
 _BLOCK = 8 << 20  # bytes: what one thread reads at a time, and what one checksum covers
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_TAKEN = (errno.EWOULDBLOCK, errno.EACCES)  # a lock that another process holds; other errors: there are no locks
+_PARTIAL = ".partial"
 
 
 def _up(n: int, to: int) -> int:
@@ -141,6 +153,7 @@ class _Layout:
     block: int
     kinds: list[_Kind]
     kind_of: list[int]
+    about: str = ""
     sums: list[list[int]] = field(default_factory=list)
 
     def kind(self, layer: int) -> _Kind:
@@ -155,6 +168,7 @@ class _Layout:
         text = json.dumps(
             {
                 "fingerprint": self.fingerprint,
+                **({"about": self.about} if self.about else {}),
                 "block": self.block,
                 "kinds": [[[a.name, a.dtype.name, list(a.shape), a.start] for a in k.arrays] for k in self.kinds],
                 "layers": [
@@ -172,23 +186,25 @@ class _Layout:
         return list(itertools.accumulate((self.kind(i).length for i in range(len(self.kind_of))), initial=data))
 
 
-def _lay_out(layers: int, specs: Sequence[Spec] | Callable[[int], Spec], fingerprint: str) -> _Layout:
+def _lay_out(layers: int, specs: Sequence[Spec] | Callable[[int], Spec], fingerprint: str, about: str) -> _Layout:
     if layers < 1:
         raise ValueError(f"layers={layers}: a store has at least one layer.")
     if not callable(specs) and len(specs) != layers:
         raise ValueError(f"layers={layers}, but there are specs for {len(specs)}; give one for each.")
     kinds: dict[_Kind, int] = {}
     kind_of = [kinds.setdefault(_kind(i, specs(i) if callable(specs) else specs[i]), len(kinds)) for i in range(layers)]
-    return _Layout(fingerprint, _BLOCK, list(kinds), kind_of)
+    return _Layout(fingerprint, _BLOCK, list(kinds), kind_of, about)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Writing
 
 
-def packed_bytes(layers: int, specs: Sequence[Spec] | Callable[[int], Spec], *, fingerprint: str = "") -> int:
+def packed_bytes(
+    layers: int, specs: Sequence[Spec] | Callable[[int], Spec], *, fingerprint: str = "", about: str = ""
+) -> int:
     """The length of the file that write_packed makes of this."""
-    layout = _lay_out(layers, specs, fingerprint)
+    layout = _lay_out(layers, specs, fingerprint, about)
     return layout.starts(len(layout.head()))[-1]
 
 
@@ -199,73 +215,297 @@ def write_packed(
     read: Callable[[int, str], np.ndarray],
     *,
     fingerprint: str,
+    about: str = "",
     overwrite: bool = False,
+    keep: bool = False,
     progress: Callable[[int], object] | None = None,
 ) -> None:
     """Write a store of `layers` layers to `path`; it appears there whole or not at all.
 
     specs[i] (or specs(i)) gives layer i's {name: (shape, dtype)}; layers may differ. `read(layer, name)` is asked for
     one array at a time, in order, and nothing of it is kept. `fingerprint` says what the content is (which model, in
-    which format): a reader that expects another refuses the file. `progress` is told the bytes of each array written.
+    which format): a reader that expects another refuses the file. `about` is a text for who lists stores. `progress` is
+    told the bytes of each array written. keep: a store of this fingerprint and these arrays that is there already, as
+    after another process has written it, stays, and nothing is written.
 
-    CheckpointError if `path` exists and `overwrite` is not given, if an array is not as announced, and if the disk has
-    too little space, which is asked before the first byte.
+    Layers that an interrupted writer of the same store has finished are not asked for again. While another process
+    writes the store, this waits for it, which a warning in the log says.
+
+    CheckpointError if `path` exists and neither `overwrite` nor `keep` is given, if an array is not as announced, and if
+    the disk has too little space, which is asked before the first byte.
     """
-    layout = _lay_out(layers, specs, fingerprint)
+    layout = _lay_out(layers, specs, fingerprint, about)
     head = layout.head()
     if len(head) > _MAX_INDEX:
         raise CheckpointError(f"The index of {path} would have {len(head)} bytes; the limit is {_MAX_INDEX}.")
-    size = layout.starts(len(head))[-1]
-    with output_file(path, overwrite=overwrite) as work:
-        system = os.statvfs(work.parent)
-        if (free := system.f_bavail * system.f_frsize) < size:
+    # links are followed: the place a link points to is what gets replaced, never the link
+    target = Path(path).expanduser().resolve()
+
+    def there() -> bool:
+        if target.is_dir():
+            raise CheckpointError(f"{target} is a folder; a file is to be written there. Give another path.")
+        if keep and _same(target, layout):
+            return True
+        if target.exists() and not overwrite:
+            raise CheckpointError(f"{target} exists. Give a new file name, or allow overwriting it.")
+        return False
+
+    if there():
+        return
+    with _claimed(target) as folder:
+        if not there():
+            _Writer(target, folder, layout, head).write(read, progress)
+
+
+def _same(path: Path, layout: _Layout) -> bool:
+    """Whether a store of the same arrays under the same fingerprint is there."""
+    try:
+        with open(path, "rb") as file:
+            found, _ = _parse(path, file.fileno())
+    except (OSError, CheckpointError):
+        return False
+    return (found.fingerprint, found.kinds, found.kind_of) == (layout.fingerprint, layout.kinds, layout.kind_of)
+
+
+def _partial(target: Path) -> Path:
+    return target.with_name(f".{target.name}{_PARTIAL}")
+
+
+@contextlib.contextmanager
+def _claimed(target: Path) -> Iterator[Path]:
+    """The folder that `target` is written in, for this writer alone; waits for the one that is at it."""
+    folder, lock = _partial(target), None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        while lock is None:
+            folder.mkdir(exist_ok=True)
+            lock = _take_lock(folder, target)
+    except (FileExistsError, NotADirectoryError):
+        raise CheckpointError(f"{target} cannot be made: a folder in its path is a file. Give another path.") from None
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL):
+            raise
+        # some network disks have no locks: nothing that another may be at is gone on with
+        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=_PARTIAL, dir=target.parent))
+    try:
+        yield folder
+    finally:
+        if lock is None or not (folder / "done").exists():
+            _drop(folder)
+        if lock is not None:
+            os.close(lock)
+
+
+def _take_lock(folder: Path, target: Path) -> int | None:
+    """The lock of a folder, held until it is closed; None: the folder went away meanwhile, as its writer came to an end."""
+    path = folder / "lock"
+    try:
+        lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    except FileNotFoundError:
+        return None
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in _TAKEN:
+                if not any(
+                    (folder / name).exists() for name in ("done", "records")
+                ):  # another's layers are not ours to drop
+                    _drop(folder)
+                raise
+            who = os.pread(lock, 100, 0).decode(errors="replace").strip() or "another process"
+            _log.warning("%s is being written by %s: waiting until it has ended", target, who)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        held = os.fstat(lock)
+        try:
+            there = path.stat()
+        except FileNotFoundError:
+            there = None
+        if there is None or (there.st_dev, there.st_ino) != (held.st_dev, held.st_ino):
+            os.close(lock)
+            return None
+        with contextlib.suppress(OSError):  # it is only told to others; the disk may be full
+            os.ftruncate(lock, 0)
+            os.pwrite(lock, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.close(lock)
+        raise
+    return lock
+
+
+def _drop(folder: Path) -> None:
+    """Remove a partial folder: its lock last, since who holds a new one has begun anew."""
+    for name in ("done", "records", "lock"):
+        with contextlib.suppress(OSError):
+            (folder / name).unlink()
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
+class _UnlikeError(CheckpointError):
+    """An array is not what was announced."""
+
+
+class _Writer:
+    """The records of a store into a folder that is its own, and the whole file into its place."""
+
+    def __init__(self, target: Path, folder: Path, layout: _Layout, head: bytes) -> None:
+        self._target, self._layout, self._starts = target, layout, layout.starts(len(head))
+        self._records, self._done = folder / "records", folder / "done"
+        of = {"head": hashlib.sha256(head).hexdigest(), "fingerprint": layout.fingerprint, "about": layout.about}
+        self._title = json.dumps(of) + "\n"
+
+    def write(self, read: Callable[[int, str], np.ndarray], progress: Callable[[int], object] | None) -> None:
+        layout, size = self._layout, self._starts[-1]
+        finished = self._finished()
+        begun = self._records.stat().st_blocks * 512 if finished else 0
+        system = os.statvfs(self._target.parent)
+        if (free := system.f_bavail * system.f_frsize) < size - begun:
             raise CheckpointError(
-                f"{path} needs {size} bytes and its disk has {free} free: {size - free} too few. Free as much there, or "
-                f"give a path on another disk."
+                f"{self._target} needs {size - begun} bytes and its disk has {free} free: {size - begun - free} too "
+                f"few. Free as much there, or give a path on another disk."
             )
         try:
-            _write(work, layout, len(head), read, progress)
+            self._fill(finished, read, progress)
         except OSError as error:
             if error.errno not in _FULL:
                 raise
+            self._forget()
             raise CheckpointError(
-                f"{path} needs {size} bytes, and its disk took no more of them while it was written "
+                f"{self._target} needs {size} bytes, and its disk took no more of them while it was written "
                 f"({error.strerror}). Nothing is left of it. Free space there, or give a path on another disk."
             ) from error
+        except _UnlikeError:  # what cannot be read now is read at the next attempt; this would come again
+            self._forget()
+            raise
+        finally:
+            if self._done.exists() and len(layout.sums) < len(layout.kind_of):
+                kept = f"{len(layout.sums)} of {len(layout.kind_of)} layers"
+                _log.warning("%s: %s are kept; the next attempt goes on from there", self._target, kept)
 
+    def _forget(self) -> None:
+        for file in (self._done, self._records):
+            file.unlink(missing_ok=True)
 
-def _write(
-    file: Path,
-    layout: _Layout,
-    data: int,
-    read: Callable[[int, str], np.ndarray],
-    progress: Callable[[int], object] | None,
-) -> None:
-    """The records, and at last the head, whose checksums are known only then."""
-    descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o666)
-    try:
-        for layer, start in enumerate(layout.starts(data)[:-1]):
-            record = _Record(descriptor, start, layout.block)
-            kind = layout.kind(layer)
-            for a in kind.arrays:
-                array = np.asarray(read(layer, a.name))
-                if array.dtype != a.dtype or array.shape != a.shape:
-                    raise CheckpointError(
-                        f"{a.name} of layer {layer} was announced as {a.dtype}{list(a.shape)} and came as "
-                        f"{array.dtype}{list(array.shape)}."
-                    )
-                record.put(bytes(a.start - record.length))
-                if array.size:
-                    record.put(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-                if progress is not None:
-                    progress(array.nbytes)
-                del array
-            record.put(bytes(kind.length - record.length))
-            layout.sums.append(record.sums)
-        _Record(descriptor, 0, layout.block).put(layout.head())
-        os.fsync(descriptor)  # some file systems find out only now that the disk is full
-    finally:
-        os.close(descriptor)
+    def _finished(self) -> int:
+        """How many first layers an earlier writer of this very store has left whole; their checksums into the layout."""
+        layout = self._layout
+        try:
+            title, _, rest = self._done.read_bytes().partition(b"\n")
+        except FileNotFoundError:
+            return 0
+        try:
+            if title.decode() + "\n" != self._title:
+                raise ValueError("it is of another store")
+            lines = rest.split(b"\n")[:-1]  # what a kill has torn off in the middle has no end of line
+            if len(lines) > len(layout.kind_of):
+                raise ValueError(f"it has {len(lines)} layers")
+            sums = [self._sums(i, line.decode()) for i, line in enumerate(lines)]
+            with open(self._records, "rb") as file:
+                for i, crcs in enumerate(sums):
+                    self._check(file.fileno(), i, crcs)
+        except (ValueError, OSError, EOFError) as error:
+            _log.warning("%s: what was left of an earlier attempt is not used: %s", self._target, error)
+            self._forget()
+            return 0
+        layout.sums.extend(sums)
+        if sums:
+            _log.warning(
+                "%s: going on after %d of %d layers, which an earlier attempt has left",
+                self._target, len(sums), len(layout.kind_of),
+            )  # fmt: skip
+        return len(sums)
+
+    def _sums(self, layer: int, line: str) -> list[int]:
+        text, _, crc = line.partition(" ")
+        crcs = bytes.fromhex(text)
+        if int(crc, 16) != zlib.crc32(text.encode()) or len(crcs) != 4 * self._layout.blocks(layer):
+            raise ValueError(f"the line of layer {layer} is damaged")
+        return [int.from_bytes(crcs[j : j + 4], "big") for j in range(0, len(crcs), 4)]
+
+    def _check(self, descriptor: int, layer: int, sums: list[int]) -> None:
+        start, end, block = *self._starts[layer : layer + 2], self._layout.block
+        for at, said in zip(range(start, end, block), sums, strict=True):
+            crc, place = 0, at
+            while place < min(at + block, end):
+                piece = os.pread(descriptor, min(at + block, end) - place, place)
+                if not piece:
+                    raise EOFError(f"layer {layer} is cut off")
+                crc, place = zlib.crc32(piece, crc), place + len(piece)
+            if crc != said:
+                raise ValueError(f"layer {layer} is damaged")
+
+    def _fill(
+        self, finished: int, read: Callable[[int, str], np.ndarray], progress: Callable[[int], object] | None
+    ) -> None:
+        """The records, and at last the head, whose checksums are known only then."""
+        layout = self._layout
+        if finished:  # without the line that a kill has torn off
+            os.truncate(self._done, len(self._title.encode()) + sum(len(self._line(crcs)) for crcs in layout.sums))
+        descriptor = os.open(self._records, os.O_WRONLY | os.O_CREAT, 0o666)
+        try:
+            if not finished:
+                os.ftruncate(descriptor, 0)  # of a layer that was not finished
+            with open(self._done, "a" if finished else "w", encoding="utf-8") as done:
+                done.write("" if finished else self._title)
+                done.flush()
+                for layer, start in enumerate(self._starts[:-1]):
+                    if layer < finished:
+                        if progress is not None:
+                            for a in layout.kind(layer).arrays:
+                                progress(a.nbytes)
+                        continue
+                    layout.sums.append(self._record(descriptor, layer, start, read, progress))
+                    done.write(self._line(layout.sums[-1]))
+                    done.flush()
+            _Record(descriptor, 0, layout.block).put(layout.head())
+            os.fsync(descriptor)  # some file systems find out only now that the disk is full
+        except BaseException:
+            if not layout.sums:
+                self._forget()
+            raise
+        finally:
+            os.close(descriptor)
+        self._records.replace(self._target)
+        self._done.unlink()
+        folder = os.open(self._target.parent, os.O_RDONLY)
+        try:
+            with contextlib.suppress(OSError):  # file systems that cannot sync a folder
+                os.fsync(folder)
+        finally:
+            os.close(folder)
+
+    @staticmethod
+    def _line(sums: Sequence[int]) -> str:
+        text = "".join(f"{crc:08x}" for crc in sums)
+        return f"{text} {zlib.crc32(text.encode()):08x}\n"
+
+    def _record(
+        self,
+        descriptor: int,
+        layer: int,
+        start: int,
+        read: Callable[[int, str], np.ndarray],
+        progress: Callable[[int], object] | None,
+    ) -> list[int]:
+        """One layer; gives its checksums."""
+        record, kind = _Record(descriptor, start, self._layout.block), self._layout.kind(layer)
+        for a in kind.arrays:
+            array = np.asarray(read(layer, a.name))
+            if array.dtype != a.dtype or array.shape != a.shape:
+                raise _UnlikeError(
+                    f"{a.name} of layer {layer} was announced as {a.dtype}{list(a.shape)} and came as "
+                    f"{array.dtype}{list(array.shape)}."
+                )
+            record.put(bytes(a.start - record.length))
+            if array.size:
+                record.put(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+            if progress is not None:
+                progress(array.nbytes)
+            del array
+        record.put(bytes(kind.length - record.length))
+        return record.sums
 
 
 class _Record:
@@ -289,6 +529,108 @@ class _Record:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# What is there
+
+
+@dataclass(frozen=True)
+class StoreFile:
+    """A store in a folder, or (not `whole`) what an interrupted writer has left of one, under the name it would have.
+
+    nbytes: of disk; used: a process reads or writes it, or the disk has no locks that would tell; about: as it was
+    written, '' for a store that says nothing, and for a damaged one, of which `damage` says what is wrong.
+    """
+
+    path: Path
+    nbytes: int
+    whole: bool
+    used: bool
+    about: str
+    damage: str = ""
+    mark: tuple[int, ...] = ()
+
+
+def _mark(path: Path) -> tuple[int, ...]:
+    """What tells a file from another that has taken its place; () where there is none."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return ()
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def list_stores(folder: str | os.PathLike[str], suffix: str) -> list[StoreFile]:
+    """The stores of a folder, those whose names end so, finished or not, by name."""
+    found = []
+    for entry in sorted(Path(folder).iterdir()) if Path(folder).is_dir() else ():
+        if entry.name.startswith(".") and entry.name.endswith(_PARTIAL) and entry.is_dir():
+            target = entry.with_name(entry.name[1 : -len(_PARTIAL)])
+            if suffix not in target.name:
+                continue
+            about, nbytes = "", 0
+            with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+                about = str(json.loads((entry / "done").read_bytes().partition(b"\n")[0])["about"])
+            with contextlib.suppress(OSError):
+                nbytes = (entry / "records").stat().st_blocks * 512
+            used = not (entry / "lock").exists() or _used(entry / "lock")  # without one on disks that have none
+            found.append(StoreFile(target, nbytes, False, used, about))
+        elif entry.name.endswith(suffix) and entry.is_file():
+            about, damage, nbytes, mark = "", "", 0, _mark(entry)
+            try:
+                nbytes = entry.stat().st_size
+                with open(entry, "rb") as file:
+                    about = _parse(entry, file.fileno())[0].about
+            except FileNotFoundError:
+                continue
+            except (OSError, CheckpointError) as error:
+                damage = str(error)
+            found.append(StoreFile(entry, nbytes, True, _used(entry), about, damage, mark))
+    return found
+
+
+def remove_store(store: StoreFile) -> bool:
+    """Remove it, unless a process uses it now, or another store stands in its place since it was listed: False."""
+    if store.whole:
+        with _alone(store.path) as mine:
+            mine = mine and _mark(store.path) in ((), store.mark)
+            if mine:
+                store.path.unlink(missing_ok=True)
+            return mine
+    folder = _partial(store.path)
+    with _alone(folder / "lock") as mine:
+        if mine and (folder / "lock").exists():
+            _drop(folder)
+        return mine and not folder.exists()
+
+
+def _used(path: Path) -> bool:
+    with _alone(path) as mine:
+        return not mine
+
+
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[bool]:
+    """Whether nobody else holds a lock on this file, nor gets one before the block ends. (Of a file that is not there
+    nobody does.)"""
+    try:
+        held = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        yield True
+        return
+    except OSError:
+        yield False
+        return
+    try:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False
+            return
+        yield True
+    finally:
+        os.close(held)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Reading
 
 
@@ -307,6 +649,10 @@ class _File:
         self._direct: int | None = None
         self._lock = threading.Lock()
         try:
+            with contextlib.suppress(OSError):  # some network disks have no locks
+                fcntl.flock(self._cached, fcntl.LOCK_SH)  # see remove_store, which holds its own for a moment
+            if not os.fstat(self._cached).st_nlink:
+                raise CheckpointError(f"There is no file {path}: it has just been removed. Write the store again.")
             self.layout, self.starts = _parse(path, self._cached)
             self._fast = self._cached  # for reads that begin at a page
             if direct:
@@ -383,13 +729,14 @@ def _parse(path: Path, descriptor: int) -> tuple[_Layout, list[int]]:
 
 def _understand(index: Any) -> _Layout:
     """The index as a layout that could have been written: ValueError, or what Python raises, for any other."""
-    layout = _Layout(index["fingerprint"], index["block"], [], [entry["kind"] for entry in index["layers"]])
+    kind_of = [entry["kind"] for entry in index["layers"]]
+    layout = _Layout(index["fingerprint"], index["block"], [], kind_of, index.get("about", ""))
     for i, arrays in enumerate(index["kinds"]):
         kind = _kind(i, {name: (shape, _DTYPES[dtype]) for name, dtype, shape, _ in arrays})
         if len(kind.arrays) != len(arrays) or [a.start for a in kind.arrays] != [start for *_, start in arrays]:
             raise ValueError(f"arrays of kind {i} are not where they belong")
         layout.kinds.append(kind)
-    if not isinstance(layout.fingerprint, str) or not layout.kind_of:
+    if not isinstance(layout.fingerprint, str) or not isinstance(layout.about, str) or not layout.kind_of:
         raise ValueError("no fingerprint or no layers")
     if type(layout.block) is not int or layout.block < _PAGE or layout.block % _PAGE:
         raise ValueError(f"blocks of {layout.block} bytes")

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import dis
+import errno
 import json
 import logging
 import os
@@ -209,6 +210,10 @@ LOADING = (
     click.option(
         "--kv-layout", metavar="LAYOUT", show_default="window", help="Cache of sliding-window layers: window, full."
     ),
+    click.option(
+        "--attention", metavar="NAME", show_default="auto",
+        help="Its implementation: xla, triton, cudnn, mosaic_gpu, tokamax, reference.",
+    ),
     click.option("--adapter", metavar="FOLDER", help="A PEFT folder, LoRA or DoRA, to stand beside the weights."),
     click.option("--mesh", metavar="AXES", show_default="one device", help="Several devices, e.g. data=2,tensor=4."),
     click.option(
@@ -354,6 +359,10 @@ def generate(
         for piece in pieces:
             print(piece, end="", flush=True)
         print(flush=True)
+    if (stats := model.disk_stats) is not None:
+        from jaxengine.packing import read_line
+
+        logging.getLogger("jaxengine").info("%s", read_line(stats))
 
 
 def from_stdin() -> str:
@@ -404,6 +413,9 @@ def from_stdin() -> str:
     show_default="vectors",
     help="Parameters of layers on the host to keep on the device, e.g. k; several times.",
 )
+@click.option(
+    "--attention", metavar="NAME", default="auto", help="Its implementation: xla, triton, cudnn, mosaic_gpu, ..."
+)
 @click.option("--mesh", metavar="AXES", default="", show_default="one card", help="Several such cards, e.g. tensor=2.")
 @click.option(
     "--sharding",
@@ -430,6 +442,7 @@ def plan(
     dtype: str | None,
     kv: str,
     stay: tuple[str, ...],
+    attention: str,
     mesh: str,
     sharding: str,
     proved: bool,
@@ -452,7 +465,7 @@ def plan(
         picture.check(plot)
     outcome = plan_folder(
         resolve(folder), gpu=gpu, memory=memory, ram=ram, batch=batch, context=context, task=task, weights=weights,
-        dtype=dtype, kv=kv, stay=stay, mesh=mesh, sharding=sharding, disk_rate=disk_rate,
+        dtype=dtype, kv=kv, stay=stay, attention=attention, mesh=mesh, sharding=sharding, disk_rate=disk_rate,
     )  # fmt: skip
     if plot is not None:
         picture.draw(outcome, plot)
@@ -594,6 +607,57 @@ def convert(
             track=bar,
         )  # fmt: skip
     print(f"wrote {target}", flush=True)
+
+
+@app.command(**SETTINGS)
+@click.option(
+    "--disk",
+    metavar="FOLDER",
+    show_default="~/.cache/jaxengine/layers",
+    help="The folder, as generate's --disk names it.",
+)
+@click.option(
+    "--remove",
+    type=click.Choice(["old", "all"]),
+    help="Remove those that no load finds again (old), or all; never one that is in use.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@reported()
+def layers(disk: str | None, remove: str | None, as_json: bool) -> None:
+    """Show the packed layers of disk homes, and remove those that no checkpoint needs.
+
+    A store is current if loading its checkpoint with the same formats finds it. It is old if the checkpoint has changed
+    since or is gone, or if the store is damaged. What an interrupted packing has left is gone on with by the next load.
+    """
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    from jaxengine import packing
+    from jaxengine.plan import show_bytes
+
+    folder = cache_folder() / "layers" if disk is None else Path(disk).expanduser()
+    if disk is not None and not folder.is_dir():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), disk)
+    found = packing.stores(folder)
+    chosen = [s for s in found if remove == "all" or (remove == "old" and s.old)]
+    removed, in_use = packing.remove(chosen)
+    if as_json:
+        rows = [s.to_dict() | {"removed": s in removed} for s in found]
+        print(json.dumps({"folder": str(folder), "stores": rows}, indent=2))
+        return
+    for s in found:
+        said = s.state if s.file.whole or s.state == "left over" else f"{s.state}, unfinished"
+        said += ", in use" if s.file.used else ""
+        said += (
+            ", removed"
+            if s in removed
+            else ", kept: a process uses it (or its disk has no locks that would tell)"
+            if s in in_use
+            else ""
+        )
+        print(f"{s.file.path.name}  {show_bytes(s.file.nbytes)}  {said}")
+        if s.source:
+            print(f"    {s.source} ({s.formats})")
+    freed, rest = (sum(s.file.nbytes for s in part) for part in (removed, [s for s in found if s not in removed]))
+    print(f"{folder}: {show_bytes(rest)}" + (f"; {show_bytes(freed)} removed" if remove else ""), flush=True)
 
 
 app.add_command(finetune)

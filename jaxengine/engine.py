@@ -30,7 +30,7 @@ from jaxengine.homes.base import Bank, home
 from jaxengine.nn import Attention
 from jaxengine.walk import Body, lay_out, walk
 from pallas_kernels.aot import OPTIONS
-from sharding.rules import Rules, constrain
+from sharding.rules import Rules, constrain, named_sharding
 
 CHUNK = 64  # steps that one call of `decode` can make; more tokens are more calls of the same program
 
@@ -45,6 +45,7 @@ class Engine:
     rules: Rules
     mesh: jax.sharding.Mesh
     chunk: int = 0  # tokens of a prompt that a layer reads at a time; 0: all
+    attention: str = "auto"  # the implementation of attention, of cache.base.ATTENTION
 
 
 @jax.tree_util.register_dataclass
@@ -111,12 +112,14 @@ def placed_cache(engine: Engine, banks: Any, cache: Any) -> Any:
 def placed_slots(engine: Engine, kv: Any, *, stacked: bool) -> Any:
     """The cache of a layer, or of several, or a stack of them."""
 
-    def one(x: Array) -> Array:
-        lead = ("cache_layers",) if stacked else ()
-        axes = (*lead, "cache_batch", "cache_kv_heads", "cache_slots", "cache_head_dim")[: x.ndim]
-        return constrain(x, engine.rules, engine.mesh, (*axes, *((None,) * (x.ndim - len(axes)))))
+    return jax.tree.map(lambda x: constrain(x, engine.rules, engine.mesh, slot_axes(x.ndim, stacked=stacked)), kv)
 
-    return jax.tree.map(one, kv)
+
+def slot_axes(ndim: int, *, stacked: bool) -> tuple[str | None, ...]:
+    """The logical axes of an array of a layer's cache, or of a stack of them."""
+    lead = ("cache_layers",) if stacked else ()
+    axes = (*lead, "cache_batch", "cache_kv_heads", "cache_slots", "cache_head_dim")[:ndim]
+    return (*axes, *((None,) * (ndim - len(axes))))
 
 
 def placed_state(engine: Engine, banks: Any, now: Decoding) -> Decoding:
@@ -158,11 +161,16 @@ def through(
     if first:  # one loop over chunks through all of them: a loop in each layer takes XLA minutes for 40 layers
 
         def body(x: Array, attend: Any, states: Any) -> tuple[Array, Any]:
-            return walk(layer_body(engine, attend), x, banks[:first], states)
+            return walk(layer_body(engine, attend), x, banks[:first], states, gathers=gathers(engine))
 
         x, done = in_chunks(engine, attend.positions, chunk, body, x, tuple(layers[:first]))
-    x, rest = walk(layer_body(engine, attend, chunk), x, banks[first:], layers[first:])
+    x, rest = walk(layer_body(engine, attend, chunk), x, banks[first:], layers[first:], gathers=gathers(engine))
     return x, (*done, *rest)
+
+
+def gathers(engine: Engine) -> bool:
+    """Whether layers are split over devices by their inputs (fsdp), and so brought together to be used."""
+    return bool(named_sharding(engine.rules, engine.mesh, ("embed",)).spec)
 
 
 def in_chunks(
@@ -200,10 +208,18 @@ def _layer(engine: Engine, chunk: int, attend: Any, kind: Any, weights: Any, x: 
     def on_mesh(x: Array, *axes: str) -> Array:
         return constrain(x, engine.rules, engine.mesh, ("batch", "sequence", *axes))
 
+    def split(x: Array, heads: str) -> tuple[Any, ...]:
+        axes = ("batch", "sequence", heads, "act_head_dim")
+        spec = named_sharding(engine.rules, engine.mesh, axes, shape=x.shape).spec
+        return (*spec, None, None)
+
     def placed_attend(attend: Any, attention: Attention, q: Array, k: Array, v: Array, kv: Any) -> tuple[Array, Any]:
         q = on_mesh(q, "act_heads", "act_head_dim")
         k, v = (on_mesh(a, "act_kv_heads", "act_head_dim") for a in (k, v))
-        out, kv = attend(attention, q, k, v, kv)
+        # cuDNN takes no other, and says so when the program is compiled, too late for another to serve
+        of_q = split(q, "act_heads")
+        alike = engine.mesh.size == 1 or (of_q == split(k, "act_kv_heads") and of_q[1] is None)
+        out, kv = attend(attention, q, k, v, kv, by=engine.attention, alike=alike)
         return on_mesh(out, "act_heads", "act_head_dim"), kv
 
     block = merge(engine.architecture.block(kind)[0], weights)
@@ -217,7 +233,10 @@ def _layer(engine: Engine, chunk: int, attend: Any, kind: Any, weights: Any, x: 
 
 def head(engine: Engine, params: Any, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
     """The residual stream to float32 logits."""
-    logits = merge(engine.architecture.outer()[0], params["outer"]).head(x).astype(jnp.float32)
+    outer = params["outer"]
+    if gathers(engine):  # as the layers in `walk`: not brought together before its turn
+        outer, x = lax.optimization_barrier((outer, x))
+    logits = merge(engine.architecture.outer()[0], outer).head(x).astype(jnp.float32)
     return constrain(logits, engine.rules, engine.mesh, ("batch", "sequence", "act_vocab"))
 
 
@@ -232,7 +251,7 @@ def empty_cache(engine: Engine, params: Any, batch: int, length: int) -> Any:
 
 def plain(tokens: Int[Array, "B T"], lengths: Int[Array, "B"]) -> PlainAttend:
     """For rows that are scored: each token sees those before it, and nothing is kept."""
-    return PlainAttend(row_positions(tokens.shape[1], lengths))
+    return PlainAttend(row_positions(tokens.shape[1], lengths), whole=True)
 
 
 def fresh(engine: Engine, tokens: Int[Array, "B T"], lengths: Int[Array, "B"]) -> CachedAttend:
@@ -356,13 +375,28 @@ def decode(
 
     def once(loop: Any) -> Any:
         i, now, out = loop
-        x, cache = forward(engine, params, now.token[:, None], following(engine, now), now.cache)
-        now, chosen = next_tokens(engine, steps, top, params, x, cache, now, values, stop_ids)
+        weights, now = read_each_step(engine, params, now)
+        x, cache = forward(engine, weights, now.token[:, None], following(engine, now), now.cache)
+        now, chosen = next_tokens(engine, steps, top, weights, x, cache, now, values, stop_ids)
         out = jax.tree.map(lambda all_, x: lax.dynamic_update_index_in_dim(all_, x, i, 0), out, chosen)
         return i + 1, now, out
 
     made, now, out = lax.while_loop(going, once, (jnp.int32(0), now, jax.tree.map(slot, blank)))
     return placed_state(engine, params["banks"], now), jax.tree.map(lambda a: a.swapaxes(0, 1), out), made
+
+
+def read_each_step(engine: Engine, params: Any, now: Decoding) -> tuple[Any, Decoding]:
+    """The parameters, on a CPU as something that each step of a loop makes anew.
+
+    XLA:CPU moves what does not change out of a loop though it be larger than what it is made of: all codes would be turned into
+    float32 before the loop, which then reads four to eight times their bytes.
+    """
+    mesh = engine.mesh
+    device = mesh.abstract_device if isinstance(mesh, jax.sharding.AbstractMesh) else mesh.devices.flat[0]
+    if device is None or device.platform != "cpu":  # an abstract mesh: compiled for a card that is not there
+        return params, now
+    params, token = lax.optimization_barrier((params, now.token))
+    return params, dataclasses.replace(now, token=token)
 
 
 def next_tokens(

@@ -27,12 +27,22 @@ from jaxengine.machine import POOL, POOL_SHARE, available_ram, pool_limit_bytes
 from jaxengine.model import Model
 from jaxengine.packing import Place, files_of
 from jaxengine.paths import cache_folder
-from jaxengine.plan import Plan, check_mesh, check_stay, choose, parameter_bytes, parse_bytes, show_bytes
+from jaxengine.plan import (
+    Plan,
+    check_attention,
+    check_mesh,
+    check_stay,
+    choose,
+    parameter_bytes,
+    parse_bytes,
+    show_bytes,
+)
 from jaxengine.planning import streamed_form
 from jaxengine.selftest import check_streaming
 from jaxengine.sources import Origin, Source, open_source, read_config
 from jaxengine.text import Tokenizer
 from pallas_kernels.cards import CARDS
+from pallas_kernels.dispatch import Refused
 from sharding.mesh import make_mesh
 
 log = logging.getLogger("jaxengine")
@@ -58,6 +68,7 @@ def load(
     disk: str | os.PathLike[str] | None = None,
     kv: str | None = None,
     kv_layout: str | None = None,
+    attention: str | None = None,
     adapter: str | os.PathLike[str] | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Model:
@@ -73,7 +84,8 @@ def load(
     or 'disk', of which the first `resident` are there and the next `kept` in host memory; form: 'unrolled', 'scan',
     'ahead' or 'python'. stay: name patterns of parameters ('k', 'layers.*.v') that stand on the device though their layers are
     streamed from host memory, as vectors always do. kv: the cache's codec ('raw', 'int8', 'int4'); kv_layout: the layout of
-    sliding-window layers ('window', 'full'). adapter: a PEFT folder, whose LoRA or DoRA stands beside the weights, in
+    sliding-window layers ('window', 'full'). attention: the implementation by name ('auto', 'xla', 'triton', 'cudnn',
+    'mosaic_gpu', 'tokamax', 'reference'). adapter: a PEFT folder, whose LoRA or DoRA stands beside the weights, in
     whatever format and home they are but on disk. progress: called with (name, bytes read, bytes in all),
     and for layers that are packed first in the same way, from zero.
 
@@ -94,7 +106,7 @@ def load(
         given = {
             "weights": weights, "dtype": dtype, "mesh": named, "sharding": sharding, "home": home, "form": form,
             "resident": resident, "kept": kept, "stay": stay if stay is None or isinstance(stay, str) else tuple(stay),
-            "kv_codec": kv, "kv_layout": kv_layout,
+            "kv_codec": kv, "kv_layout": kv_layout, "attention": attention,
         }  # fmt: skip
         start = plan or _as_stored(source.plan)
         chosen = dataclasses.replace(start, **{k: v for k, v in given.items() if v is not None})
@@ -147,6 +159,7 @@ def load(
                 f"adapter is {os.fspath(adapter)!r} and home {chosen.home!r}: layers read from disk have nothing beside them;"
                 f" say home='host' or 'split', or merge the adapter into the model once"
             )
+        _check_attention(arch, chosen)
         _check_host(arch, chosen, over)
         _check_rules(arch, chosen)
         _check_formats(arch, source.plan, chosen)
@@ -163,6 +176,7 @@ def load(
             cache_folder() / "layers" if disk is None else Path(disk).expanduser(),
             files_of(folder),
             progress or _untracked,
+            folder,
         )
         params = placement.place(arch, chosen, over, source.read, track, place)
         origin = source.origin(raw)
@@ -228,6 +242,21 @@ def _check_host(arch: Architecture, plan: Plan, mesh: Mesh) -> None:
     if pinned > pool_limit_bytes({}):
         log.info("%s: XLA's pool of pinned memory may grow to %s (%s)", show_bytes(pinned), show_bytes(limit), POOL)
     check_streaming(device, folder=cache_folder())
+
+
+def _check_attention(arch: Architecture, plan: Plan) -> None:
+    """Refuse an implementation of attention that serves nothing that the model can do. Weights in float32 can be fine-tuned
+    in bfloat16, which more of them take than generation in float32."""
+    try:
+        check_attention(arch, plan)
+    except Refused as e:
+        if plan.dtype != "float32":
+            raise
+        try:
+            check_attention(arch, plan, training=True, dtype="bfloat16")
+        except Refused:
+            raise e from None
+        log.warning("attention=%r serves fine-tuning in bfloat16, and not generation: %s", plan.attention, e)
 
 
 def _left_on_disk(arch: Architecture, plan: Plan, source: Source) -> int:
@@ -323,7 +352,9 @@ def from_arrays(
         )
     _check_rules(arch, plan)
     check_stay(arch, plan)
+    _check_attention(arch, plan)
     over = make_mesh(plan.mesh or None)
     plan = _counted(plan, over)
+    check_mesh(arch, plan)
     params = placement.place(arch, plan, over, lambda name: np.asarray(jax.device_get(arrays[name])))
     return Model(arch, plan, over, params, Origin(dict(config or {})), None)

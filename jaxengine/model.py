@@ -70,7 +70,9 @@ class Model:
         self._on_disk: Any = next((bank.source.layers for bank in params["banks"] if bank.source is not None), None)
         self.budget = budget  # bytes of device memory that no call may need more than
         self.origin, self.tokenizer = origin, tokenizer
-        self.engine = engine.Engine(architecture, plan.caching, plan.dtype, plan.sharding_rules(), mesh, plan.chunk)
+        self.engine = engine.Engine(
+            architecture, plan.caching, plan.dtype, plan.sharding_rules(), mesh, plan.chunk, plan.attention
+        )
         # the module whose functions run it: compiled as a whole, or driven from Python layer by layer
         self.runs: Any = outside if any(bank.outside for bank in params["banks"]) else engine
 

@@ -4,6 +4,10 @@ A checkpoint's own files are made for exchange: a layer's tensors are spread ove
 layout of their own. All layers are therefore written once more, encoded in the plan's formats, into one store
 (checkpoints/packed.py). It is found again by what it was made of, so that a second load, with another budget too, only
 opens it. It takes the place of the whole model on disk, layers that this plan keeps in memory included.
+
+Packing that was interrupted goes on after the layers that are there, and of several processes that want one store one
+writes it. A store holds what it was made of, so that `stores` can tell those that no load will find again: their
+checkpoint was changed or is gone.
 """
 
 from __future__ import annotations
@@ -17,14 +21,14 @@ import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from checkpoints.errors import CheckpointError
-from checkpoints.packed import PackedReader, ReaderStats, write_packed
+from checkpoints.packed import PackedReader, ReaderStats, StoreFile, list_stores, remove_store, write_packed
 from jaxengine.architecture import Architecture
 from jaxengine.plan import RING, Plan, abstract_leaf, show_bytes
 from jaxengine.sources import ORBAX
@@ -32,15 +36,18 @@ from jaxengine.sources import ORBAX
 log = logging.getLogger("jaxengine")
 
 Track = Callable[[str, int, int], None]  # (name, bytes packed, bytes in all)
+SUFFIX = ".layers"
 
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """The folder that stores stand in, and the checkpoint that this one is made of: whatever tells it from others."""
+    """The folder that stores stand in, and the checkpoint that this one is made of: whatever tells it from others (of the
+    folder or file `source`, `files_of` it)."""
 
     folder: Path
     checkpoint: str
     track: Track = lambda name, done, total: None
+    source: Path | None = None
 
 
 def files_of(folder: Path) -> str:
@@ -105,10 +112,13 @@ class Layers:
                 again = itertools.cycle(range(self._first, self._reader.layers))
                 self._reader.order(itertools.chain(range(i, self._reader.layers), again))
             self._following = None  # if this one fails, the next pass begins anew
-            with _told(self._reader.path), self._reader.layer() as arrays:
+            with _told(self._reader.path), contextlib.ExitStack() as taken:
+                with jax.profiler.TraceAnnotation("wait for the disk"):
+                    arrays = taken.enter_context(self._reader.layer())
                 leaves = [arrays[name] for name in self._names[i]]
-                weights = jax.device_put(jax.tree.unflatten(self._trees[i], leaves), self._shardings(i))
-                jax.block_until_ready(weights)  # the buffer is filled anew
+                with jax.profiler.TraceAnnotation("copy to the device"):
+                    weights = jax.device_put(jax.tree.unflatten(self._trees[i], leaves), self._shardings(i))
+                    jax.block_until_ready(weights)  # the buffer is filled anew
             self._following = i + 1 if i + 1 < self._reader.layers else self._first
             return weights
 
@@ -127,6 +137,15 @@ class Layers:
         with _told(self._reader.path):
             leaves = [self._reader.array(i, n) for n in arrays_of({name: tree})]
         return jax.tree.unflatten(jax.tree.structure(tree), leaves)
+
+
+def read_line(stats: ReaderStats) -> str:
+    """What a reader has read from the disk and waited for, as a line to show. (Bytes are ahead of the layers taken.)"""
+    rate = f", {show_bytes(round(stats.bytes_read / stats.read_seconds))}/s a thread" if stats.read_seconds else ""
+    return (
+        f"{show_bytes(stats.bytes_read)} read from disk{rate}; {stats.layers} layers taken, of which {stats.waits} were"
+        f" waited for, {stats.wait_seconds:.3g} s in all"
+    )
 
 
 @contextlib.contextmanager
@@ -170,7 +189,7 @@ def open_layers(
     Raises CheckpointError where the disk has too little room.
     """
     wanted = fingerprint(architecture, plan, place.checkpoint)
-    path = place.folder / f"{_family(place.checkpoint)}-{wanted[:32]}.layers"
+    path = place.folder / f"{_family(place.checkpoint)}-{wanted[:32]}{SUFFIX}"
 
     def opened() -> PackedReader:
         # on CPU jax takes an aligned array as it is, and the ring would be written over what it computes with
@@ -182,24 +201,24 @@ def open_layers(
     except CheckpointError as error:
         if path.exists():
             log.warning("%s; it is written anew", error)
-        _pack(architecture, plan, path, wanted, encoded, place.track)
+        _pack(architecture, plan, path, wanted, encoded, place)
         reader = opened()
     return Layers(reader, architecture, plan, first, shardings)
 
 
 def _pack(
-    architecture: Architecture, plan: Plan, path: Path, wanted: str, encoded: Callable[[str], Any], track: Track
+    architecture: Architecture, plan: Plan, path: Path, wanted: str, encoded: Callable[[str], Any], place: Place
 ) -> None:
     layers = [abstract_layer(architecture, plan, i) for i in range(architecture.num_layers)]
     specs = [{n: (x.shape, x.dtype) for n, x in arrays_of(layer).items()} for layer in layers]
     total = sum(x.size * np.dtype(x.dtype).itemsize for layer in layers for x in jax.tree.leaves(layer))
     log.info("packing %s of layers into %s, once", show_bytes(total), path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    others = [p for p in path.parent.glob(f"{path.name.partition('-')[0]}-*.layers") if p != path]
+    others = [p for p in path.parent.glob(f"{path.name.partition('-')[0]}-*{SUFFIX}") if p != path]
     if others:
         log.info(
-            "%s of other packed layers of this checkpoint are there, of other formats or of files that have changed since;"
-            " delete those that are not needed: %s",
+            "%s of other packed layers of this checkpoint are there, of other formats or of files that have changed since"
+            " (`jaxengine layers --remove old` removes the latter); delete those that are not needed: %s",
             show_bytes(sum(p.stat().st_size for p in others)), ", ".join(map(str, others)),
         )  # fmt: skip
     held: dict[str, Any] = {}  # the arrays of one parameter
@@ -216,6 +235,74 @@ def _pack(
     def progress(size: int) -> None:
         nonlocal done
         done += size
-        track(now, done, total)
+        place.track(now, done, total)
 
-    write_packed(path, len(layers), specs, read, fingerprint=wanted, overwrite=True, progress=progress)
+    made_of = None if place.source is None else str(place.source.resolve())
+    formats = plan.weights + ("" if not plan.weight_rules else f" and {len(plan.weight_rules)} rules")
+    about = {"source": made_of, "checkpoint": place.checkpoint, "formats": f"{formats}, {plan.dtype}"}
+    write_packed(
+        path, len(layers), specs, read, fingerprint=wanted, about=json.dumps(about), overwrite=True, keep=True,
+        progress=progress,
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is there
+
+
+@dataclasses.dataclass(frozen=True)
+class Store:
+    """Packed layers on disk, or what an interrupted packing has left of some.
+
+    source: the checkpoint; formats: of its matrices, and the dtype; '' where the store does not say.
+    state: 'current', a load of the checkpoint finds it; 'changed', the checkpoint's files have changed since; 'gone', it is
+    not there any more; 'damaged'; 'left over', of a store that is there whole; 'unknown', it was written before stores
+    said what they are made of.
+    """
+
+    file: StoreFile
+    source: str
+    formats: str
+    state: Literal["current", "changed", "gone", "damaged", "left over", "unknown"]
+
+    @property
+    def old(self) -> bool:
+        """Whether no load will find it again."""
+        return self.state in ("changed", "gone", "damaged", "left over")
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        f = self.file
+        return {"path": str(f.path), "bytes": f.nbytes, "finished": f.whole, "in_use": f.used, "source": self.source,
+                "formats": self.formats, "state": self.state}  # fmt: skip
+
+
+def stores(folder: Path) -> list[Store]:
+    """The packed layers in a folder. One that was renamed or copied elsewhere is as good: it is told by its checkpoint."""
+    found = []
+    files = list_stores(folder, SUFFIX)
+    whole = {f.path for f in files if f.whole}
+    for file in files:
+        source = formats = checkpoint = ""
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            said = json.loads(file.about)
+            source, formats, checkpoint = said["source"] or "", said["formats"], said["checkpoint"]
+        state: Any = "unknown"
+        if file.damage:
+            state = "damaged"
+        elif not file.whole and file.path in whole:
+            state = "left over"
+        elif source:
+            now = files_of(Path(source))
+            state = "current" if now == checkpoint else "gone" if now == "[]" else "changed"
+        found.append(Store(file, source, formats, state))
+    return found
+
+
+def remove(found: list[Store]) -> tuple[list[Store], list[Store]]:
+    """Remove these; gives those that are removed, and those that stay because a process uses them."""
+    gone: list[Store] = []
+    stay: list[Store] = []
+    for store in found:
+        (gone if remove_store(store.file) else stay).append(store)
+    return gone, stay

@@ -24,10 +24,13 @@ from jax.sharding import AbstractMesh
 
 from jaxengine import formats
 from jaxengine.architecture import Architecture, Spec, segments
-from jaxengine.cache.base import Caching, empty
+from jaxengine.cache.base import ATTENTION, CachedAttend, Caching, PlainAttend, empty
 from jaxengine.engine import bucket
 from jaxengine.homes.base import LISTED, Part, home
+from jaxengine.nn import Attention
 from jaxengine.walk import REMAT
+from jaxengine.weights.base import Weight
+from pallas_kernels.dispatch import Refused
 from sharding.mesh import abstract_mesh
 from sharding.rules import RULES, Rules, check, named_sharding
 
@@ -55,6 +58,9 @@ class Plan:
     mesh: e.g. 'data=2,tensor=4' ('' is one device). remat: when fine-tuning, what is kept of a layer for its way back
     ('' is 'full'; walk.REMAT). chunk: tokens of a prompt that each layer reads at a time, a power of
     two (0 is all of them): what is held while reading then grows with chunk x context, not with context x context.
+    attention: the implementation that reads prompts, decodes and trains, by name ('xla', 'triton', 'cudnn', ...;
+    cache.base.ATTENTION), where it has the form that is needed: those without one for decoding leave that to 'auto', the
+    fastest that serves.
     """
 
     dtype: str = ""
@@ -73,6 +79,7 @@ class Plan:
     mesh: str = ""
     chunk: int = 0
     remat: str = ""
+    attention: str = "auto"
 
     def __post_init__(self) -> None:
         if self.dtype and self.dtype not in DTYPES:
@@ -101,6 +108,11 @@ class Plan:
             raise ValueError(f"Plan: sharding is {self.sharding!r}; the tables are {', '.join(RULES)}")
         if self.chunk and (self.chunk < 16 or self.chunk > 2048 or self.chunk & (self.chunk - 1)):
             raise ValueError(f"Plan: chunk is {self.chunk}; it can be 0 or a power of two from 16 to 2048")
+        if self.attention not in ATTENTION:
+            near = difflib.get_close_matches(self.attention, ATTENTION, n=1, cutoff=0.0)[0]
+            raise ValueError(
+                f"Plan: attention is {self.attention!r}; it can be {', '.join(ATTENTION)}. Did you mean {near!r}?"
+            )
         if self.remat and self.remat not in REMAT:
             raise ValueError(f"Plan: remat is {self.remat!r}; it can be {', '.join(REMAT)}")
         for row in self.rules:
@@ -266,6 +278,45 @@ def check_stay(architecture: Architecture, plan: Plan) -> None:
         raise ValueError(f"stay is {plan.stay!r}, and {why}: leave it out, or say kept= or home='host'")
 
 
+def check_attention(architecture: Architecture, plan: Plan, *, training: bool = False, dtype: str = "") -> None:
+    """Refuse an implementation of attention that cannot serve this model on this device: for reading prompts and decoding
+    as the plan does both, or for training on packed rows. dtype: of the arithmetic ('': the plan's).
+
+    Each kind of layer's attention is traced on abstract arrays; nothing is allocated or compiled. Raises dispatch.Refused, a
+    ValueError, with what the implementation itself says.
+    """
+    if plan.attention == "auto":
+        return
+    T, kind = plan.chunk or CHUNK, jnp.dtype(dtype or plan.dtype)
+    length = 2 * T
+
+    def attended(what: str, a: Attention, attend: Any, at: Any, cached: bool) -> None:
+        """at: positions, and segments or the cache's lengths."""
+
+        def call(q: Any, k: Any, v: Any, at: Any, kv: Any) -> Any:
+            return attend(*at)(a, q, k, v, kv, by=plan.attention)[0]
+
+        B, T = at[0].shape
+        q, k = (jax.ShapeDtypeStruct((B, T, n, a.head_dim), kind) for n in (a.num_heads, a.num_kv_heads))
+        kv = jax.eval_shape(lambda: empty(plan.caching, a, B, length, kind)) if cached else ()
+        try:
+            jax.eval_shape(call, q, k, k, at, kv)
+        except Refused as e:
+            raise Refused(f"attention is {plan.attention!r}, for {what}: {e}") from e
+
+    tokens, one, row = (jax.ShapeDtypeStruct(s, jnp.int32) for s in ((2, T), (2, 1), (2,)))
+    for attention in dict.fromkeys(map(architecture.attention, architecture.kinds)):
+        if training:
+            attended("training on packed rows", attention, PlainAttend, (tokens, tokens), cached=False)
+            continue
+        first = functools.partial(CachedAttend, plan.caching, fresh=not plan.chunk)
+        pieces = f"reading prompts in pieces of {T}" if plan.chunk else "reading prompts"
+        attended(pieces, attention, first, (tokens, row), cached=True)
+        attended(
+            "decoding", attention, functools.partial(CachedAttend, plan.caching, fresh=False), (one, row), cached=True
+        )
+
+
 def _idle_stay(plan: Plan) -> str:
     """Why what is to stay could not: '' where it can."""
     if plan.stay and home(plan.home).TIER == "disk" and not plan.kept:
@@ -427,10 +478,11 @@ def streamed_bytes(architecture: Architecture, plan: Plan) -> int:
     whole, brought, most = layer_bytes(architecture, plan), brought_bytes(architecture, plan), 0
     for part in plan.parts(architecture):
         if home(part.home).TIER != "device":
-            each = whole if part.stacked else brought  # a scan copies its slice of what stays, too
-            sizes = each[part.start : part.start + part.num_layers]
+            here = slice(part.start, part.start + part.num_layers)
             at_once = 2 if part.form in ("ahead", "python") or (part.form == "scan" and len(part.kinds) > 1) else 1
-            most = max(most, min(at_once * max(sizes), sum(sizes)))
+            # a scan copies its slice of what stays, too, when it is used
+            sliced = max(w - b for w, b in zip(whole[here], brought[here], strict=True)) if part.stacked else 0
+            most = max(most, min(at_once * max(brought[here]) + sliced, sum(whole[here])))
     return most
 
 
@@ -463,17 +515,39 @@ def activation_bytes(architecture: Architecture, plan: Plan, *, batch: int, toke
         if chunk and not layout.holds(T, S, attention.window):
             S += T
         read_again = batch * S * 2 * K * H * size if chunk else 0  # slots as attention takes them
-        scores = min((4 + size) * rows * S * N, SCORES) if plan.dtype == "float32" or rows * N <= 32 * K * batch else 0
+        few, scores = rows * N <= 32 * K * batch, (4 + size) * rows * S * N
+        if plan.attention != "reference":  # which writes all of them
+            in_blocks = plan.dtype == "float32" or few or plan.attention == "xla"
+            scores = min(scores, SCORES) if in_blocks else 0
         attending = scores + read_again + rows * (3 * N + 2 * K) * H * size
-        if _scanned_alone(plan, parts):  # keys' and values' matrices go when those are there; angles stand meanwhile
-            gone = _matrices_bytes(architecture, plan, kind, "kv_heads")[0]
-            attending = max(rows * (2 * N + 3 * K) * H * size, attending - sum(gone)) + 4 * rows * H
+        if _scanned_alone(architecture, plan):
+            # keys' and values' matrices go when those are there; angles stand meanwhile
+            gone, least = _matrices_bytes(architecture, plan, kind, "kv_heads")[0], rows * (2 * N + 3 * K) * H * size
+            attending = max(least, attending - sum(gone))
+            if N * H > D:  # wider than the stream: queries' matrix is large too, and few rows are less than it
+                gone += _matrices_bytes(architecture, plan, kind, "heads")[0]
+                turning = rows * (N + 3 * K) * H * size  # keys before and after, all matrices being there
+                attending = max(turning, min(least, rows * (3 * N + 2 * K) * H * size - sum(gone)))
+            attending += 4 * rows * H
         # of layers that are written out more stands than one needs: XLA runs one's products beside another's
         halves = max(_halves_bytes(architecture, plan, kind, rows), 4 * rows * F * size - beside if listed else 0)
         # partial products of a matrix that is split along what it contracts, summed over devices in float32
         sums = (1 if beside else 3) * rows * D * 4 if dims["mlp"] > F else 0
         widest = max(widest, 2 * batch * tokens * D * size + max(attending, halves) + sums)
-    return widest + 16 * batch * tokens + _gathered_bytes(architecture, plan)  # ids, positions
+    prompt, step = _gathered_bytes(architecture, plan)
+    made = _made_bytes(architecture, _formats_alone(plan))
+    return max(widest + 16 * batch * tokens + prompt, step) + made  # ids, positions
+
+
+@functools.cache
+def _made_bytes(architecture: Architecture, plan: Plan) -> int:
+    """The most that a product makes of a matrix anew: `Weight.made_bytes`, whole on each device of a mesh."""
+    leaves = (
+        abstract_leaf(plan.format_of(n, s), s.shape, s.out, plan.dtype)
+        for n, s in architecture.specs().items()
+        if s.out is not None
+    )
+    return max((w.made_bytes for w in leaves if isinstance(w, Weight)), default=0)
 
 
 def width(architecture: Architecture) -> int:
@@ -491,7 +565,7 @@ def _halves_bytes(architecture: Architecture, plan: Plan, kind: Any, rows: int) 
     specs, size = architecture.block(kind)[1], jnp.dtype(plan.dtype).itemsize
     F = next(n for s in specs.values() for a, n in zip(s.axes, s.shape, strict=True) if a == "mlp")
     half = rows * on_one(plan, ("mlp",), (F,))[0] * size
-    if not _scanned_alone(plan, plan.parts(architecture)):
+    if not _scanned_alone(architecture, plan):
         return 2 * half
     ins, outs = _matrices_bytes(architecture, plan, kind, "mlp")
     normed = rows * width(architecture) * size
@@ -499,12 +573,16 @@ def _halves_bytes(architecture: Architecture, plan: Plan, kind: Any, rows: int) 
     return max(peak - streamed_bytes(architecture, plan), 0)
 
 
-def _scanned_alone(plan: Plan, parts: tuple[Part, ...]) -> bool:
-    """Whether streamed layers are alike and scanned, hold plain matrices, and read a prompt in one piece on one device: each
-    matrix of a layer is then there from the layer's beginning to its own use."""
+def _scanned_alone(architecture: Architecture, plan: Plan) -> bool:
+    """Whether streamed layers are alike and scanned, hold plain matrices, whole on each device, and read a prompt in one
+    piece: each matrix of a layer is then there from the layer's beginning to its own use."""
+    parts = plan.parts(architecture)
     streamed = [p for p in parts if home(p.home).TIER != "device"]
-    plain = not (plan.chunk or plan.mesh or plan.weights != "dense" or plan.weight_rules or plan.stay)
-    return plain and bool(streamed) and all((p.home, p.form, len(p.kinds)) == ("host", "scan", 1) for p in streamed)
+    plain = not (plan.chunk or plan.weights != "dense" or plan.weight_rules or plan.stay)
+    bare = dataclasses.replace(plan, mesh="", sharding="single", rules=())
+    whole = not plan.mesh or layer_bytes(architecture, plan) == layer_bytes(architecture, bare)
+    alike = all((p.home, p.form, len(p.kinds)) == ("host", "scan", 1) for p in streamed)
+    return plain and whole and bool(streamed) and alike
 
 
 def _matrices_bytes(architecture: Architecture, plan: Plan, kind: Any, axis: str) -> tuple[list[int], list[int]]:
@@ -522,17 +600,43 @@ def gathered(plan: Plan) -> Plan:
     return dataclasses.replace(plan, rules=rules) if plan.mesh else plan
 
 
-def _gathered_bytes(architecture: Architecture, plan: Plan) -> int:
-    """Bytes of layers that are split over devices by their inputs (fsdp) and whole while they are used: of those that are
-    written out all, since nothing keeps XLA from bringing them together early, of others one."""
+def _gathered_bytes(architecture: Architecture, plan: Plan) -> tuple[int, int]:
+    """Of layers that are split over devices by their inputs (fsdp), what is brought together to be used: while a prompt is
+    read and while a step is made.
+
+    At the widest of reading a prompt a layer, the next one where they are resident, and of a streamed one the matrix that is
+    used last, the others being gone. In a step two resident ones (walk._gathered), or one that is streamed; and
+    beside them a second form of all shards that are resident and cut along a matrix's second dim, the head's too: XLA
+    brings them together along the first, and turns them once, before its loop over steps.
+    """
     if plan.mesh == "" or on_one(plan, ("embed",), (D := width(architecture),)) == (D,):
-        return 0
+        return 0, 0
     # a quantised layer is decoded before it is brought together, as XLA has it
-    most, each = 0, layer_bytes(architecture, dataclasses.replace(gathered(plan), weights="dense", weight_rules=()))
+    whole = dataclasses.replace(gathered(plan), weights="dense", weight_rules=())
+    each, prompt, step, turned = layer_bytes(architecture, whole), 0, 0, 0
     for part in plan.parts(architecture):
         sizes = each[part.start : part.start + part.num_layers]
-        most = max(most, max(sizes) if part.stacked else sum(sizes))
-    return most
+        resident = home(part.home).TIER == "device" and not part.stacked
+        step = max(step, min(sum(sizes), (1 + resident) * max(sizes)))
+        prompt = max(prompt, max(sizes) if resident else _largest_matrix(architecture, whole, part))
+        for i in range(part.start, part.start + part.num_layers) if resident else ():
+            specs = architecture.block(architecture.kinds[i])[1].items()
+            turned += sum(_turned_bytes(plan, f"layers.{i}.{n}", s) for n, s in specs)
+    outer = architecture.outer()[1]
+    head = "lm_head" if "lm_head" in outer else "embedding"
+    return prompt, step + turned + _turned_bytes(plan, head, outer[head])
+
+
+def _largest_matrix(architecture: Architecture, plan: Plan, part: Part) -> int:
+    specs = [(f"layers.{part.start}.{n}", s) for kind in part.kinds for n, s in architecture.block(kind)[1].items()]
+    return max(shard_bytes(plan, name, s) for name, s in specs)
+
+
+def _turned_bytes(plan: Plan, name: str, spec: Spec) -> int:
+    """Bytes of a plain matrix's shard if it is cut along a dim that is not its first."""
+    if spec.out is None or plan.format_of(name, spec) != "dense" or spec.axes[0] == "embed":
+        return 0
+    return shard_bytes(plan, name, spec)
 
 
 def parse_bytes(size: str | int, name: str = "memory") -> int:
@@ -683,6 +787,16 @@ def choose(
             return variant.plan
     least = min(found, key=lambda v: v.need.device)
     n = least.need
+    if plan.stay:
+        bare = dataclasses.replace(plan, stay=())
+        others = variants(architecture, bare, memory=budget, ram=ram, batch=batch, context=length, form=form)
+        if (fits := next((v for v in others if not v.refused), None)) is not None:
+            least = next((v for v in sorted(found, key=lambda v: v.need.device) if v.plan.home != "device"), least)
+            raise ValueError(
+                f"memory={memory!r} does not hold what stay={plan.stay!r} keeps on the device: home {least.plan.home!r} is"
+                f" {least.refused}. Without stay, home {fits.plan.home!r} fits, with {show_bytes(fits.need.device)} on the"
+                f" device and {show_bytes(fits.need.host)} in host memory"
+            )
     if n.device <= budget and ram is not None:
         streamed = min((v for v in found if v.need.device <= budget), key=lambda v: v.need.host)
         disk = min((v for v in found if v.plan.home == "disk"), key=lambda v: v.need.device)

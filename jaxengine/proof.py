@@ -25,6 +25,7 @@ from jaxengine.plan import Plan, brought_bytes, cache_bytes, likeness, mesh_of, 
 from pallas_kernels import aot
 from pallas_kernels.audit import Report, audit
 from pallas_kernels.cards import Card
+from sharding.rules import named_sharding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +71,7 @@ def programs(
     if task != "generate":
         what = tuning.task(task)
         return {"step": Called(*tuning.program(architecture, plan, what, mesh, batch=batch, context=length))}
-    how = Engine(architecture, plan.caching, plan.dtype, plan.sharding_rules(), mesh, plan.chunk)
+    how = Engine(architecture, plan.caching, plan.dtype, plan.sharding_rules(), mesh, plan.chunk, plan.attention)
     params = placement.abstract(architecture, plan, mesh)
     rows = [sampling.Sampling()] * batch
     steps = sampling.Steps.of(rows)
@@ -86,6 +87,7 @@ def programs(
     cache = jax.eval_shape(lambda outer: engine.empty_cache(how, outer, batch, length), outer)
     x = jax.eval_shape(lambda *a: engine.embed(how, *a), outer, tokens, fresh)
     state, _ = jax.eval_shape(lambda *a: engine.first_tokens(how, steps, 1, 0, *a), outer, x, cache, *prompts)
+    state = dataclasses.replace(state, cache=_laid_out(how, params["banks"], state.cache))
     if not any(bank.outside for bank in params["banks"]):
         return {
             "prefill": Called(engine.prefill, (how, steps, length, 1, 0), (params, *prompts)),
@@ -141,6 +143,17 @@ def programs(
             after = (outer, x, state.cache, last, values, ints(8))
             add("decode, after", outside.next_tokens, (how, steps, 0), after, (x, last, values))
     return found
+
+
+def _laid_out(how: Engine, banks: Any, cache: Any) -> Any:
+    """An abstract cache as `engine.placed_cache` leaves it on the mesh, of which eval_shape says nothing."""
+
+    def one(x: Any, stacked: bool) -> jax.ShapeDtypeStruct:
+        where = named_sharding(how.rules, how.mesh, engine.slot_axes(x.ndim, stacked=stacked), shape=x.shape)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+
+    each = zip(banks, cache, strict=True)
+    return tuple(jax.tree.map(lambda x, stacked=bank.stacked: one(x, stacked), kv) for bank, kv in each)
 
 
 def _size(tree: Any) -> int:

@@ -341,6 +341,8 @@ def _format(stored: Stored, scale: str, *, affine: bool, order: bool) -> str:
     kind = stored.kind
     if kind == "mxfp4":
         return kind
+    if kind.startswith("kquant"):
+        return str(formats.find(f"kquant:bits={kind.removeprefix('kquant')}"))
     if kind == "fp8":
         if stored.block is not None and any(n % BLOCK for n in stored.block):
             raise CheckpointError(
@@ -372,6 +374,12 @@ def _pack(text: str, stored: Stored, matrix: Matrix, spec: Spec) -> Any:
     out_shape, in_shape = spec.shape[: spec.out], spec.shape[spec.out :]
     codes = matrix.codes.reshape(*out_shape, -1)
     scale, zero = matrix.scale, matrix.zero
+    if matrix.units is not None:
+        units = [np.ascontiguousarray(matrix.units[..., i]) for i in range(matrix.units.shape[-1])]
+        # units of scales, and zeros with theirs where there are any
+        parts = [scale, units[0], *(() if zero is None else (zero, units[1]))]
+        bits = options.get("bits", 4)
+        return module.pack(bits, codes, *(a.reshape(*out_shape, a.shape[-1]) for a in parts), in_shape=in_shape)
     if stored.kind == "fp8":
         if stored.block is not None:
             times = [n // BLOCK for n in stored.block]

@@ -48,12 +48,20 @@ REMAT: dict[str, Callable[..., Any] | None] = {
 
 
 def walk(
-    body: Body, carry: Any, banks: Sequence[Bank], states: Sequence[Any], *, remat: str = "none"
+    body: Body,
+    carry: Any,
+    banks: Sequence[Bank],
+    states: Sequence[Any],
+    *,
+    remat: str = "none",
+    gathers: bool = False,
 ) -> tuple[Any, tuple[Any, ...]]:
     """Run `body` through all layers of the banks; gives the last carry and the new states, laid out as `states`.
 
     remat: where a gradient is taken, what is kept of each layer for it (REMAT). A streamed layer is run again whatever
-    is said, and with 'none' as with 'full'.
+    is said, and with 'none' as with 'full'. gathers: layers are split over devices and brought together to be used (fsdp):
+    resident ones in turn, each while the one before it is computed, so that two are whole at a time. (XLA brings them
+    together as early as it can, and before a loop if they do not change in it: all of them would be whole.)
     """
     done = []
     for bank, bank_states in zip(banks, states, strict=True):
@@ -63,6 +71,8 @@ def walk(
                 f" jaxengine.outside, or Model.logits and Model.generate"
             )
         loop = {"unrolled": _unrolled, "scan": _scanned, "ahead": _ahead}[bank.form]
+        if gathers and loop is _unrolled:
+            loop = _gathered
         carry, new = loop(body, carry, bank, bank_states, remat)
         done.append(new)
     return carry, tuple(done)
@@ -75,16 +85,22 @@ def drive(run: Body, carry: Any, banks: Sequence[Bank], states: Sequence[Any]) -
     that without the wait here the copies would run ahead until all layers stood on the device.
     """
     coming = itertools.chain.from_iterable(home(bank.home).stream(bank) for bank in banks)
-    done, ahead, before = [], next(coming, None), carry
+
+    def bring() -> Any:
+        with jax.profiler.TraceAnnotation("fetch"):
+            return next(coming, None)
+
+    done, ahead, before = [], bring(), carry
     for bank, bank_states in zip(banks, states, strict=True):
         new = []
         for kind, state in zip(bank.kinds * bank.repeats, bank_states, strict=True):
             weights, ahead = ahead, None
-            carry, state = run(kind, weights, carry, state)
+            with jax.profiler.TraceAnnotation("layer"):
+                carry, state = run(kind, weights, carry, state)
             del weights
             new.append(state)
             jax.block_until_ready(before)
-            before, ahead = carry, next(coming, None)
+            before, ahead = carry, bring()
         done.append(tuple(new))
     return carry, tuple(done)
 
@@ -93,9 +109,12 @@ def _unrolled(body: Body, carry: Any, bank: Bank, states: Any, remat: str) -> tu
     fetch, streamed = home(bank.home).fetch, home(bank.home).TIER != "device"
     new = []
     for kind, weights, state in zip(bank.kinds * bank.repeats, bank.weights, states, strict=True):
-        layer = functools.partial(_fetched, body, fetch, kind)
+        bring = fetch
         if streamed:
-            weights, carry = lax.optimization_barrier((weights, carry))  # or all copies start with the program
+            # or all copies start with the program; gradients go to the weights themselves, not through the barrier
+            held, carry = lax.optimization_barrier((lax.stop_gradient(weights), carry))
+            bring = functools.partial(_brought, fetch, held)
+        layer = functools.partial(_fetched, body, bring, kind)
         if (policy := _policy(remat, streamed)) is not None:
             layer = jax.checkpoint(layer, policy=policy)
         carry, state = layer(weights, carry, state)
@@ -103,8 +122,38 @@ def _unrolled(body: Body, carry: Any, bank: Bank, states: Any, remat: str) -> tu
     return carry, tuple(new)
 
 
+def _gathered(body: Body, carry: Any, bank: Bank, states: Any, remat: str) -> tuple[Any, Any]:
+    """As `_unrolled`, and a layer's weights are there no earlier than what comes into the one before it."""
+    if home(bank.home).TIER != "device":  # each is brought in its turn, and brought together then
+        return _unrolled(body, carry, bank, states, remat)
+    new: list[Any] = []
+    weights, carry = lax.optimization_barrier((bank.weights[0], carry))
+    for i, (kind, state) in enumerate(zip(bank.kinds * bank.repeats, states, strict=True)):
+        ahead = None
+        if i + 1 < len(bank.weights):
+            ahead, carry = lax.optimization_barrier((bank.weights[i + 1], carry))
+        layer = functools.partial(_one, body, kind)
+        if (policy := _policy(remat, streamed=False)) is not None:
+            layer = jax.checkpoint(layer, policy=policy)
+        carry, state = layer(weights, _entering(carry), state)
+        new.append(state)
+        weights = ahead
+    return carry, tuple(new)
+
+
+def _one(body: Body, kind: Hashable, weights: Any, carry: Any, state: Any) -> tuple[Any, Any]:
+    """One layer, under its name in a profile; what a streamed home brings is 'fetch' there."""
+    with jax.named_scope("layer"):
+        return body(kind, weights, carry, state)
+
+
 def _fetched(body: Body, fetch: Any, kind: Hashable, weights: Any, carry: Any, state: Any) -> tuple[Any, Any]:
-    return body(kind, fetch(weights), _entering(carry), state)
+    return _one(body, kind, fetch(weights), _entering(carry), state)
+
+
+def _brought(fetch: Any, held: Any, weights: Any) -> Any:
+    """`held`, which are the weights in their order, fetched; gradients go to the weights."""
+    return jax.tree.map(_with_gradient_of, fetch(held), fetch(weights))
 
 
 def _entering(carry: Any) -> Any:
@@ -127,7 +176,7 @@ def _scanned(body: Body, carry: Any, bank: Bank, states: Any, remat: str) -> tup
             ahead = None
             if j < last:
                 ahead, carry = _ordered(fetch, bank.weights[j + 1], i, slices[j + 1], carry)
-            carry, state = body(kind, here, carry, _at(stack, i))
+            carry, state = _one(body, kind, here, carry, _at(stack, i))
             new.append(_put(stack, state, i))
             here = ahead
         return (i + 1, carry, tuple(new)), None
@@ -172,7 +221,7 @@ class _Alternating:
                 entered.append(_away(carry, self.offload) if keep else ())
                 if j < last:
                     ahead, carry = _fetched_after(fetch, weights[j + 1], i, carry)
-                carry, state = body(kind, here, carry, _at(stack, i))
+                carry, state = _one(body, kind, here, carry, _at(stack, i))
                 new.append(_put(stack, state, i))
                 here = ahead
             return (i + 1, carry, tuple(new)), tuple(entered)
@@ -237,7 +286,7 @@ class _OneAhead:
                     ahead, carry = _fetched_after(fetch, rests[following], i, carry)
                 else:
                     ahead = fetch(slices[0])
-                carry, state = body(kind, here, carry, _at(stack, i))
+                carry, state = _one(body, kind, here, carry, _at(stack, i))
                 new.append(_put(stack, state, i))
                 here = ahead
             return (i + 1, carry, here, tuple(new)), (kept(carry), *entered[1:])
@@ -252,7 +301,7 @@ class _OneAhead:
             if j < last:
                 one, carry = lax.optimization_barrier((ones[j + 1], carry))
                 ahead = fetch(one)
-            carry, state = body(kind, here, carry, _at(stack, R - 1))
+            carry, state = _one(body, kind, here, carry, _at(stack, R - 1))
             new.append(_put(stack, state, R - 1))
             here = ahead
         return (carry, tuple(new)), (first, between, tuple(after[1:]))
@@ -353,7 +402,7 @@ def _layer_back(kind: Hashable, given: tuple[Any, ...], wanted: tuple[Any, ...],
     and that of x. given: (body, weights, state, x)."""
 
     def layer(body: Any, weights: Any, state: Any, x: Any) -> Any:
-        return body(kind, weights, x, state)
+        return _one(body, kind, weights, x, state)
 
     floats = jax.tree.map(_is_float, given[3])
     of_body, of_weights, of_state, of_x = _pulled(layer, given, (*wanted, floats), g)

@@ -332,19 +332,26 @@ def _parsed(text: str) -> tuple[Instruction, ...]:
 
 
 def innermost_loop(listing: Sequence[Instruction]) -> tuple[Instruction, ...]:
-    """The instructions of the loop that has no other in it; of several, the one with the most matrix instructions, then the
-    longest. ValueError where there is no loop."""
+    """The instructions of the loop that has no other in it; of several, the one with the most matrix instructions, of as many
+    the shortest. Where any loop has matrix instructions, those without (they wait for a barrier) do not count; where none has,
+    it is the longest. ValueError where there is no loop."""
     spans = []
     for i in listing:
         if i.opcode.split(".")[0] == "BRA" and (target := re.search(r"0x([0-9a-f]+)\s*$", i.operands)):
             start = int(target[1], 16)
             if start < i.address:  # a branch to itself is the padding behind a kernel's end
                 spans.append((start, i.address))
-    inner = [a for a in spans if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in spans)]
-    if not inner:
+    if not spans:
         raise ValueError("the kernel has no loop")
-    bodies = [tuple(i for i in listing if start <= i.address <= end) for start, end in inner]
-    return max(bodies, key=lambda body: (matrix_instructions(body), len(body)))
+    bodies = {(start, end): tuple(i for i in listing if start <= i.address <= end) for start, end in spans}
+    spans = [a for a in spans if matrix_instructions(bodies[a])] or spans
+    inner = [a for a in spans if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in spans)]
+
+    def rank(body: Sequence[Instruction]) -> tuple[int, int]:
+        count = matrix_instructions(body)
+        return count, -len(body) if count else len(body)
+
+    return max((bodies[a] for a in inner), key=rank)
 
 
 def matrix_instructions(listing: Sequence[Instruction]) -> int:

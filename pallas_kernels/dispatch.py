@@ -7,14 +7,24 @@ name, its refusal is the caller's error; otherwise the next one serves, and the 
 What a call is compiled for is known when it is traced: on a machine with a GPU its own, under `pallas_kernels.aot.target`
 the card that is named there. A program for the CPU may be traced in either case, so a choice for a GPU is always one arm
 of `lax.platform_dependent`, whose other arm is the form for the CPU.
+
+The order in which implementations are tried is an op's own, derived from what is published, until a card was measured: then it
+is that of the card's table, a JSON file of milliseconds that `scripts/bench_attention.py --table` writes. One that the user
+measured goes before one that comes along in `measured/`. A program compiled for a card that is not there takes the derived
+order, so that it is the same on every machine.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+import math
+import os
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -35,6 +45,7 @@ class Gpu:
 
     capability: tuple[int, int]  # CUDA compute capability
     cores: int  # streaming multiprocessors
+    name: str = ""  # the driver's for it; '' for a card that is not there
 
     @property
     def limits(self) -> Limits:
@@ -52,7 +63,7 @@ def gpu() -> Gpu | None:
         return None
     here = jax.devices()[0]
     major, _, minor = str(here.compute_capability).partition(".")
-    return Gpu((int(major), int(minor or 0)), here.core_count)
+    return Gpu((int(major), int(minor or 0)), here.core_count, here.device_kind)
 
 
 def choose(
@@ -102,6 +113,93 @@ def choose(
     return lax.platform_dependent(
         *(arguments[i] for i in there), cpu=taking(implementations[cpu]), default=taking(first)
     )
+
+
+# ---- what was measured
+
+
+def table_file(card: str) -> Path:
+    """Where the user's own table of a card is: ~/.cache/pallas_kernels/nvidia_h200.json, or under $XDG_CACHE_HOME."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "pallas_kernels" / f"{re.sub(r'[^a-z0-9]+', '_', card.lower())}.json"
+
+
+def write_table(card: str, rows: Sequence[Mapping[str, Any]]) -> Path:
+    """Keep rows {'op', 'milliseconds': {implementation: ms}, and what else tells a case from others} as the card's table,
+    in the place of rows of the same cases."""
+    if bad := next((r for r in rows if not _is_row(r)), None):
+        raise ValueError(
+            f"{bad!r} is no row of a table: it is {{'op': name, 'milliseconds': {{name: number}}}} with what tells the case"
+        )
+    file, new = table_file(card), [dict(r) for r in rows]
+    cases = [_case(r) for r in new]
+    rest = [r for r in _read(file) if _case(r) not in cases] if file.exists() else []
+    file.parent.mkdir(parents=True, exist_ok=True)
+    beside = file.with_suffix(".writing")
+    beside.write_text(json.dumps({"card": card, "jax": jax.__version__, "rows": rest + new}, indent=1) + "\n")
+    beside.replace(file)
+    measured.cache_clear()
+    return file
+
+
+@functools.cache
+def measured(card: str) -> tuple[Mapping[str, Any], ...]:
+    """The rows of a card's table, those of the user before those that come along; none where it was not measured."""
+    try:
+        mine = table_file(card)
+        files = [f for f in (mine, Path(__file__).parent / "measured" / mine.name) if f.exists()]
+    except (OSError, RuntimeError) as e:  # no home, or one that may not be read
+        log.warning("no table of what was measured can be looked for (%s): the derived order is taken", e)
+        return ()
+    return tuple(row for file in files for row in _read(file, card))
+
+
+def by_measure(op: str, order: Sequence[str], there: Collection[str], **case: str | int) -> tuple[str, ...]:
+    """Implementations, fastest first where the card was measured on such a case, then the rest of the derived `order`.
+
+    there: all that can be asked for. case: text must be the same as a row's; of the rows left, the nearest by the ratio of
+    numbers, the first named first, decides.
+    """
+    card, text = gpu(), {n: v for n, v in case.items() if isinstance(v, str)}
+    rows = [] if card is None or not card.name else [r for r in measured(card.name) if r["op"] == op]
+    sizes = [(n, v) for n, v in case.items() if not isinstance(v, str)]
+    rows = [r for r in rows if case.keys() <= r.keys() and all(r[n] == v for n, v in text.items())]
+    rows = [r for r in rows if all(isinstance(r[n], int | float) for n, _ in sizes)]
+    if not rows:
+        return tuple(order)
+    best = min(rows, key=lambda r: [abs(math.log2(r[n] / v)) for n, v in sizes])["milliseconds"]
+    fastest = sorted((n for n in best if n in there), key=lambda n: best[n])
+    return (*fastest, *(n for n in order if n not in fastest))
+
+
+def _case(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {n: v for n, v in row.items() if n != "milliseconds"}
+
+
+def _is_row(row: Any) -> bool:
+    if not isinstance(row, Mapping) or not isinstance(row.get("op"), str):
+        return False
+    times, sizes = (
+        row.get("milliseconds"),
+        [v for n, v in row.items() if n != "milliseconds" and not isinstance(v, str)],
+    )
+    numbers = [*(times.values() if isinstance(times, Mapping) else [None]), *sizes]
+    return all(isinstance(v, int | float) and v > 0 for v in numbers)
+
+
+def _read(file: Path, card: str = "") -> list[dict[str, Any]]:
+    """The rows of a file; none, with a warning, of one that is damaged: which order is taken changes no result."""
+    try:
+        found = json.loads(file.read_text())
+        rows = found["rows"]
+        if card and found["card"] != card:
+            raise ValueError(f"it is of a card called {found['card']!r}, and this one is {card!r}")
+        if not isinstance(rows, list) or not all(map(_is_row, rows)):
+            raise ValueError("its rows are not those of a table")
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        log.warning("%s is left aside (%s): measure anew with scripts/bench_attention.py --table", file, e)
+        return []
+    return rows
 
 
 @functools.cache

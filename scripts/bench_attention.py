@@ -3,12 +3,16 @@
     python scripts/bench_attention.py                              what suits this machine, below
     python scripts/bench_attention.py --only decode --slots 8192   one of the two, one length
     python scripts/bench_attention.py --json FILE                  a row of results a line
+    python scripts/bench_attention.py --table                      on a GPU: what was fastest serves from now on
     python scripts/bench_attention.py --model-prompt 32768         a Llama of 125 M parameters reads a prompt, alone
 
 On a CPU: a causal prompt of 2k and 8k tokens forwards, and one token over 8k slots, raw and coded. On a GPU: prompts from 1k
 to 32k tokens with heads of 64, 128 and 256, forwards and with gradients, 16k tokens at a time (the benchmark of
 FlashAttention-3, arXiv:2407.08608, section 4.1), in TFLOP/s; one token over 8k to 128k slots, contiguous, in pages and coded, in
 bytes/s of codes and scales and as a fraction of the read bandwidth measured in the same run.
+
+On a GPU each of our implementations is asked for by name, too. With --table their times become the card's table, by which
+pallas_kernels/dispatch.py orders them from then on (`ours` was taken in the order that there was before).
 
 Beside ours, in the same run: jax.nn.dot_product_attention (xla; on a GPU cudnn) and, where it is installed, torch's
 scaled_dot_product_attention on the CPU. For coded caches jax's has the whole cache decoded first, which is the alternative. Sides
@@ -56,7 +60,8 @@ from jaxengine.command import SETTINGS, reported, start_jax
 from jaxengine.loading import from_arrays
 from jaxengine.plan import Plan, need
 from pallas_kernels import dispatch
-from pallas_kernels.attention import attention
+from pallas_kernels.attention import NAMES, attention
+from pallas_kernels.decode_attention import NAMES as DECODE_NAMES
 from pallas_kernels.decode_attention import decode_attention, tiles
 
 GPU_BYTES = 4 * (64 << 20)  # four times the largest L2
@@ -78,6 +83,9 @@ class Row(NamedTuple):
     peak: int | None
 
 
+OURS = "ours, "  # and an implementation's name: a side of a case
+
+
 class Side(NamedTuple):
     """One implementation of a case: a call that waits for its result, how many cases it is, and the bytes it needs."""
 
@@ -94,6 +102,7 @@ class Case(NamedTuple):
     sides: dict[str, Callable[[], Side]]
     flops: float | None
     bytes: float | None
+    key: dict[str, Any]  # what the dispatcher tells cases by: see `dispatch.by_measure`
 
 
 def on_gpu() -> bool:
@@ -144,8 +153,9 @@ def prefills(lengths: list[int], widths: list[int], dtype: Any) -> Iterator[Case
             def jaxs(q: Any, k: Any, v: Any, at: Any, name: Any, scale: float = scale) -> Any:
                 return jax.nn.dot_product_attention(q, k, v, scale=scale, is_causal=True, implementation=name)
 
-            names = ("triton", "mosaic_gpu", "tokamax") if on_gpu() else ()
+            names = [n for n in NAMES if n != "reference"] if on_gpu() else ()
             functions = {"ours": ours} | {f"ours, {n}": functools.partial(ours, name=n) for n in names}
+            key = {"op": "attention", "what": "forward", "dtype": q.dtype.name, "head_dim": H, "tokens": T}
             functions |= {f"jax, {n}": functools.partial(jaxs, name=n) for n in (["cudnn"] * on_gpu() + ["xla"])}
 
             def gradient(f: Any, q: Any, k: Any, v: Any, at: Any, do: Any) -> Any:
@@ -156,13 +166,14 @@ def prefills(lengths: list[int], widths: list[int], dtype: Any) -> Iterator[Case
             sides = {n: functools.partial(compiled, f, [(q, k, v, at)]) for n, f in functions.items()}
             if not on_gpu() and importlib.util.find_spec("torch"):
                 sides["torch"] = functools.partial(torch_side, q, k, v, scale, causal=True)
-            yield Case("forward", shape, sides, flops, None)
+            yield Case("forward", shape, sides, flops, None, key)
             if on_gpu():
                 sides = {
                     n: functools.partial(compiled, functools.partial(gradient, f), [(q, k, v, at, do)])
                     for n, f in functions.items()
                 }
-                yield Case("forward and backward", shape, sides, 3.5 * flops, None)
+                what = "forward and backward"
+                yield Case(what, shape, sides, 3.5 * flops, None, key | {"what": what})
 
 
 def decodes(lengths: list[int], widths: list[int], kinds: list[str], dtype: Any) -> Iterator[Case]:
@@ -189,14 +200,15 @@ def decodes(lengths: list[int], widths: list[int], kinds: list[str], dtype: Any)
                     return jax.nn.dot_product_attention(q, k, v, scale=scale, implementation="xla")
 
                 sides = {"ours": functools.partial(compiled, ours, inputs)}
-                if on_gpu():
-                    sides["ours, xla"] = functools.partial(compiled, functools.partial(ours, name="xla"), inputs)
+                for name in [n for n in DECODE_NAMES if n != "reference"] if on_gpu() else ():
+                    sides[f"ours, {name}"] = functools.partial(compiled, functools.partial(ours, name=name), inputs)
                 if page is None:
                     sides["jax, xla"] = functools.partial(compiled, jaxs, inputs)
                 if page is None and codec == "raw" and not on_gpu() and importlib.util.find_spec("torch"):
                     k, v = (caches[0][n].swapaxes(1, 2) for n in ("k", "v"))
                     sides["torch"] = functools.partial(torch_side, q, k, v, scale, causal=False)
-                yield Case(f"{kind}", f"B{B} S{S} N{K * G} K{K} H{H}", sides, None, size)
+                key = {"op": "decode_attention", "cache": kind, "dtype": q.dtype.name, "head_dim": H, "slots": S}
+                yield Case(kind, f"B{B} S{S} N{K * G} K{K} H{H}", sides, None, size, key)
 
 
 def made(seed: int, B: int, K: int, S: int, H: int, codec: str, page: int | None, dtype: Any) -> dict[str, Any]:
@@ -270,17 +282,35 @@ def seconds(side: Side) -> float:
     return (clock() - start) / side.count
 
 
+def alike(found: Any, meant: Any) -> bool:
+    """Whether two implementations' results are the same but for rounding: what is fast and wrong is to stand in no table."""
+
+    def near(a: Any, b: Any) -> bool:
+        wide = [np.asarray(x, np.float64) for x in (a, b)]
+        return bool(np.abs(wide[0] - wide[1]).max() <= 64 * float(jnp.finfo(b.dtype).eps) * np.abs(wide[1]).max())
+
+    return all(jax.tree.leaves(jax.tree.map(near, found, meant)))
+
+
 def compared(case: Case, rounds: int, limit: float | None) -> list[Row]:
     """All sides that serve, in turns, round by round."""
     ready: dict[str, Side] = {}
+    gave: dict[str, Any] = {}
     for name, make in case.sides.items():
         try:
             side = make()
-            side.run()
-            ready[name] = side
+            gave[name], ready[name] = side.run(), side
         except (dispatch.Refused, ValueError, RuntimeError, NotImplementedError) as e:
             said = str(e).splitlines()[0][:160]
             Console(stderr=True).print(f"{case.what}, {case.shape}, {name}: {said}", style="dim")
+    for name in [
+        n for n in ready if n.startswith(OURS) and "ours, xla" in ready and not alike(gave[n], gave["ours, xla"])
+    ]:
+        Console(stderr=True).print(
+            f"{case.what}, {case.shape}, {name}: other numbers than xla's; left out", style="red"
+        )
+        del ready[name]
+    del gave
     peaks = {n: s.temporary if on_gpu() else grown(s.run) for n, s in ready.items()}
     times: dict[str, list[float]] = {name: [] for name in ready}
     for _ in range(rounds):
@@ -297,6 +327,11 @@ def compared(case: Case, rounds: int, limit: float | None) -> list[Row]:
         )
         for name, t in median.items()
     ]  # fmt: skip
+
+
+def measured_row(case: Case, rows: list[Row]) -> dict[str, Any]:
+    """A row of the card's table: what each of ours that served took."""
+    return case.key | {"milliseconds": {r.by.removeprefix(OURS): r.ms for r in rows if r.by.startswith(OURS)}}
 
 
 def model_prompt(T: int) -> dict[str, Any]:
@@ -376,11 +411,13 @@ def bandwidth() -> float | None:
     type=click.IntRange(16),
     help="Only this: a 125 M model reads T tokens.",
 )
+@click.option("--table", is_flag=True, help="On a GPU: keep the times as this card's table, which decides what serves.")
 @click.option("--json", "file", metavar="FILE", type=click.Path(path_type=Path), help="Results, a line each.")
 @reported()
 def main(
     only: tuple[str, ...], tokens: tuple[int, ...], slots: tuple[int, ...], head_dim: tuple[int, ...],
-    cache: tuple[str, ...], rounds: int, dtype: str | None, model_prompt_tokens: int | None, file: Path | None,
+    cache: tuple[str, ...], rounds: int, dtype: str | None, model_prompt_tokens: int | None, table: bool,
+    file: Path | None,
 ) -> None:  # fmt: skip
     """Speed and memory of attention on this machine, beside jax's and torch's."""
     for S in slots:
@@ -391,7 +428,7 @@ def main(
     if model_prompt_tokens is not None:
         context, others = (
             click.get_current_context(),
-            ("only", "tokens", "slots", "head_dim", "cache", "rounds", "dtype"),
+            ("only", "tokens", "slots", "head_dim", "cache", "rounds", "dtype", "table"),
         )
         if odd := [n for n in others if context.get_parameter_source(n) is ParameterSource.COMMANDLINE]:
             raise click.UsageError(
@@ -403,6 +440,8 @@ def main(
             file.write_text(line + "\n")
         return
     gpu = on_gpu()
+    if table and not gpu:
+        raise click.UsageError("--table is of a GPU, and there is none: on a CPU shapes alone decide what serves")
     kind = jnp.dtype(dtype or ("bfloat16" if gpu else "float32"))
     lengths = list(tokens or ((2**i for i in range(10, 16)) if gpu else (2048, 8192)))
     caches = list(slots or ((8192, 32768, 131072) if gpu else (8192,)))
@@ -417,9 +456,14 @@ def main(
         kinds = list(cache or (KINDS if gpu else ("raw", "int8", "int4")))
         every.append(decodes(caches, list(head_dim or ((64, 128, 256) if gpu else (128,))), kinds, kind))
     found: list[Row] = []
+    kept: list[dict[str, Any]] = []
     for case in track((c for cases in every for c in cases), "measuring", console=Console(stderr=True)):
-        found += compared(case, rounds, limit)
+        rows = compared(case, rounds, limit)
+        found += rows
+        kept.append(measured_row(case, rows))
     Console().print(tabulated(found, machine))
+    if table:
+        print(f"wrote {dispatch.write_table(device.device_kind, kept)}")
     if file is not None:
         file.write_text("".join(json.dumps({"machine": machine, **r._asdict()}) + "\n" for r in found))
 

@@ -155,7 +155,7 @@ def dense_matrices(dtype: Any, N: int, K: int) -> list[jax.Array]:
 def coded_turns(kind: str, x: jax.Array, weights: list[Any]) -> dict[str, Turns]:
     """By implementation: on a GPU all that serve this call."""
     found = {}
-    for implementation in ("triton", "xla") if on_gpu() else ("xla",):
+    for implementation in ("triton", "mosaic_gpu", "xla") if on_gpu() else ("xla",):
         product = functools.partial(
             quant_matmul, kind=kind, group_size=GROUPS[kind], dtype=x.dtype, implementation=implementation
         )
@@ -253,14 +253,14 @@ def write_gguf(path: Path, shape: Mapping[str, Any], params: Mapping[str, Any], 
             return text(key) + struct.pack("<I", 8) + text(value)
         return text(key) + (struct.pack("<If", 6, value) if isinstance(value, float) else struct.pack("<II", 4, value))
 
-    heads = shape["num_attention_heads"]
+    heads, rope = shape["num_attention_heads"], dict(architecture(shape).config.rope)
     fields = {
         "general.architecture": "llama", "general.name": f"random {kind}", "tokenizer.ggml.model": "none",
         "llama.block_count": shape["num_hidden_layers"], "llama.context_length": shape["max_position_embeddings"],
         "llama.embedding_length": shape["hidden_size"], "llama.feed_forward_length": shape["intermediate_size"],
         "llama.attention.head_count": heads, "llama.attention.head_count_kv": shape.get("num_key_value_heads", heads),
         "llama.attention.layer_norm_rms_epsilon": float(shape["rms_norm_eps"]),
-        "llama.rope.freq_base": float(shape.get("rope_theta", 10000.0)),
+        "llama.rope.freq_base": float(rope["rope_theta"]),
         "llama.rope.dimension_count": shape["hidden_size"] // heads, "llama.vocab_size": shape["vocab_size"],
     }  # fmt: skip
     head, specs = b"", architecture(shape).specs()
@@ -315,6 +315,10 @@ def decoded(shape: dict[str, Any], peer: str | None, rounds: int, file: Path | N
     if shape.get("model_type") != "llama":
         raise click.BadParameter(
             f"model_type is {shape.get('model_type')!r}; files are written of a llama", param_hint="--config"
+        )
+    if (kind := dict(architecture(shape).config.rope).get("rope_type", "default")) != "default":
+        raise click.BadParameter(
+            f"rope_type is {kind!r}; files are written of the default one alone", param_hint="--config"
         )
     command, limit = None if peer is None else program(peer), bandwidth()
     params, rows = initialise(architecture(shape), 0), []

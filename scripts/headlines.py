@@ -346,9 +346,9 @@ HEADLINES = (
         batch=1,
         context=500_000,
         plan=Plan(dtype="float32", home="host", remat="offload"),
-        task="full",
-        note="What a layer makes of so many tokens while it is gone back through is {activations}; the logits are made in parts.",
-        needs="a layer's feed-forward block taken some tokens at a time on the way back (the paper's TiledMLP)",
+        task="full:tile=8192",
+        note="What a layer makes of so many tokens while it is gone back through is {activations}: its feed-forward block and the"
+        " logits are made in parts.",
     ),
 )  # fmt: skip
 

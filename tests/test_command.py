@@ -64,7 +64,7 @@ def run(*words: str, cache: Path | None = None, **options: Any) -> subprocess.Co
 def test_help_lists_the_commands() -> None:
     shown = invoke("--help")
     assert shown.exit_code == 0
-    assert list(COMMANDS) == ["generate", "plan", "convert", "finetune", "quantize"]
+    assert list(COMMANDS) == ["generate", "plan", "convert", "layers", "finetune", "quantize"]
     for name in COMMANDS:
         assert f"\n  {name} " in shown.output
 
@@ -72,7 +72,7 @@ def test_help_lists_the_commands() -> None:
 def defaults(name: str) -> dict[str, Any]:
     """What a command is called with where no option is given."""
     words = {
-        "generate": ["a", "b"], "convert": ["a", "b", "--to", "hf"], "plan": ["a", "--gpu", "h200"],
+        "generate": ["a", "b"], "convert": ["a", "b", "--to", "hf"], "plan": ["a", "--gpu", "h200"], "layers": [],
         "finetune": ["a", __file__, "--out", "c"], "quantize": ["a", __file__, "--out", "c"],
     }[name]  # fmt: skip
     return COMMANDS[name].make_context(name, words).params
@@ -465,7 +465,7 @@ def when_told():
     print("ready", file=sys.stderr, flush=True)
     sys.stdin.readline()
     row = types.SimpleNamespace(text="line", tokens=[1], finish_reason="length")
-    return types.SimpleNamespace(stream=lambda *a, **k: iter(["line"]), generate=lambda *a, **k: [row, row])
+    return types.SimpleNamespace(stream=lambda *a, **k: iter(["line"]), generate=lambda *a, **k: [row, row], disk_stats=None)
 jaxengine.load = lambda *a, **k: {}
 command.main()
 """
@@ -530,7 +530,7 @@ def test_the_bar_gives_the_terminal_back_however_it_ends(
         assert SHOW not in terminal.getvalue()
         if end is not None:
             raise end
-        return types.SimpleNamespace(stream=lambda *a, **k: iter(()))
+        return types.SimpleNamespace(stream=lambda *a, **k: iter(()), disk_stats=None)
 
     monkeypatch.setattr(jaxengine, "load", half)
     monkeypatch.setattr(export, "convert", half)

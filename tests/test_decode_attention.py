@@ -192,6 +192,7 @@ CASES = [
     Case((2, 1, 33, 8, 2, 16), dtype="bfloat16"),
     Case((2, 2, 33, 4, 2, 16), "int8", dtype="bfloat16", softcap=3.0),
     Case((2, 1, 33, 4, 2, 16), "int4", page=16, dtype="float16", window=20),
+    *(Case((3, 1, 150, 4, 2, 16), kind, page=64) for kind in ("raw", "int8", "int4")),
 ]
 
 

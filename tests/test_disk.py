@@ -6,14 +6,18 @@ disk and found again, what is chosen under limits of memory, and what happens wh
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import textwrap
 import threading
+import time
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,18 +27,23 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from oracles.golden import GOLDEN, golden
 
 import jaxengine
 from checkpoints.errors import CheckpointError
-from jaxengine import loading, outside
+from jaxengine import engine as inside
+from jaxengine import loading, outside, placement
 from jaxengine import walk as walking
+from jaxengine.command import app
 from jaxengine.homes.base import Bank
 from jaxengine.loading import from_arrays
+from jaxengine.packing import stores as stored
 from jaxengine.plan import RING, Plan, choose, layer_bytes, need, show_bytes
 from jaxengine.walk import drive
 
 IDS = [3, 1, 4, 1, 5, 9, 2, 6]
+ROOT = Path(__file__).parent.parent
 
 
 def copied(tmp_path: Path, case: str = "gemma2") -> Path:
@@ -134,6 +143,38 @@ def test_what_is_read_is_counted_and_a_closed_model_says_so(tmp_path: Path) -> N
     model.close()
     with jaxengine.load(GOLDEN / "llama", dtype="float32") as resident:
         assert resident.disk_stats is None
+
+
+def test_the_command_says_what_was_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    words = ["generate", "demo", "a", "--home", "disk", "--disk", str(tmp_path), "--max-new-tokens", "2"]
+    with caplog.at_level(logging.INFO, logger="jaxengine"):
+        assert CliRunner().invoke(app, words).exit_code == 0
+    said = [r.message for r in caplog.records if "read from disk" in r.message]
+    assert len(said) == 1
+    raw = json.loads((Path(jaxengine.demo_folder()) / "config.json").read_text())
+    assert re.search(
+        rf"; {2 * raw['num_hidden_layers']} layers taken, of which \d+ were waited for, [\d.e-]+ s in all", said[0]
+    )
+
+
+def test_a_trace_names_fetch_and_layer(tmp_path: Path) -> None:
+    """In compiled programs every operation, and outside of them the time on the host's side."""
+    for form in ("scan", "ahead"):
+        plan = Plan(dtype="float32", home="host", form=form)
+        held = jaxengine.load(GOLDEN / "gemma2", plan=plan)
+        tokens, lengths = np.zeros((1, 8), np.int32), np.full(1, 8, np.int32)
+        traced = jax.make_jaxpr(functools.partial(inside.score.function, held.engine))(held.params, tokens, lengths)
+        text = traced.pretty_print(name_stack=True, use_color=False)
+        assert re.search(r"device_put.*fetch|fetch.*device_put", text), form
+        assert re.search(r"tanh.*layer|layer.*tanh", text), form
+    disk = load(GOLDEN / "gemma2", tmp_path)
+    disk.logits(IDS)
+    with jax.profiler.trace(tmp_path / "trace"):
+        disk.logits(IDS)
+    (trace,) = (tmp_path / "trace").rglob("*.xplane.pb")
+    found = jax.profiler.ProfileData.from_file(str(trace))
+    names = {event.name for plane in found.planes for line in plane.lines for event in line.events}
+    assert names >= {"fetch", "layer", "wait for the disk", "copy to the device"}
 
 
 @pytest.mark.parametrize(
@@ -278,6 +319,141 @@ def test_arrays_in_memory_have_no_store() -> None:
         ValueError, match=r"home='disk' reads layers from a store .* use jaxengine.load, or home='host'"
     ):
         from_arrays(model.architecture, Plan(dtype="float32", home="disk"), arrays)
+
+
+# --- packing that is interrupted, by several at once, and what is old ----------------------------------------------
+
+PACKING = """
+    import os, signal, sys, time
+    from pathlib import Path
+    import jaxengine
+    how, wait = sys.argv[3], Path(sys.argv[2]).with_name("go")
+
+    def progress(name, done, total):
+        if not name.startswith("layers.2."):
+            return
+        if how == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if how == "interrupt":
+            os.kill(os.getpid(), signal.SIGINT)
+        if how == "wait":
+            wait.with_name("waits").touch()
+            while not wait.exists():
+                time.sleep(0.01)
+
+    model = jaxengine.load(sys.argv[1], dtype="float32", home="disk", disk=sys.argv[2], progress=progress)
+    print(model.logits([3, 1, 4]).sum())
+    sys.stdin.read()
+"""
+
+
+def packing(folder: Path, tmp_path: Path, how: str) -> subprocess.Popen[str]:
+    words = [folder, tmp_path / "disk", how]
+    return subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(PACKING), *map(str, words)], text=True,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"}, cwd=ROOT,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("how", ["kill", "interrupt"])
+def test_packing_goes_on_after_an_interrupt(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = copied(tmp_path)
+    ended = packing(folder, tmp_path, how)
+    said = ended.communicate("", timeout=120)[1]
+    assert ended.returncode == (-signal.SIGKILL if how == "kill" else -signal.SIGINT), said
+    (left,) = stores(tmp_path)
+    assert left.name.endswith(".layers.partial")
+    encoded: list[str] = []
+    real = placement._encoded
+
+    def count(plan: Plan, name: str, *given: Any) -> Any:
+        encoded.append(name)
+        return real(plan, name, *given)
+
+    monkeypatch.setattr(placement, "_encoded", count)
+    told: list[int] = []
+    model = load(folder, tmp_path, progress=lambda name, done, total: told.append(done))
+    assert {n.split(".")[1] for n in encoded if n.startswith("layers.")} == {"2", "3"}
+    assert told[0] > 0
+    (store,) = stores(tmp_path)
+    assert store.suffix == ".layers"
+    # as one that nothing happened to, and as resident layers
+    whole = jaxengine.load(folder, dtype="float32", home="disk", disk=tmp_path / "whole")
+    assert store.read_bytes() == next((tmp_path / "whole").iterdir()).read_bytes()
+    np.testing.assert_array_equal(model.logits(IDS), whole.logits(IDS))
+
+
+def test_what_was_left_of_a_checkpoint_that_changed_is_not_gone_on_with(tmp_path: Path) -> None:
+    folder = copied(tmp_path)
+    killed = packing(folder, tmp_path, "kill")
+    said = killed.communicate("", timeout=120)[1]
+    assert killed.returncode == -signal.SIGKILL, said
+    (left,) = stores(tmp_path)
+    file = folder / "model.safetensors"
+    os.utime(file, ns=(0, file.stat().st_mtime_ns + 10**9))
+    found = load(folder, tmp_path).logits(IDS)
+    store = next(p for p in stores(tmp_path) if p.suffix == ".layers")
+    assert store.name not in left.name
+    np.testing.assert_allclose(found, jaxengine.load(folder, dtype="float32").logits(IDS), atol=1e-5)
+    assert [(s.state, s.file.whole) for s in stored(tmp_path / "disk")] == [("changed", False), ("current", True)]
+
+
+def test_two_processes_pack_one_store(tmp_path: Path) -> None:
+    """The second waits, says so, and opens what the first has written."""
+    folder = copied(tmp_path)
+    one = packing(folder, tmp_path, "wait")
+    while not (tmp_path / "waits").exists():
+        assert one.poll() is None
+        time.sleep(0.01)
+    other = packing(folder, tmp_path, "wait")
+    assert other.stderr is not None
+    line = other.stderr.readline()
+    assert f"is being written by process {one.pid} on " in line
+    (tmp_path / "go").touch()
+    said = [p.communicate("", timeout=120) for p in (one, other)]
+    assert [p.returncode for p in (one, other)] == [0, 0], said
+    assert said[0][0] == said[1][0]
+    (store,) = stores(tmp_path)
+    assert store.suffix == ".layers"
+
+
+def test_old_stores_are_told_and_removed(tmp_path: Path) -> None:
+    """Those of a checkpoint that changed or is gone; not those that a load finds, nor one that a process has open."""
+    for name in ("gemma2", "llama", "gpt2", "mistral"):
+        copied(tmp_path, name)
+    load(tmp_path / "gemma2", tmp_path)
+    load(tmp_path / "llama", tmp_path)
+    load(tmp_path / "mistral", tmp_path, weights="int8")
+    reading = packing(tmp_path / "gpt2", tmp_path, "read")
+    assert reading.stdout is not None
+    assert reading.stdout.readline()
+    for name in ("llama", "gpt2"):
+        shutil.rmtree(tmp_path / name)
+    os.utime(tmp_path / "mistral/model.safetensors", ns=(0, 0))
+    (tmp_path / "disk" / "torn.layers").write_bytes(b"\0" * 100)
+    said = {Path(s.source).name: (s.state, s.formats, s.file.used) for s in stored(tmp_path / "disk")}
+    assert said == {
+        "gemma2": ("current", "dense, float32", False), "llama": ("gone", "dense, float32", False),
+        "mistral": ("changed", "int8, float32", False), "gpt2": ("gone", "dense, float32", True), "": ("damaged", "", False),
+    }  # fmt: skip
+    words = ["layers", "--disk", str(tmp_path / "disk")]
+    shown = CliRunner().invoke(app, words)
+    assert shown.exit_code == 0, shown.output
+    assert len(stores(tmp_path)) == 5
+    found = json.loads(CliRunner().invoke(app, [*words, "--remove", "old", "--json"]).output)
+    removed = {Path(s["source"]).name: s["removed"] for s in found["stores"]}
+    assert removed == {"gemma2": False, "llama": True, "mistral": True, "gpt2": False, "": True}
+    assert len(stores(tmp_path)) == 2
+    shown = CliRunner().invoke(app, [*words, "--remove", "all"])
+    assert "kept: a process uses it" in shown.output
+    assert reading.communicate("", timeout=60)[1] == ""
+    assert reading.returncode == 0
+    assert [Path(s.source).name for s in stored(tmp_path / "disk")] == ["gpt2"]
+    assert CliRunner().invoke(app, [*words, "--remove", "old"]).exit_code == 0
+    assert stores(tmp_path) == []
+    refused = CliRunner().invoke(app, ["layers", "--disk", str(tmp_path / "nowhere")])
+    assert (refused.exit_code, refused.exception.__class__) == (2, SystemExit)
 
 
 # --- what is chosen -----------------------------------------------------------------------------------------------

@@ -34,11 +34,14 @@ import jaxengine
 from checkpoints.peft import read_adapter
 from checkpoints.safetensors import Reader
 from jaxengine import command, export, placement
+from jaxengine.architecture import architecture, initialise
 from jaxengine.finetune import command as finetune_command
 from jaxengine.finetune import run as runs
 from jaxengine.finetune.data import DataError, Documents, Packed, pack
 from jaxengine.finetune.run import Run, Settings, check_out, merge, said, with_adapter
+from jaxengine.loading import from_arrays
 from jaxengine.model import Model
+from jaxengine.plan import Plan
 from sharding.mesh import make_mesh
 
 ROOT = Path(__file__).parent.parent
@@ -47,11 +50,7 @@ ADAPTERS = GOLDEN.parent / "golden_adapters"
 CASES = sorted(folder.name for folder in ADAPTERS.iterdir())
 T, V = 16, 101
 CLOSE = 64 * 2.0**-24
-# where one layer alone is streamed, jax 0.10.2 (CPU alone) makes its frozen weights' zero gradient of two memory kinds
-SPLIT = pytest.param(
-    "lora", {"home": "split", "resident": 1}, id="lora-split",
-    marks=pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="jax 0.10.2: cotangents of two memory kinds"),
-)  # fmt: skip
+SPLIT = pytest.param("lora", {"home": "split", "resident": 1}, id="lora-split")  # one layer alone is streamed
 HOW = Settings(
     context=T, batch=2, steps=6, compute="float32", optimizer="sgd", learning_rate=0.3, schedule="linear", warmup=0,
 )  # fmt: skip
@@ -129,7 +128,7 @@ def test_settings_refuse_what_cannot_be(given: dict[str, Any], why: str) -> None
 def test_a_schedule_is_as_long_as_the_run() -> None:
     rate = Settings(learning_rate=1.0, warmup=0.25, schedule="linear").make_optimizer(8).rate()
     np.testing.assert_allclose(
-        [rate(i) for i in range(9)], [0, 0.5, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6, 0], atol=1e-6
+        np.array([rate(i) for i in range(9)]), [0, 0.5, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6, 0], atol=1e-6
     )
 
 
@@ -160,6 +159,55 @@ def test_streamed_layers_give_the_losses_of_resident_ones(
     assert moved_by(wanted) > 1000 * CLOSE * max(wanted)
     np.testing.assert_allclose(found, wanted, rtol=CLOSE)
     assert run.memory()["host"] > 0
+
+
+def longer(**how: Any) -> Model:
+    """Five layers of a llama of the golden one's shape, so that in the form 'ahead' a loop is left of them."""
+    raw = json.loads((LLAMA / "config.json").read_text()) | {"num_hidden_layers": 5}
+    arch = architecture(raw)
+    given: dict[str, Any] = {"dtype": "float32"} | how
+    return from_arrays(arch, Plan(**given), initialise(arch, 0), raw)
+
+
+@pytest.mark.parametrize(
+    ("given", "how"),
+    [
+        ({}, {"home": "host"}),
+        ({"train": "dora", "accumulate": 2, "batch": 1}, {"home": "split", "resident": 1, "stay": ("k", "v")}),
+        ({"remat": "offload"}, {"home": "host", "weights": "nf4"}),
+    ],
+    ids=str,
+)
+def test_layers_fetched_ahead_give_the_losses_of_the_others(given: dict[str, Any], how: dict[str, Any]) -> None:
+    """Of a plain scan, and of layers on the device."""
+    settings, found = dataclasses.replace(HOW, steps=3, **given), {}
+    resident = {"home": "device", "form": "scan"} | {n: x for n, x in how.items() if n == "weights"}
+    for name, place in (("ahead", how | {"form": "ahead"}), ("scan", how), ("resident", resident)):
+        model = longer(**place)
+        assert {part.form for part in model.plan.parts(model.architecture)} >= {place.get("form", "scan")}
+        found[name] = losses(run_of(model, settings))
+    assert moved_by(found["scan"]) > 1000 * CLOSE * max(found["scan"])
+    np.testing.assert_allclose(found["ahead"], found["scan"], rtol=CLOSE)
+    np.testing.assert_allclose(found["ahead"], found["resident"], rtol=CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        ({"train": "all"}, "train='all' changes layers in host memory in a loop of its own"),
+        ({"train": "hift"}, "train='hift' changes layers in host memory in a loop of its own"),
+        (
+            {"optimizer": "mezo", "learning_rate": None, "eps": None, "clip": None},
+            "optimizer='mezo' changes what stands beside each layer",
+        ),
+        ({"remat": "dots"}, "what comes into it alone, and remat is 'dots'"),
+    ],
+    ids=str,
+)
+def test_layers_fetched_ahead_are_refused_where_they_have_no_way_back(given: dict[str, Any], why: str) -> None:
+    model = longer(home="host", form="ahead")
+    with pytest.raises(ValueError, match=f"form is 'ahead', and .*{why}.*: say form='scan'"):
+        run_of(model, dataclasses.replace(HOW, **given))
 
 
 def test_parts_of_a_batch_are_one_batch(resident: dict[str, list[float]]) -> None:
@@ -591,11 +639,42 @@ def test_memory_chooses_where_layers_stand(sums: str, tmp_path: Path, monkeypatc
 
 
 @pytest.mark.parametrize(
+    ("words", "form"),
+    [
+        ((), "scan"),
+        (("--form", "unrolled"), "unrolled"),
+        (("--remat", "none"), "unrolled"),
+        (("--optimizer", "mezo"), "unrolled"),
+        (("--target", "layers.0.q"), "unrolled"),  # a stack's layers have the same ones
+        (("--home", "host", "--stay", "k"), "scan"),
+    ],
+    ids=str,
+)
+def test_on_a_cpu_layers_that_are_run_again_are_scanned(
+    words: tuple[str, ...], form: str, sums: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class FoundError(Exception): ...
+
+    def load(folder: str, *, plan: Any, progress: Any) -> None:
+        chosen.append(plan)
+        raise FoundError
+
+    chosen: list[Any] = []
+    monkeypatch.setattr(jaxengine, "load", load)
+    done = invoke("demo", sums, "--out", str(tmp_path / "out"), "--context", "64", *words)
+    assert isinstance(done.exception, FoundError), done.output
+    assert (chosen[0].resolved_form, chosen[0].stay) == (form, ("k",) if "--stay" in words else ())
+
+
+@pytest.mark.parametrize(
     ("words", "why"),
     [
         (("--context", "4096"), "the model has positions for 384 tokens"),
         (("--home", "disk"), "Say home='host', or home='split'"),
-        (("--home", "host", "--form", "ahead"), "Say home='host', or home='split'"),
+        (("--home", "host", "--form", "ahead", "--train", "all"), "say form='scan'"),
+        (("--home", "host", "--form", "ahead", "--remat", "dots"), "say form='scan'"),
+        (("--home", "host", "--form", "python"), "Say home='host', or home='split'"),
+        (("--home", "host", "--stay", "kk"), "stay: 'kk' matches no parameter of a layer"),
         (("--train", "all", "--weights", "int8"), "train='lora' beside the quantised matrices"),
         (("--train", "all", "--dtype", "bfloat16"), "load with dtype='float32'"),
         (("--train", "al"), "Did you mean 'all'"),

@@ -43,6 +43,7 @@ BOUNDS = {
     "qlora-4gb": 4e9,
     "zo2": 18e9,
     "hift": 48 * 2**30,
+    "alst": 80 * 2**30,
 }
 
 NAMES = [h.name for h in headlines.HEADLINES]

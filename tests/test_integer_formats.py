@@ -23,7 +23,7 @@ from oracles.grouped import DTYPES, by_rule, error, least, word_of
 import jaxengine
 from jaxengine import formats, placement
 from jaxengine.plan import Plan
-from jaxengine.weights import int2, int3, int4, int5, int8
+from jaxengine.weights import int2, int3, int4, int5, int8, kquant
 from jaxengine.weights.base import contract, take
 from sharding.mesh import make_mesh
 from sharding.rules import Rules, named_sharding
@@ -464,12 +464,47 @@ def test_split_over_a_mesh_along_either_dim(text: str, split: str, codes_split: 
         ("int5", 5.25), ("int5:affine=true,group_size=32,scale=float32", 7.0),
         ("int3", 3.25), ("int3:affine=true,group_size=128", 3.25), ("int2", 2.5), ("int2:group_size=128", 2.125),
         ("int8:group_size=32", 9), ("int8:group_size=128", 8.25),
+        ("kquant:bits=2", 3.125), ("kquant:bits=3", 3.5625), ("kquant", 4.625), ("kquant:bits=5", 5.625),
+        ("kquant:bits=6", 8.5625),
     ],
 )  # fmt: skip
 def test_bits_per_weight(text: str, bits: float) -> None:
     leaf = jax.eval_shape(lambda w: formats.find(text).encode(w, out=1), jnp.zeros((64, 512)))
     stored = sum(8 * a.size * a.dtype.itemsize for a in jax.tree.leaves(leaf))
     assert stored == bits * 64 * 512
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6])
+def test_steps_in_units_are_their_products(bits: int) -> None:
+    """The matrix by the definition in kquant.py, in float64; 300 inputs are one section and a part of one."""
+    leaf = encode(f"kquant:bits={bits}", matrix(inputs=300))
+    G = 16 if bits in (2, 3, 6) else 32
+    spread = lambda a, n: np.repeat(f64(a), n, -1)[..., :300]  # noqa: E731
+    q = f64(leaf.grouped().unpacked()) - (96 if bits == 6 else 0)
+    step = spread(leaf.step, G) * spread(leaf.unit, 256)
+    least = 0 if leaf.least is None else spread(leaf.least, G) * spread(leaf.least_unit, 256)
+    wanted = step * (q - (0 if bits in (2, 4, 5) else 2 ** (bits - 1))) - least
+    np.testing.assert_allclose(f64(leaf.dense()), wanted, rtol=0, atol=16 * U * abs(wanted).max())
+    assert (q >= 0).all()
+    assert (q < 2**bits).all()
+
+
+@pytest.mark.parametrize(
+    ("bits", "change", "said"),
+    [
+        (4, {"least": None}, "kquant:bits=4: least is missing"),
+        (3, {"step": np.zeros((3, 16), np.int8)}, "least is given"),
+        (4, {"step": np.zeros((3, 4), np.uint8)}, r"step is uint8 \[3, 4\]; for codes \[3, 256\] it is uint8 \[3, 8\]"),
+        (4, {"unit": np.zeros((3, 1), np.float32)}, r"unit is float32 \[3, 1\].*float16"),
+        (4, {"codes": np.full((3, 256), 16, np.uint8)}, "largest code is 16; codes of 4 bits are 0 to 15"),
+    ],
+)
+def test_parts_that_disagree_are_refused(bits: int, change: dict[str, Any], said: str) -> None:
+    unit = np.ones((3, 1), np.float16)
+    parts = {"codes": np.zeros((3, 256), np.uint8), "step": np.zeros((3, 8), np.uint8), "unit": unit,
+             "least": np.zeros((3, 8), np.uint8), "least_unit": unit}  # fmt: skip
+    with pytest.raises(ValueError, match=said):
+        kquant.pack(bits, **(parts | change), in_shape=(256,))
 
 
 def test_act_order_costs_a_number_a_column() -> None:

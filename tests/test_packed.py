@@ -17,6 +17,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 import weakref
 import zlib
 from collections.abc import Callable, Iterator
@@ -29,7 +30,7 @@ import numpy as np
 import pytest
 
 from checkpoints import CheckpointError, packed
-from checkpoints.packed import PackedReader, Spec, packed_bytes, write_packed
+from checkpoints.packed import PackedReader, Spec, list_stores, packed_bytes, remove_store, write_packed
 
 ROOT = Path(__file__).parent.parent
 PAGE = 4096
@@ -233,6 +234,50 @@ def test_refused_before_anything_is_read(tmp_path: Path, layers: int, specs: Any
     assert not list(tmp_path.iterdir())
 
 
+def test_what_cannot_be_read_loses_no_finished_layer(tmp_path: Path) -> None:
+    def gone(i: int, n: str) -> np.ndarray:
+        if i == 1:
+            raise CheckpointError("the source was cut off")
+        return value(i, n)
+
+    read: list[int] = []
+    with pytest.raises(CheckpointError, match="cut off"):
+        write_packed(tmp_path / "store", 2, [SPEC] * 2, gone, fingerprint="x", keep=True)
+    write_packed(
+        tmp_path / "store", 2, [SPEC] * 2, lambda i, n: read.append(i) or value(i, n), fingerprint="x", keep=True
+    )
+    assert set(read) == {1}
+
+
+def test_a_disk_that_loses_its_locks_keeps_what_another_wrote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(i: int, n: str) -> np.ndarray:
+        if i == 1:
+            raise KeyboardInterrupt
+        return value(i, n)
+
+    with pytest.raises(KeyboardInterrupt):
+        write_packed(tmp_path / "store", 2, [SPEC] * 2, gone, fingerprint="x", keep=True)
+    [left] = tmp_path.iterdir()
+    before = (left / "records").read_bytes()
+
+    def no_locks(*given: object) -> None:
+        raise OSError(errno.ENOLCK, "no locks")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(packed.fcntl, "flock", no_locks)
+        write_packed(tmp_path / "store", 2, [SPEC] * 2, value, fingerprint="another", keep=True)
+    assert (left / "records").read_bytes() == before
+
+
+def test_a_store_written_since_it_was_listed_is_not_removed(tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    store.write_bytes(b"no store")
+    [listed] = packed.list_stores(tmp_path, "store")
+    write_packed(store, 2, [SPEC] * 2, value, fingerprint="x", overwrite=True)
+    assert not packed.remove_store(listed)
+    assert store.exists()
+
+
 def test_not_what_was_announced(tmp_path: Path) -> None:
     for wrong in (np.zeros((33, 41), ml_dtypes.bfloat16), np.zeros((33, 40), np.float32)):
         with pytest.raises(CheckpointError, match=r"q of layer 1 was announced as bfloat16\[33, 40\] and came as"):
@@ -320,6 +365,262 @@ def test_a_killed_writer_leaves_no_file(tmp_path: Path) -> None:
     assert left.name != "store"
     write_packed(tmp_path / "store", 1, [SPEC], value, fingerprint="x")  # and clears away what was left
     assert [p.name for p in tmp_path.iterdir()] == ["store"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writers that are interrupted, and several of them
+
+WRITER = """
+import os, signal, sys, time
+from pathlib import Path
+import numpy as np
+from checkpoints import packed
+from checkpoints.packed import write_packed
+
+packed._BLOCK = 8192
+place, out, how, at = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
+
+def read(layer, name):
+    with open(out / f"read-{os.getpid()}", "a") as said:
+        print(layer, file=said)
+    if layer == at and how == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if layer == at and how == "interrupt":
+        os.kill(os.getpid(), signal.SIGINT)
+    while layer == at and how == "wait" and not (out / "go").exists():
+        (out / "waits").touch()
+        time.sleep(0.01)
+    return np.random.default_rng(layer).integers(0, 256, (20000 + layer,), dtype=np.uint8)
+
+specs = [{"x": ((20000 + i,), np.uint8)} for i in range(5)]
+write_packed(place, 5, specs, read, fingerprint=sys.argv[5], keep=True)
+"""
+
+
+def writer(
+    tmp_path: Path, how: str = "", at: int = -1, fingerprint: str = "x", place: str = "stores/store"
+) -> subprocess.Popen[str]:
+    out = tmp_path / "said"
+    out.mkdir(exist_ok=True)
+    words = [sys.executable, "-c", WRITER, str(tmp_path / place), str(out), how, str(at), fingerprint]
+    return subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
+    said = process.communicate(timeout=60)[1]
+    return process.returncode, said
+
+
+def reads(tmp_path: Path, process: subprocess.Popen[str]) -> list[int]:
+    file = tmp_path / "said" / f"read-{process.pid}"
+    return [int(line) for line in file.read_text().split()] if file.exists() else []
+
+
+def until_it_waits(tmp_path: Path, process: subprocess.Popen[str]) -> None:
+    while not (tmp_path / "said/waits").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def whole(tmp_path: Path) -> bytes:
+    """The file of a writer that nothing happens to."""
+    process = writer(tmp_path, place="elsewhere/store")
+    assert ended(process)[0] == 0
+    assert reads(tmp_path, process) == [0, 1, 2, 3, 4]
+    return (tmp_path / "elsewhere/store").read_bytes()
+
+
+@pytest.mark.parametrize("how", ["kill", "interrupt"])
+def test_an_interrupted_writer_is_gone_on_with(tmp_path: Path, whole: bytes, how: str) -> None:
+    for at, begins in ((2, 0), (4, 2)):
+        process = writer(tmp_path, how, at)
+        code, said = ended(process)
+        assert code == (-signal.SIGKILL if how == "kill" else -signal.SIGINT), said
+        assert reads(tmp_path, process) == list(range(begins, at + 1))
+        assert not (tmp_path / "stores/store").exists()
+        if how == "interrupt":
+            assert f"{at} of 5 layers are kept" in said
+    process = writer(tmp_path)
+    code, said = ended(process)
+    assert code == 0, said
+    assert "going on after 4 of 5 layers" in said
+    assert reads(tmp_path, process) == [4]
+    assert (tmp_path / "stores/store").read_bytes() == whole
+    assert [p.name for p in (tmp_path / "stores").iterdir()] == ["store"]
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "again"),
+    [
+        ("records", lambda raw: raw[:5000] + bytes([raw[5000] ^ 1]) + raw[5001:], True),
+        ("records", lambda raw: raw[:-30000], True),
+        ("done", lambda raw: raw.replace(b"\n", b"0\n"), True),
+        ("done", lambda raw: raw[:-12] + b"\xff" + raw[-11:], True),
+        ("done", lambda raw: raw + raw.splitlines(keepends=True)[-1] * 3, True),
+        ("done", lambda raw: raw[:-3], False),  # torn off by the kill: the layer before it is the last
+        ("done", lambda raw: b"", True),
+    ],
+)
+def test_what_is_damaged_is_not_gone_on_with(
+    tmp_path: Path, whole: bytes, file: str, change: Callable[[bytes], bytes], again: bool
+) -> None:
+    assert ended(writer(tmp_path, "kill", 3))[0] == -signal.SIGKILL
+    left = tmp_path / "stores/.store.partial" / file
+    left.write_bytes(change(left.read_bytes()))
+    process = writer(tmp_path)
+    code, said = ended(process)
+    assert code == 0, said
+    assert reads(tmp_path, process) == ([0, 1, 2, 3, 4] if again else [2, 3, 4])
+    assert ("is not used" in said) == again
+    assert (tmp_path / "stores/store").read_bytes() == whole
+
+
+def test_what_is_of_another_store_is_not_gone_on_with(tmp_path: Path, whole: bytes) -> None:
+    assert ended(writer(tmp_path, "kill", 3, "y"))[0] == -signal.SIGKILL
+    process = writer(tmp_path)
+    code, said = ended(process)
+    assert code == 0, said
+    assert "of another store" in said
+    assert reads(tmp_path, process) == [0, 1, 2, 3, 4]
+    assert (tmp_path / "stores/store").read_bytes() == whole
+
+
+@pytest.mark.parametrize("first", ["ends", "is killed"])
+def test_of_two_writers_one_waits(tmp_path: Path, whole: bytes, first: str) -> None:
+    """And takes what the other has written; of one that is killed, what it has finished: a dead process holds no lock."""
+    one = writer(tmp_path, "wait", 3)
+    until_it_waits(tmp_path, one)
+    other = writer(tmp_path)
+    assert other.stderr is not None
+    line = other.stderr.readline()
+    assert f"is being written by process {one.pid} on " in line
+    assert other.poll() is None
+    if first == "ends":
+        (tmp_path / "said/go").touch()
+    else:
+        one.kill()
+    assert ended(one)[0] == (0 if first == "ends" else -signal.SIGKILL)
+    code, said = ended(other)
+    assert code == 0, said
+    assert reads(tmp_path, other) == ([] if first == "ends" else [3, 4])
+    assert (tmp_path / "stores/store").read_bytes() == whole
+    assert [p.name for p in (tmp_path / "stores").iterdir()] == ["store"]
+
+
+def test_a_wait_can_be_interrupted(tmp_path: Path) -> None:
+    one = writer(tmp_path, "wait", 3)
+    until_it_waits(tmp_path, one)
+    other = writer(tmp_path)
+    assert other.stderr is not None
+    other.stderr.readline()
+    other.send_signal(signal.SIGINT)
+    assert ended(other)[0] == -signal.SIGINT
+    (tmp_path / "said/go").touch()
+    assert ended(one)[0] == 0
+    assert [p.name for p in (tmp_path / "stores").iterdir()] == ["store"]
+
+
+def test_a_file_system_without_locks(tmp_path: Path, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A store is written and read, nothing is gone on with, and nothing is removed: who uses it cannot be known."""
+
+    def none(*given: Any) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(packed.fcntl, "flock", none)
+
+    def stops(layer: int, name: str) -> np.ndarray:
+        if layer == 2:
+            raise KeyboardInterrupt
+        return value(layer, name)
+
+    with pytest.raises(KeyboardInterrupt):
+        write_packed(tmp_path / "other", LAYERS, [SPEC] * LAYERS, stops, fingerprint="a model")
+    assert [p.name for p in tmp_path.iterdir()] == ["store"]
+    write_packed(tmp_path / "other", LAYERS, [SPEC] * LAYERS, value, fingerprint="a model")
+    assert (tmp_path / "other").read_bytes() == path.read_bytes()
+    (found,) = list_stores(tmp_path, "other")
+    assert found.used
+    assert not remove_store(found)
+    assert found.path.exists()
+
+
+def test_space_is_asked_for_what_is_lacking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an interrupted writer has left counts, and stays where there is too little for the rest."""
+    assert ended(writer(tmp_path, "kill", 3))[0] == -signal.SIGKILL
+    records = tmp_path / "stores/.store.partial/records"
+    need = 5 * 20480 + PAGE  # each layer five pages, the index one
+    specs = [{"x": ((20000 + i,), np.uint8)} for i in range(5)]
+    monkeypatch.setattr(packed, "_BLOCK", 8192)
+
+    def read(layer: int, name: str) -> np.ndarray:
+        return np.random.default_rng(layer).integers(0, 256, (20000 + layer,), dtype=np.uint8)
+
+    lacking = need - records.stat().st_blocks * 512
+    assert lacking < need
+
+    class Disk:
+        f_frsize, f_bavail = 1, lacking - 1
+
+    monkeypatch.setattr(os, "statvfs", lambda _: Disk)
+    with pytest.raises(CheckpointError, match=f"needs {lacking} bytes and its disk has {lacking - 1} free: 1 too few"):
+        write_packed(tmp_path / "stores/store", 5, specs, read, fingerprint="x")
+    assert records.exists()
+    Disk.f_bavail += 1
+    write_packed(tmp_path / "stores/store", 5, specs, read, fingerprint="x")
+    assert (tmp_path / "stores/store").stat().st_size == need
+
+
+def test_what_is_used_is_not_removed(tmp_path: Path) -> None:
+    assert ended(writer(tmp_path, place="stores/a.store"))[0] == 0
+    assert ended(writer(tmp_path, "kill", 2, place="stores/b.store"))[0] == -signal.SIGKILL
+    working = writer(tmp_path, "wait", 3, place="stores/c.store")
+    until_it_waits(tmp_path, working)
+    (tmp_path / "stores/d.store").write_bytes(b"no store")
+    (tmp_path / "stores/else.txt").touch()
+    reader = subprocess.Popen(
+        [sys.executable, "-c", "import sys; from checkpoints.packed import PackedReader; r = PackedReader(sys.argv[1]);"
+         "print('open', flush=True); sys.stdin.read(); print(len(next(iter([r.array(3, 'x')]))))",
+         str(tmp_path / "stores/a.store")],
+        cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert reader.stdout is not None
+    assert reader.stdout.readline() == "open\n"
+    found = {s.path.name: s for s in list_stores(tmp_path / "stores", ".store")}
+    assert {n: (s.whole, s.used) for n, s in found.items()} == {
+        "a.store": (True, True), "b.store": (False, False), "c.store": (False, True), "d.store": (True, False)
+    }  # fmt: skip
+    assert "not a packed store" in found["d.store"].damage
+    assert found["b.store"].nbytes > 0
+    assert {n: remove_store(s) for n, s in found.items()} == {
+        "a.store": False, "b.store": True, "c.store": False, "d.store": True
+    }  # fmt: skip
+    assert sorted(p.name for p in (tmp_path / "stores").iterdir()) == [".c.store.partial", "a.store", "else.txt"]
+    assert reader.communicate("")[0] == "20003\n"
+    (tmp_path / "said/go").touch()
+    assert ended(working)[0] == 0
+    for store in list_stores(tmp_path / "stores", ".store"):
+        assert remove_store(store)
+    assert [p.name for p in (tmp_path / "stores").iterdir()] == ["else.txt"]
+    assert list_stores(tmp_path / "nowhere", ".store") == []
+
+
+def test_what_a_store_is_about(tmp_path: Path) -> None:
+    write_packed(tmp_path / "store", 1, [SPEC], value, fingerprint="x", about="said")
+    assert by_hand(tmp_path / "store")[0]["about"] == "said"
+    assert (tmp_path / "store").stat().st_size == packed_bytes(1, [SPEC], fingerprint="x", about="said")
+    assert [s.about for s in list_stores(tmp_path, "store")] == ["said"]
+
+
+def test_a_store_that_is_there_is_kept_where_it_is_the_same(path: Path) -> None:
+    before = path.read_bytes()
+    write_packed(path, LAYERS, [SPEC] * LAYERS, lambda i, n: pytest.fail("read"), fingerprint="a model", keep=True)
+    for layers, fingerprint in ((LAYERS, "another"), (2, "a model")):
+        with pytest.raises(CheckpointError, match="exists"):
+            write_packed(path, layers, [SPEC] * layers, value, fingerprint=fingerprint, keep=True)
+        assert path.read_bytes() == before
+    write_packed(path, 2, [SPEC] * 2, value, fingerprint="a model", keep=True, overwrite=True)
+    assert len(by_hand(path)[1]) == 2
 
 
 # ---------------------------------------------------------------------------------------------------------------------

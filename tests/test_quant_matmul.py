@@ -275,7 +275,7 @@ def test_the_form_for_gpus(case: Case) -> None:
     @jax.jit
     def both(x: Any, g: Any, *w: Any) -> tuple[Any, Any]:
         w = xla._matrix(w, case.kind, case.group_size)
-        return xla._chunked(x, *w, 8 * 192, xla._joined), xla._transposed(g, *w, 8 * 192, xla._joined)
+        return xla._chunked(x, *w, 8 * 192, xla._joined, jnp.float32), xla._transposed(g, *w, 8 * 192, xla._joined)
 
     y, dx = both(x, g, m.codes, m.scale, *xla._present(m.zero))
     for found, a, w in ((y, x, m.dense), (dx, g, m.dense.T)):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import re
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,13 @@ import pytest
 from click.testing import CliRunner
 from oracles.golden import GOLDEN
 from test_finetune import CLOSE, HOW, llama, losses, run_of
+from test_planning import SMALL
 
 import jaxengine
 from jaxengine import command
+from jaxengine.architecture import architecture
 from jaxengine.engine import score
-from jaxengine.finetune import sampled
+from jaxengine.finetune import planning, sampled
 from jaxengine.finetune.data import permutation
 from jaxengine.finetune.optimizers.base import Optimizer
 from jaxengine.finetune.run import Run, Settings, check
@@ -35,6 +38,7 @@ from jaxengine.finetune.trained.base import layers, trained
 from jaxengine.homes.base import Bank
 from jaxengine.model import Model
 from jaxengine.plan import Plan
+from pallas_kernels import aot
 from sharding.mesh import make_mesh
 
 STEPS, B, T, V = 6, 2, 8, 101
@@ -205,6 +209,46 @@ def test_no_gradient_of_frozen_layers_is_made(how: dict[str, Any]) -> None:
     assert {(3, *s[1:]) for s in stacks} <= made_shapes
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_slots_are_run_at_the_values_that_banks_have(dtype: str) -> None:
+    """As numpy casts there and back, subnormal numbers and ties among them."""
+    rng = np.random.default_rng(0)
+    digits = {"bfloat16": 7, "float16": 10}[dtype]
+    x = rng.normal(size=4096) * 2.0 ** rng.integers(-20, 8, 4096)
+    ties = (1 + (np.arange(64) + 0.5) * 2.0**-digits) * 2.0 ** rng.integers(-9, 9, 64)
+    given = np.concatenate([x, ties, -ties, [0.0, 2.0**-16 * 1.375, 2.0**-24 * 1.5]]).astype(np.float32)
+    found = jax.jit(sampled.as_stored, static_argnums=1)(given, jnp.dtype(dtype))
+    np.testing.assert_array_equal(found, given.astype(jnp.dtype(dtype)).astype(np.float32))
+    assert (found != given).mean() > 0.9
+
+
+@pytest.mark.aot
+@pytest.mark.skipif(aot.missing() is not None, reason=str(aot.missing()))
+@pytest.mark.parametrize("card", ["H200", "RTX 3090"])
+def test_a_card_runs_slots_at_the_values_that_banks_have(card: str) -> None:
+    """XLA:GPU takes a cast there and back for the number itself: of such a program nothing narrower is left."""
+
+    def product(w: Any, x: Any) -> Any:
+        return x @ sampled.as_stored(w, jnp.dtype(jnp.bfloat16))
+
+    def cast(w: Any, x: Any) -> Any:
+        return x @ w.astype(jnp.bfloat16).astype(jnp.float32)
+
+    square = jax.ShapeDtypeStruct((256, 256), jnp.float32)
+    with aot.target(aot.CARDS[card]) as target:
+        ours, lost = (target.compile(jax.jit(f), *target.place((square, square))).as_text() for f in (product, cast))
+    assert "round-nearest-even" in ours
+    assert "bf16" not in lost
+    arch = architecture(SMALL | {"vocab_size": 512, "num_hidden_layers": 2})
+    what = dataclasses.replace(planning.task("lisa"), compute="float32")
+    plan = Plan(dtype="bfloat16", form="scan")
+    with aot.target(aot.CARDS[card]) as target:
+        program, static, abstract = planning.program(arch, plan, what, target.mesh, batch=1, context=64)
+        text = target.compile(program.on("gpu"), *static, *target.place(abstract)).as_text()
+    D, F = arch.config.hidden_size, arch.config.intermediate_size
+    assert re.search(rf"f32\[(1,)?{F},{D}\]\S* round-nearest-even", text)
+
+
 def test_all_layers_at_once_are_full_fine_tuning() -> None:
     how = {"steps": 4, "batch": 2}
     wanted = losses(run_of(llama(home="host"), dataclasses.replace(HOW, train="all", **how)))
@@ -289,10 +333,14 @@ def test_what_cannot_be_is_refused(given: dict[str, Any], how: dict[str, Any], w
         run_of(llama(**how), dataclasses.replace(HOW, **given))
 
 
-@pytest.mark.parametrize("how", [{"home": "host", "form": "ahead"}, {"home": "disk"}], ids=str)
-def test_homes_without_a_way_back_are_refused(how: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("how", "why"),
+    [({"home": "host", "form": "ahead"}, "say form='scan'"), ({"home": "disk"}, "Say home='host', or home='split'")],
+    ids=str,
+)
+def test_homes_without_a_way_back_are_refused(how: dict[str, Any], why: str) -> None:
     arch, plan = model_of("gemma3_text").architecture, Plan(dtype="float32", **how)
-    with pytest.raises(ValueError, match="Say home='host', or home='split'"):
+    with pytest.raises(ValueError, match=why):
         check(Settings(train="lisa", context=T), arch, plan, make_mesh(None))
 
 

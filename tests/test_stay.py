@@ -18,8 +18,21 @@ from jaxengine.architecture import architecture
 from jaxengine.config import ConfigError
 from jaxengine.finetune.data import Documents, pack
 from jaxengine.finetune.run import Run, Settings
-from jaxengine.plan import Plan, brought_bytes, check_stay, choose, layer_bytes, need, staying_bytes, tier_bytes
+from jaxengine.loading import from_arrays
+from jaxengine.plan import (
+    Plan,
+    brought_bytes,
+    check_stay,
+    choose,
+    layer_bytes,
+    need,
+    show_bytes,
+    staying_bytes,
+    tier_bytes,
+)
+from jaxengine.planning import plan_for
 from jaxengine.sources import read_config
+from pallas_kernels.cards import find
 from sharding.mesh import make_mesh
 
 FAMILIES = technique.names("jaxengine.models")
@@ -123,6 +136,45 @@ def test_a_budget_is_for_what_stays_too() -> None:
     without = need(arch, dataclasses.replace(plan, home="host"), batch=1, context=64)
     assert wanted.resident > without.resident > 0
     assert wanted.host < without.host
+
+
+def test_without_what_stays_is_the_first_change_that_is_offered() -> None:
+    """By `plan`, and in memory='s refusal, with its bytes."""
+    arch, plan = arch_of("gemma2"), Plan(dtype="float32")
+    kept, bare = (dataclasses.replace(plan, home="host", stay=s) for s in (("gate", "up", "down"), ()))
+    budget = need(arch, bare, batch=1, context=64).device
+    assert budget < need(arch, kept, batch=1, context=64).device
+    found = plan_for(arch, kept, find("rtx4090"), memory=budget, batch=1, context=64)
+    assert found.chosen is None
+    said, offered = found.changes[0]
+    assert said == "without stay"
+    assert offered.plan.stay == ()
+    assert offered.need.device <= budget
+    with pytest.raises(
+        ValueError, match=r"stay=\('gate', 'up', 'down'\) keeps .*Without stay, home 'split' fits, with"
+    ) as e:
+        choose(arch, kept, budget, length=64)
+    assert f"{show_bytes(offered.need.device)} on the device and {show_bytes(offered.need.host)} in host" in str(
+        e.value
+    )
+    with pytest.raises(ValueError, match="the smallest plan") as e:  # where it would not help it is not said
+        choose(arch, kept, budget // 20, length=64)
+    assert "Without stay" not in str(e.value)
+
+
+def test_arrays_in_memory_are_checked_as_a_folder_is() -> None:
+    arch = arch_of("gemma2")
+    arrays = {n: np.zeros(s.shape, np.float32) for n, s in arch.specs().items()}
+    plans = {
+        "mesh is 'tensor=8' and sharding 'single'": {"mesh": "tensor=8"},
+        "sharding is 'fsdp' and there is one device": {"sharding": "fsdp"},
+        "does not divide": {"mesh": "tensor=8", "sharding": "tensor"},
+    }
+    for said, given in plans.items():
+        with pytest.raises(ValueError, match=said):
+            jaxengine.load(GOLDEN / "gemma2", dtype="float32", **given)
+        with pytest.raises(ValueError, match=said):
+            from_arrays(arch, Plan(dtype="float32", **given), arrays)  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ L layers, B batch, D model.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -198,6 +199,31 @@ def test_walks_every_layer_in_order(where: str, form: str, kinds: str) -> None:
     close(x, loop.xs[-1])
     for found, wanted in zip(by_layer(banks, new), loop.states, strict=True):
         close(found, wanted)
+
+
+@pytest.mark.parametrize("kinds", KINDS.values(), ids=KINDS)
+def test_layers_that_are_brought_together_in_turn(kinds: str) -> None:
+    """Resident ones, each held back until the one before it begins: forwards and backwards, whatever is kept."""
+    layers = layers_of(kinds)
+    banks = banks_of(layers, kinds, ("device", "unrolled"), ("host", "scan"))
+    loop = Loop(kinds, layers, X)
+
+    def total(x: Any, banks: Any, remat: str) -> Any:
+        x, states = walk(body, x, banks, states_of(banks), remat=remat, gathers=True)
+        return x.sum(), (x, states)
+
+    for remat in ("none", "full"):
+        (_, (x, new)), of_x = jax.jit(jax.value_and_grad(total, has_aux=True), static_argnums=2)(X, banks, remat)
+        close(x, loop.xs[-1])
+        for found, wanted in zip(by_layer(banks, new), loop.states, strict=True):
+            close(found, wanted)
+        close(of_x, loop.grad(np.ones_like(X))[1])
+    banks = banks_of(layers, kinds, ("device", "unrolled"))
+    counts = []
+    for gathers in (False, True):
+        once = functools.partial(walk, body, X, banks, states_of(banks), gathers=gathers)
+        counts.append(str(jax.make_jaxpr(once)()).count("optimization_barrier"))
+    assert counts[1] - counts[0] == len(layers)
 
 
 def test_the_loop_would_tell() -> None:

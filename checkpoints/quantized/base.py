@@ -10,6 +10,7 @@ unpacked and laid out [out, in] (O outputs, I inputs), for one matrix at a time:
     nf4            codes uint8   w = scale NF4[code]
     mxfp4          codes uint8   w = 2^(scale - 127) E2M1[code]
     fp8            codes float8  w = scale code
+    kquant2 to 6   codes uint8   w = (units scale) code - units' zero, or (units scale) (code - middle): GGUF's K types
 
 Column i of the codes is column perm[i] of the matrix. No number is computed here that the checkpoint does not hold:
 codes stay the codes that they were, so what is read is exactly what was quantised.
@@ -77,19 +78,20 @@ class Stored:
 @dataclasses.dataclass(frozen=True)
 class Matrix:
     """Rows of a matrix, unpacked: codes [O, I], scale [O, I / group], [O] where a row has one, or [O / block, I / block];
-    zero as scale; perm int32 [I]."""
+    zero as scale; perm int32 [I]; units float16 [O, sections, 1 or 2], what the codes in scale, and in zero, count."""
 
     codes: np.ndarray
     scale: np.ndarray
     zero: np.ndarray | None = None
     perm: np.ndarray | None = None
+    units: np.ndarray | None = None
 
     def rows(self, order: np.ndarray) -> Matrix:
         """These rows in this order; not of a matrix whose scales belong to blocks of rows."""
         if self.scale.shape[0] != self.codes.shape[0]:
             raise ValueError(f"the scales {self.scale.shape} of {self.codes.shape} do not belong to single rows")
-        zero = None if self.zero is None else self.zero[order]
-        return Matrix(self.codes[order], self.scale[order], zero, self.perm)
+        zero, units = (None if a is None else a[order] for a in (self.zero, self.units))
+        return Matrix(self.codes[order], self.scale[order], zero, self.perm, units)
 
 
 class Method(Protocol):

@@ -33,10 +33,12 @@ from jaxtyping import Array, Int
 
 from jaxengine import technique
 from jaxengine.nn import Attention
-from pallas_kernels.attention import attention as attention_kernel
-from pallas_kernels.decode_attention import MOST_QUERIES, decode_attention
+from pallas_kernels import attention as kernel
+from pallas_kernels import decode_attention as decode_kernel
 
 LAYOUTS, CODECS, STORES = "jaxengine.cache.layouts", "jaxengine.cache.codecs", "jaxengine.cache.stores"
+# what can be asked for by name; 'auto' is the fastest that serves, for decoding and for the rest apart
+ATTENTION = ("auto", *dict.fromkeys((*kernel.NAMES, *decode_kernel.NAMES)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +75,7 @@ class CachedAttend:
     """Attend over the cache and the new tokens, and keep the new tokens: what the engine hands to a block.
 
     positions [B, T]: of the new tokens, -1 for padding; lengths [B]: tokens in the cache before; fresh: the cache is
-    known to be empty, so that the new tokens see only each other.
+    known to be empty, so that the new tokens see only each other, and stand at 0, 1, ... with padding at the end only.
     """
 
     caching: Caching = dataclasses.field(metadata={"static": True})
@@ -81,7 +83,11 @@ class CachedAttend:
     lengths: Int[Array, "B"]
     fresh: bool = dataclasses.field(metadata={"static": True})
 
-    def __call__(self, attention: Attention, q: Array, k: Array, v: Array, kv: Any) -> tuple[Array, Any]:
+    def __call__(
+        self, attention: Attention, q: Array, k: Array, v: Array, kv: Any, *, by: str = "auto", alike: bool = True
+    ) -> tuple[Array, Any]:
+        """by: one of ATTENTION, which serves where it has the form that is needed (cuDNN has none for decoding). alike:
+        over a mesh queries, keys and values are split in the same way, and not along their tokens."""
         layout = self.caching.layout_for(attention)
         codec = technique.find(CODECS, self.caching.codec)
         store = technique.find(STORES, self.caching.store)
@@ -97,11 +103,12 @@ class CachedAttend:
         # new tokens as they will be read back: what a row gives must not hang on how many are read at a time
         read_back = {n: codec.decode(codec.encode(new[n]), q.dtype) for n in new}
         holds = layout.holds(T, S, attention.window)
-        if holds and T <= MOST_QUERIES and not self.fresh:
+        if holds and T <= decode_kernel.MOST_QUERIES and not self.fresh:
             (k_codes, k_scale), (v_codes, v_scale) = (codec.coded(store.read(written[n])) for n in ("k", "v"))
-            out = decode_attention(
+            out = decode_kernel.decode_attention(
                 q, k_codes, v_codes, self.positions, layout.positions(after, S), k_scale=k_scale, v_scale=v_scale,
                 scale=attention.scale, window=attention.window, softcap=attention.softcap,
+                implementation=by if by in decode_kernel.NAMES else None,
             )  # fmt: skip
             return out, written
         if self.fresh:
@@ -112,9 +119,10 @@ class CachedAttend:
             old = stored(kv)
             seen = {n: jnp.concatenate([old[n], read_back[n]], axis=2) for n in new}
             at = jnp.concatenate([layout.positions(self.lengths, S), self.positions], axis=1)
-        out = attention_kernel(
+        out = kernel.attention(
             q, seen["k"], seen["v"], self.positions, at,
             scale=attention.scale, window=attention.window, softcap=attention.softcap,
+            contiguous=self.fresh and alike, implementation=by if by in kernel.NAMES else None,
         )  # fmt: skip
         return out, written
 
@@ -124,16 +132,23 @@ class CachedAttend:
 class PlainAttend:
     """Attend among the given tokens alone, and keep nothing: scoring a text, training.
 
-    segments: where rows are packed, the document that each token is of; it sees its own alone.
+    segments: where rows are packed, the document that each token is of; it sees its own alone. whole: each row is known to
+    be one text from its first token on, at 0, 1, ... with padding at the end only.
     """
 
     positions: Int[Array, "B T"]
     segments: Int[Array, "B T"] | None = None
+    whole: bool = dataclasses.field(default=False, metadata={"static": True})
 
-    def __call__(self, attention: Attention, q: Array, k: Array, v: Array, kv: Any) -> tuple[Array, Any]:
-        out = attention_kernel(
+    def __call__(
+        self, attention: Attention, q: Array, k: Array, v: Array, kv: Any, *, by: str = "auto", alike: bool = True
+    ) -> tuple[Array, Any]:
+        """by, alike: as of CachedAttend."""
+        out = kernel.attention(
             q, k.swapaxes(1, 2), v.swapaxes(1, 2), self.positions, self.positions,
             scale=attention.scale, window=attention.window, softcap=attention.softcap,
             q_segments=self.segments, k_segments=self.segments,
+            contiguous=self.whole and alike, training=self.segments is not None,
+            implementation=by if by in kernel.NAMES else None,
         )  # fmt: skip
         return out, kv

@@ -256,7 +256,7 @@ class _Run:
         self.arch, self.source, self.plan, self.method = arch, source, plan, method
         self.mesh = make_mesh(None)
         self.device = self.mesh.devices.flat[0]
-        self.engine = Engine(arch, plan.caching, plan.dtype, plan.sharding_rules(), self.mesh)
+        self.engine = Engine(arch, plan.caching, plan.dtype, plan.sharding_rules(), self.mesh, attention=plan.attention)
         self.hidden_size: int = jax.eval_shape(self._embed_abstract, *self._abstract_tokens(1, 1)).shape[-1]
         self._check_formats()
 

@@ -82,6 +82,10 @@ HOW = (
         "--remat", metavar="WHAT", show_default="full, with --memory as fits",
         help="Kept of a layer for its way back: none (all), dots, full (nothing), offload.",
     ),
+    click.option(
+        "--tile", metavar="N", type=click.IntRange(1), show_default="all",
+        help="Tokens of a row that a layer's feed-forward block takes at a time.",
+    ),
     click.option("--seed", metavar="N", type=click.IntRange(0), default=0, help="The same seed gives the same losses."),
 )  # fmt: skip
 LOADING = (
@@ -99,8 +103,19 @@ LOADING = (
         help="Dtype of dense weights.",
     ),
     click.option("--home", metavar="HOME", show_default="device", help="Where layers live: device, host, split."),
-    click.option("--form", metavar="FORM", show_default="the home's own", help="How layers run: unrolled, scan."),
+    click.option(
+        "--form", metavar="FORM", show_default="the home's own; on a CPU that runs layers again, scan",
+        help="How layers run: unrolled, scan, ahead.",
+    ),
     click.option("--resident", metavar="N", type=int, help="Layers of a split home that stay on the device."),
+    click.option(
+        "--stay", metavar="PATTERN", multiple=True, show_default="vectors",
+        help="Parameters of layers on the host to keep on the device, e.g. k; several times.",
+    ),
+    click.option(
+        "--attention", metavar="NAME", show_default="auto",
+        help="Its implementation: xla, triton, mosaic_gpu, reference.",
+    ),
     click.option("--mesh", metavar="AXES", show_default="one device", help="Several devices, e.g. data=2,tensor=4."),
     click.option(
         "--sharding", metavar="TABLE", show_default="single",
@@ -257,7 +272,8 @@ def chosen_plan(folder: str, given: dict[str, Any]) -> tuple[Architecture, Plan,
     from jaxengine.sources import open_source, read_config
     from sharding.mesh import make_mesh
 
-    loading = {n: given[n] for n in ("weights", "dtype", "home", "form", "resident", "mesh", "sharding")}
+    loading = {n: given[n] for n in ("weights", "dtype", "home", "form", "resident", "attention", "mesh", "sharding")}
+    loading["stay"] = given["stay"] or None  # click has () where nothing is said
     beside = {*loading, "plan", "memory", "ram", "target"}
     chosen = {k: v for k, v in given.items() if v is not None and k not in beside}
     if given["target"]:
@@ -280,7 +296,10 @@ def chosen_plan(folder: str, given: dict[str, Any]) -> tuple[Architecture, Plan,
     if memory is None:
         if given["ram"] is not None:
             raise click.UsageError("--ram is for layers that do not fit --memory: give --memory too.")
-        check(settings, arch, plan, make_mesh(plan.mesh or None))
+        mesh = make_mesh(plan.mesh or None)
+        if plan.home == "device" and not plan.form and _better_scanned(settings):
+            plan = dataclasses.replace(plan, form="scan")
+        check(settings, arch, plan, mesh)
         return arch, plan, settings
     if odd := [n for n in ("home", "form", "resident", "mesh") if n in said]:
         raise click.UsageError(f"--memory chooses the home, on one device: leave --{odd[0]} out, or --memory.")
@@ -297,9 +316,20 @@ def chosen_plan(folder: str, given: dict[str, Any]) -> tuple[Architecture, Plan,
             f" {least.plan.home!r}, remat {least.plan.remat!r}): {least.refused}. Nearest: a smaller --batch with"
             f" --accumulate, a smaller --context, or --train lora with --weights nf4"
         )
-    settings = dataclasses.replace(settings, remat=fits.plan.remat)
-    check(settings, arch, fits.plan, make_mesh(None))
-    return arch, fits.plan, settings
+    settings, plan = dataclasses.replace(settings, remat=fits.plan.remat), fits.plan
+    if plan.home == "device" and not plan.form and _better_scanned(settings):
+        plan = dataclasses.replace(plan, form="scan")
+    check(settings, arch, plan, make_mesh(None))
+    return arch, plan, settings
+
+
+def _better_scanned(settings: Settings) -> bool:
+    """Whether layers on this device should be scanned, where nobody says: written out, XLA:CPU runs layers again long before
+    they are gone back through (scripts/LOG.md). A stack's layers have the same targets."""
+    import jax
+
+    alike = not any(t.startswith("layers.") for t in settings.targets)
+    return settings.backward and settings.remat == "full" and alike and jax.default_backend() == "cpu"
 
 
 class Steps:

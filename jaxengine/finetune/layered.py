@@ -39,7 +39,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from jaxengine.cache.base import PlainAttend
-from jaxengine.engine import embed, head, layer_body, program
+from jaxengine.engine import embed, head, program
+from jaxengine.finetune import tiles
 from jaxengine.finetune.loss import cross_entropy
 from jaxengine.finetune.step import Batch, State, Tuning, head_names
 from jaxengine.homes.base import Bank, home
@@ -241,7 +242,7 @@ def step(tuning: Tuning, banks: tuple[Bank, ...], state: State, batch: Batch) ->
     transformation = tuning.optax()
 
     def layer(kind: Hashable, weights: Any, x: Array, attend: PlainAttend) -> Array:
-        return layer_body(engine, attend)(kind, weights, x, ())[0]
+        return tiles.body(engine, attend, tuning.tile)(kind, weights, x, ())[0]
 
     def enter(outer: Any) -> Array:
         return _each_part(lambda r: embed(engine, {"outer": outer}, *r), (batch.tokens, attends))

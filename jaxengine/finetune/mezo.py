@@ -48,7 +48,8 @@ from jaxtyping import Array, Float, UInt32
 
 from jaxengine.architecture import Spec
 from jaxengine.cache.base import PlainAttend
-from jaxengine.engine import embed, head, layer_body, program
+from jaxengine.engine import embed, head, program
+from jaxengine.finetune import tiles
 from jaxengine.finetune.layered import Place
 from jaxengine.finetune.loss import cross_entropy
 from jaxengine.finetune.step import Batch, State, Tuning
@@ -143,7 +144,8 @@ def chance(key: Array, shape: tuple[int, ...]) -> Array:
 
 
 def rounded(x: Float[Array, "..."], chance: Float[Array, "..."], dtype: Any) -> Array:
-    """x in a narrower dtype: the nearest number of it, or the one beyond x where chance is below x's way towards that."""
+    """x in a narrower dtype: the nearest number of it, or the one beyond x where chance is below x's way towards that; at
+    a chance of 1 always the nearest."""
     # digits by arithmetic: XLA:GPU takes a cast there and back for the number itself (xla_allow_excess_precision)
     info = jnp.finfo(dtype)
     least = np.float32(info.tiny).view(np.uint32)
@@ -153,7 +155,9 @@ def rounded(x: Float[Array, "..."], chance: Float[Array, "..."], dtype: Any) -> 
     near = jnp.round(digits)
     off = digits - near  # exact
     taken = near + jnp.where(chance < jnp.abs(off), jnp.sign(off), 0)
-    return (taken * (2.0**-info.nmant * power)).astype(dtype)
+    rounded = taken * (2.0**-info.nmant * power)
+    # the power's inverse would be no normal number: infinity and what is near it, which has no change to lose
+    return jnp.where(exponent >= jnp.uint32(254 << 23), x, rounded).astype(dtype)
 
 
 def _keys(key: Array, i: Any, j: Any) -> Array:
@@ -243,7 +247,7 @@ def step(tuning: Tuning, params: Any, state: State, batch: Batch) -> tuple[State
 
         def one(by: Array, x: Array) -> Array:
             at = whole(kind, weights, moved(by, specs, layer, held))
-            return _each_part(lambda r: layer_body(engine, r[1])(kind, at, r[0], ())[0], (x, attends))
+            return _each_part(lambda r: tiles.body(engine, r[1], tuning.tile)(kind, at, r[0], ())[0], (x, attends))
 
         return held, both(one, x)
 

@@ -48,14 +48,15 @@ class Task:
     accumulate: int = 1
     clip: float = 1.0
     loss_chunk: int = 0
+    tile: int = 0
 
     def tuning(self, architecture: Architecture, plan: Plan, mesh: Any) -> Tuning:
         """The step that this task and plan make."""
         dtype = self.compute or plan.dtype
-        engine = Engine(architecture, plan.caching, dtype, plan.sharding_rules(), mesh)
+        engine = Engine(architecture, plan.caching, dtype, plan.sharding_rules(), mesh, attention=plan.attention)
         return Tuning(
-            engine, self.train, self.options, self.optimizer, plan.remat or "full", self.clip, self.loss_chunk
-        )
+            engine, self.train, self.options, self.optimizer, plan.remat or "full", self.clip, self.loss_chunk, self.tile,
+        )  # fmt: skip
 
     def layered(self, plan: Plan) -> bool:
         """Whether each layer's gradient is used as it is made: where every parameter is trained and not all are on the
@@ -83,10 +84,14 @@ TASKS = {
 
 
 def task(name: str) -> Task:
-    """The task of this name as users say it; ValueError names those there are."""
-    if name not in TASKS:
-        raise ValueError(f"task is {name!r}; what is planned for is generate, {', '.join(TASKS)}")
-    return TASKS[name]
+    """The task of this name as users say it, 'full' or 'full:tile=8192'; ValueError names those there are."""
+    kind, _, tile = name.partition(":tile=")
+    if kind not in TASKS or (":tile=" in name and not (tile.isascii() and tile.isdecimal() and int(tile))):
+        raise ValueError(
+            f"task is {name!r}; what is planned for is generate, {', '.join(TASKS)}, and of those with so many tokens of a row in"
+            f" a tile 'full:tile=8192'"
+        )
+    return dataclasses.replace(TASKS[kind], tile=int(tile or 0))
 
 
 def abstract_trained(architecture: Architecture, plan: Plan, task: Task, params: Any) -> Any:
@@ -141,6 +146,10 @@ def program(
 
 def need(architecture: Architecture, plan: Plan, task: Task, *, batch: int, context: int) -> Need:
     """What a step needs: `batch` rows of `context` tokens a part."""
+    if plan.attention == "reference":
+        least = need(architecture, dataclasses.replace(plan, attention="auto"), task, batch=batch, context=context)
+        scores = _score_bytes(architecture, plan, task, batch * context * context)
+        return dataclasses.replace(least, activations=least.activations + scores)
     if task.sampled:
         return largest_turn(architecture, plan, task, batch=batch, context=context)[1]
     if not task.optimizer.order:
@@ -150,7 +159,8 @@ def need(architecture: Architecture, plan: Plan, task: Task, *, batch: int, cont
     dtype, layered = jnp.dtype(task.compute or plan.dtype), task.layered(plan)
     remat, L = plan.remat or "full", architecture.num_layers
     parts = task.accumulate if layered else 1  # of a batch, whose inputs to layers stand at the same time
-    one = layer_activations(architecture, batch * context, dtype.itemsize)
+    tiled = 0 < task.tile < context
+    one = layer_activations(architecture, batch * context, dtype.itemsize, batch * task.tile if tiled else 0)
     entering = parts * batch * context * width(architecture) * dtype.itemsize
     streamed = sum(p.num_layers for p in plan.parts(architecture) if home(p.home).TIER != "device")
     kept = {
@@ -160,14 +170,20 @@ def need(architecture: Architecture, plan: Plan, task: Task, *, batch: int, cont
         "none": (L - streamed) * (entering + one.dots + one.between) + streamed * entering,
     }[remat]
     loss = loss_activations(architecture, task, parts * batch, context, dtype.itemsize)
-    # what a layer's matrices gave is there already where it is kept
+    # what a layer's matrices gave is there already where it is kept; so is x, which tiles take as it is
     back = one.within - (one.dots if remat == "dots" or (remat == "none" and not streamed) else 0)
+    back -= entering // parts if tiled and remat == "full" else 0
+    # a magnitude's gradient asks for what each matrix gave before it
+    back += one.dots if task.train == "dora" and remat in ("full", "offload") else 0
     host = tiers["host"] + (L * entering if remat == "offload" else 0)
     if task.train != "all":
         adapters = adapter_bytes(architecture, task)
         gradients, optimizer, trained = adapters, adapter_states(architecture, task), adapters
         streaming = streamed_bytes(architecture, plan)
-        activations = max(streaming + back, loss) - streaming
+        ahead = any(p.form == "ahead" for p in plan.parts(architecture))
+        # a matrix goes when it was used, and the next layer's come in the places of this one's
+        alone = streaming // 2 if ahead else streaming
+        activations = max(alone + back, streaming + one.between, loss) - streaming
     else:
         outside, states = outer_states(architecture, task.optimizer), layer_states(architecture, plan, task.optimizer)
         trained, optimizer = 0, sum(outside.values()) + sum(whole for whole, _ in states)
@@ -175,21 +191,21 @@ def need(architecture: Architecture, plan: Plan, task: Task, *, batch: int, cont
             layer, head = max(each), head_bytes(architecture)
             streaming = layer if streamed else 0
             # a gradient to which no other is added stays in the arithmetic's dtype until it is used
-            narrow = layer * dtype.itemsize // 4
-            gradients = (narrow if task.accumulate == 1 else layer) + head
+            narrow, added = layer * dtype.itemsize // 4, task.accumulate > 1 or tiled
+            gradients = (layer if added else narrow) + head
             cast = (narrow if dtype.itemsize < 4 else 0) * (1 if task.accumulate == 1 else 2)  # of a part too
             here = [home(p.home).TIER == "device" for p in plan.parts(architecture) for _ in range(p.num_layers)]
             coming = max((w - stay for (w, stay), near in zip(states, here, strict=True) if not near), default=0)
-            # copies are under way of some matrices while others are used
+            # copies are under way of some matrices while others are used, but where a gradient is whole after a loop over tiles
             shapes = {s.shape for k in set(architecture.kinds) for s in architecture.block(k)[1].values()}
             largest = 4 * max(map(math.prod, shapes))
-            under_way = 2 * largest if streamed else 0
+            under_way = 2 * largest if streamed and not tiled else 0
             if task.accumulate > 1:  # and the embedding's gradient stands, to be added to
                 under_way += 4 * math.prod(architecture.outer()[1]["embedding"].shape)
             update = 0
             if streamed:  # all that was changed waits to go back, beside what one matrix is changed from; and gaps
                 update = coming + largest * (streaming + coming) // streaming + 5 * entering // parts
-                if task.accumulate > 1:  # in the place of the gradient, which is as wide
+                if added:  # in the place of the gradient, which is as wide
                     update -= layer
                 update += int(GAPS * (streaming + gradients + kept + update))
             # after the layers all gradients of what is outside, and the state of one such parameter at a time
@@ -212,27 +228,64 @@ def need(architecture: Architecture, plan: Plan, task: Task, *, batch: int, cont
 
 
 def _need_of_losses(architecture: Architecture, plan: Plan, task: Task, *, batch: int, context: int) -> Need:
-    """What a step needs that goes forward twice and never back (mezo.py): a layer and what it is changed to stand together,
-    then that and what it is moved to; and what both passes are at, before the layer and after it."""
+    """What a step needs that goes forward twice and never back (mezo.py), at the one of four moments when most stands. In each
+    are the layer, what enters both passes, and from the second on what has left them.
+
+        changed   what the layer is changed to, all of it
+        attends   what it is moved to, x, its norm, queries, keys, values and what attention makes of them
+        widens    the matrices from x to the feed-forward block's width, x, its norm, and what they make
+        scores    what the head reads as it is moved to, and some tokens' logits
+
+    XLA makes what a matrix is moved to long before its use where that is less than the activations that it could make
+    instead: then all of a layer stands there while it attends, and else the four matrices of attention."""
     tiers, each = tier_bytes(architecture, plan), layer_bytes(architecture, plan)
     streamed = any(home(p.home).TIER != "device" for p in plan.parts(architecture))
     itemsize, rows = jnp.dtype(task.compute or plan.dtype).itemsize, batch * context
-    both = 2 * task.accumulate * rows * width(architecture) * itemsize
+    stored, D = jnp.dtype(plan.dtype).itemsize, width(architecture)
+    both = 2 * task.accumulate * rows * D * itemsize
     adapters = adapter_bytes(architecture, task) if task.beside else 0
+    beside = 0 if task.beside else 1
     if task.beside:
-        streaming, moved, of_head = streamed_bytes(architecture, plan), 0, 0
+        streaming, of_head = streamed_bytes(architecture, plan), 0
     else:
-        streaming, moved = max(each) if streamed else 0, max(each)
-        of_head = head_bytes(architecture) * jnp.dtype(plan.dtype).itemsize // 4
+        streaming, of_head = max(each) if streamed else 0, head_bytes(architecture) * stored // 4
     all_rows, vocab = task.accumulate * batch, architecture.config.vocab_size
     chunk = task.loss_chunk or max(1, whole.LOGITS // (4 * all_rows * vocab))
     logits = all_rows * min(chunk, context) * vocab * itemsize
-    between = layer_activations(architecture, rows, itemsize).between
+    moments = [beside * max(each) + both]
+    for kind in set(architecture.kinds):
+        matrices = [s for s in architecture.block(kind)[1].values() if s.out is not None]
+        sizes = {"attends": 0, "widens": 0, "narrows": 0}
+        made = {"attends": 0, "widens": 0, "narrows": 0}
+        for s in matrices:
+            assert s.out is not None
+            what = "attends" if "mlp" not in s.axes else "widens" if "mlp" in s.axes[: s.out] else "narrows"
+            sizes[what] += math.prod(s.shape) * stored
+            made[what] += math.prod(s.shape[: s.out])
+        heads = max(math.prod(s.shape[s.out :]) for s in matrices if s.out and "heads" in s.axes[s.out :])
+        wide = rows * itemsize * made["widens"]
+        early = max(math.prod(s.shape) * stored for s in matrices) <= wide
+        attending = sum(sizes.values()) if early else sizes["attends"]
+        standing = 2 * both + rows * itemsize * D
+        moments += [
+            # queries, keys, values, and o's outputs, as wide as x's norm; and what attention makes, as wide as the queries
+            beside * attending + standing + rows * itemsize * (made["attends"] + heads),
+            beside * sizes["widens"] + standing + rows * itemsize * D + wide,
+        ]
     return Need(
         outer=weight_bytes(architecture, plan)["outer"], resident=tiers["device"], streaming=streaming, cache=0,
-        activations=max(moved + 2 * both + between, of_head + logits + both - streaming), host=tiers["host"],
+        activations=max(*moments, of_head + logits + 2 * both - streaming), host=tiers["host"],
         disk=tiers["disk"], trained=adapters,
     )  # fmt: skip
+
+
+def _score_bytes(architecture: Architecture, plan: Plan, task: Task, pairs: int) -> int:
+    """Of scores that are all written: float32, and as probabilities; their gradients, and each layer's where all are kept."""
+    itemsize = jnp.dtype(task.compute or plan.dtype).itemsize
+    heads = max(architecture.attention(kind).num_heads for kind in architecture.kinds)
+    ways = 2 if task.optimizer.order else 1
+    layers = architecture.num_layers if ways == 2 and plan.remat == "none" else 1
+    return (layers + ways - 1) * pairs * heads * (4 + itemsize)
 
 
 def largest_turn(
@@ -263,7 +316,7 @@ def _need_in(
     offload = entering * architecture.num_layers if plan.remat == "offload" else 0
     kept = 0 if offload else architecture.num_layers * entering
     saved = 2 * (M + 1) * entering if M else 0
-    one = layer_activations(architecture, batch * context, dtype)
+    one = layer_activations(architecture, batch * context, dtype, batch * task.tile if 0 < task.tile < context else 0)
     streaming = streamed_bytes(architecture, plan)
     # a gradient to which no other is added stays in the arithmetic's dtype until it is used
     of_head *= dtype if loss_pieces(architecture, task, task.accumulate * batch, context) == 1 else 4
@@ -376,15 +429,25 @@ class OneLayer(NamedTuple):
     narrow: int
 
 
-def layer_activations(architecture: Architecture, rows: int, itemsize: int) -> OneLayer:
-    """Of the widest layer, for so many tokens; attention keeps no scores."""
+def layer_activations(architecture: Architecture, rows: int, itemsize: int, tile: int = 0) -> OneLayer:
+    """Of the widest layer, for so many tokens; attention keeps no scores. tile: tokens whose feed-forward block stands at a
+    time (0: all). Then attention's part is the most: x, its norm, what comes in and goes out of both, queries, keys, values
+    and what attention makes, and the gradient of each."""
     found = []
     for kind in set(architecture.kinds):
         specs = architecture.block(kind)[1]
         dims = {a: n for s in specs.values() for a, n in zip(s.axes, s.shape, strict=True)}
         D, F = dims["embed"], dims["mlp"]
         outs = sum(math.prod(s.shape[: s.out]) for s in specs.values() if s.out is not None)
-        found.append(tuple(rows * itemsize * n for n in (4 * D + outs + 2 * F, outs - D, 3 * D + F, outs + 2 * D)))
+        parts = [rows * itemsize * n for n in (4 * D + outs + 2 * F, outs - D, 3 * D + F, outs + 2 * D)]
+        if tile:
+            attends = [s for s in specs.values() if s.out is not None and "mlp" not in s.axes]
+            made = sum(math.prod(s.shape[: s.out]) for s in attends) - D  # queries, keys, values
+            heads = max(math.prod(s.shape[s.out :]) for s in attends if s.out and "heads" in s.axes[s.out :])
+            block = tile * itemsize * (outs - D - made + 2 * F)
+            parts[0] = max(rows * itemsize * (5 * D + 2 * (made + heads)), rows * itemsize * (4 * D + heads) + block)
+            parts[3] = parts[0]
+        found.append(tuple(parts))
     return OneLayer(*max(found))
 
 

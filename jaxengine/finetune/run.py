@@ -48,7 +48,7 @@ from checkpoints.output import output_file, output_folder
 from checkpoints.peft import Adapter, AdapterConfig, read_adapter, uniform, write_adapter
 from jaxengine import export, placement
 from jaxengine.architecture import Architecture
-from jaxengine.finetune import layered, mezo, sampled
+from jaxengine.finetune import layered, mezo, sampled, tiles
 from jaxengine.finetune import step as whole
 from jaxengine.finetune.data import Batches, Packed
 from jaxengine.finetune.events import EventWriter
@@ -61,7 +61,7 @@ from jaxengine.finetune.trained._lowrank import LowRank
 from jaxengine.finetune.trained.base import targets, trained
 from jaxengine.homes.base import home
 from jaxengine.model import Model
-from jaxengine.plan import Plan
+from jaxengine.plan import Plan, check_attention, check_stay
 from jaxengine.walk import REMAT
 from jaxengine.weights.base import Weight
 from sharding.rules import named_sharding
@@ -91,7 +91,8 @@ class Settings:
     linear rise, or below 1 the part of all steps; b1: None is 0.9, of 'muon' 0.95; b2: None is 0.999, of 'lion' 0.99; eps:
     None is 1e-8, of 'mezo', where it is the size of the noise, 1e-2 and 1e-3. clip: the largest global norm of a gradient
     (0: any; None: 1). compute: dtype of the arithmetic. remat: what is kept of a layer for its way back (walk.REMAT).
-    loss_chunk: tokens of each row whose logits stand at a time (0: as many as fit 256 MB). A step is on batch x accumulate
+    loss_chunk: tokens of each row whose logits stand at a time (0: as many as fit 256 MB); tile: tokens of each row that a
+    layer's feed-forward block takes at a time (0: all). A step is on batch x accumulate
     rows of `context` tokens, `batch` at a time. steps or epochs: how long (one epoch, if neither is said). seed: of A's
     beginning, the packing, the order of rows, draws of layers and MeZO's noise.
     """
@@ -116,6 +117,7 @@ class Settings:
     compute: str = "bfloat16"
     remat: str = "full"
     loss_chunk: int = 0
+    tile: int = 0
     batch: int = 4
     accumulate: int = 1
     context: int = 1024
@@ -127,7 +129,7 @@ class Settings:
         trained(self.train)
         if self.train not in RATES:
             raise ValueError(f"train is {self.train!r}; a run trains {', '.join(RATES)}")
-        for name in ("rank", "batch", "accumulate", "context", "steps", "epochs", "seed", "loss_chunk"):
+        for name in ("rank", "batch", "accumulate", "context", "steps", "epochs", "seed", "loss_chunk", "tile"):
             given, least = getattr(self, name), int(name in ("rank", "batch", "accumulate", "context"))
             if not isinstance(given, int) or isinstance(given, bool) or given < least:
                 raise ValueError(f"{name} is {given!r}; it is a whole number, at least {least}")
@@ -188,6 +190,7 @@ class Settings:
                 )
         if self.train in SAMPLED:
             sampled.check_remat(self.train, self.remat)
+        tiles.check(self.tile, self.remat)
         for name, value in made.items():
             object.__setattr__(self, name, value)
         _ = self.options, self.make_optimizer(self.steps, "" if self.steps else "constant")
@@ -232,7 +235,7 @@ class Settings:
         assert self.clip is not None
         return Task(
             self.train, self.options, self.make_optimizer(0, "constant"), self.compute, self.accumulate, self.clip,
-            self.loss_chunk,
+            self.loss_chunk, self.tile,
         )  # fmt: skip
 
     def to_json(self) -> str:
@@ -279,13 +282,17 @@ def check(settings: Settings, architecture: Architecture, plan: Plan, mesh: jax.
         raise ValueError(
             f"context is {settings.context}, and the model has positions for {most} tokens: at most {most}"
         )
-    for part in plan.parts(architecture):
-        if home(part.home).TIER == "disk" or part.form in ("ahead", "python"):
-            raise ValueError(
-                f"home is {plan.home!r} and form {plan.resolved_form!r}: no run trains through layers that are read from disk or"
-                f" fetched ahead. Say home='host', or home='split' with resident=, and leave form out (the weights"
-                f" of a quantised format take less room: weights='nf4', train='lora')"
-            )
+    forms = {part.form for part in plan.parts(architecture)}
+    if "python" in forms or any(home(part.home).TIER == "disk" for part in plan.parts(architecture)):
+        raise ValueError(
+            f"home is {plan.home!r} and form {plan.resolved_form!r}: no run trains through layers that are read from disk or"
+            f" brought from outside of a program. Say home='host', or home='split' with resident=, and leave form out (the"
+            f" weights of a quantised format take less room: weights='nf4', train='lora')"
+        )
+    if "ahead" in forms and (why := _not_ahead(settings)):
+        raise ValueError(f"form is 'ahead', and {why}: say form='scan', or leave form out")
+    check_stay(architecture, plan)
+    check_attention(architecture, plan, training=True, dtype=settings.compute)
     if jax.process_count() > 1:
         raise ValueError(f"a run is of one process, and there are {jax.process_count()}")
     over = plan.sharding_rules().spec(("batch",))[0]
@@ -298,6 +305,17 @@ def check(settings: Settings, architecture: Architecture, plan: Plan, mesh: jax.
     abstract_trained(architecture, plan, settings.task, placement.abstract(architecture, plan, mesh))
     if settings.train == "dora":
         _check_joined(architecture, settings.targets)
+
+
+def _not_ahead(settings: Settings) -> str:
+    """Why layers could not each be fetched while the one before it is computed: '' where they can."""
+    if settings.train not in ADAPTERS:
+        return f"train={settings.train!r} changes layers in host memory in a loop of its own, a layer at a time"
+    if not settings.backward:
+        return f"optimizer={settings.optimizer!r} changes what stands beside each layer while that is there"
+    if settings.remat == "dots":
+        return "on its way back it keeps of a layer what comes into it alone, and remat is 'dots'"
+    return ""
 
 
 def _check_joined(architecture: Architecture, patterns: tuple[str, ...]) -> None:
@@ -318,7 +336,9 @@ def _check_joined(architecture: Architecture, patterns: tuple[str, ...]) -> None
 
 def said(settings: Settings, architecture: Architecture, plan: Plan) -> dict[str, Any]:
     """What settings.json holds: what decides the losses, in plain numbers and text."""
-    deciding = ("dtype", "weights", "weight_rules", "home", "form", "resident", "stay", "sharding", "rules", "mesh")
+    deciding = (
+        "dtype", "weights", "weight_rules", "home", "form", "resident", "stay", "attention", "sharding", "rules", "mesh",
+    )  # fmt: skip
     config = hashlib.sha256(repr((architecture.family, architecture.config)).encode()).hexdigest()[:16]
     made = {
         **dataclasses.asdict(settings),
@@ -494,7 +514,7 @@ class Run:
         engine = dataclasses.replace(model.engine, dtype=settings.compute, chunk=0)
         self.tuning: Any = Tuning(  # in the place of a Program's Engine
             engine, settings.train, settings.options, settings.make_optimizer(self.steps), settings.remat,
-            settings.task.clip, settings.loss_chunk,
+            settings.task.clip, settings.loss_chunk, settings.tile,
         )  # fmt: skip
         self.out = None if out is None else Path(out).expanduser().resolve()
         self._batches = functools.partial(Batches, rows, each, seed=settings.seed, epochs=settings.epochs or None)

@@ -38,9 +38,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from jaxengine.cache.base import PlainAttend
-from jaxengine.engine import embed, head, layer_body, program
+from jaxengine.engine import embed, head, program
+from jaxengine.finetune import tiles
 from jaxengine.finetune.layered import Place, _each_part, at, forward, put
 from jaxengine.finetune.loss import cross_entropy
+from jaxengine.finetune.mezo import rounded
 from jaxengine.finetune.step import Batch, State, Tuning, head_names
 from jaxengine.finetune.trained._sampled import Turn, entering
 from jaxengine.finetune.trained.base import trained as find_trained
@@ -108,7 +110,7 @@ def step(
     M = jax.tree.leaves(masters["layers"])[0].shape[0] if masters["layers"] else 0
 
     def layer(kind: Hashable, weights: Any, x: Array, attend: PlainAttend) -> Array:
-        return layer_body(engine, attend)(kind, weights, x, ())[0]
+        return tiles.body(engine, attend, tuning.tile)(kind, weights, x, ())[0]
 
     def enter(enters: Any) -> Array:
         outer = frozen | held | enters
@@ -208,6 +210,14 @@ def back(
     return lax.fori_loop(0, bank.repeats, period, (g, saved))
 
 
+def as_stored(w: Array, dtype: Any) -> Array:
+    """The value that a bank of this dtype has of w, but float32, so that its gradient is."""
+    if dtype == jnp.float32:
+        return w
+    # not a cast there and back, which XLA:GPU leaves out (AOT, sm_86 and sm_90)
+    return rounded(w, jnp.float32(1), dtype).astype(jnp.float32)
+
+
 def weight_gradients(
     tuning: Tuning, banks: Sequence[Bank], layer: Layer, attends: Any, masters: Any, saved: Any, chosen: Any
 ) -> Any:
@@ -217,8 +227,7 @@ def weight_gradients(
     kinds = list(dict.fromkeys(arch.kinds))
 
     def of(s: Array) -> Any:
-        # at the values that the banks have, but float32, so that gradients are
-        weights = jax.tree.map(lambda w: w.astype(dtype).astype(jnp.float32), at(masters, s))
+        weights = jax.tree.map(lambda w: as_stored(w, dtype), at(masters, s))
 
         def part(total: Any, row: Any) -> tuple[Any, None]:
             x, g, attend = row

@@ -21,7 +21,8 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from jaxengine.cache.base import PlainAttend
-from jaxengine.engine import Engine, embed, head, layer_body, program
+from jaxengine.engine import Engine, embed, gathers, head, program
+from jaxengine.finetune import tiles
 from jaxengine.finetune.loss import cross_entropy
 from jaxengine.finetune.optimizers.base import Matrix, Optimizer
 from jaxengine.finetune.trained.base import trained as find_trained
@@ -36,7 +37,8 @@ class Tuning:
 
     train: what is trained, a file of trained/, with its options. remat: what is kept of a layer for its way back
     (walk.REMAT). clip: the largest global norm of a gradient (0: any). loss_chunk: tokens of each row whose logits stand at
-    a time (0: as many as fit 256 MB).
+    a time (0: as many as fit 256 MB). tile: tokens of each row that a layer's feed-forward block takes at a time (0: all;
+    tiles.py).
     """
 
     engine: Engine
@@ -46,6 +48,7 @@ class Tuning:
     remat: str = "full"
     clip: float = 1.0
     loss_chunk: int = 0
+    tile: int = 0
 
     def __post_init__(self) -> None:
         find_trained(self.train)
@@ -53,6 +56,7 @@ class Tuning:
             raise ValueError(f"remat is {self.remat!r}; it can be {', '.join(REMAT)}")
         if self.clip < 0:
             raise ValueError(f"clip is {self.clip}; it is the largest norm of a gradient, or 0 for any")
+        tiles.check(self.tile, self.remat)
 
     @property
     def mesh(self) -> Any:
@@ -130,7 +134,9 @@ def loss_sum(tuning: Tuning, params: Any, trained: Any, batch: Batch, *, differe
     attend = PlainAttend(batch.positions, batch.segments)
     x = embed(engine, whole, batch.tokens, attend)
     nothing = lay_out(whole["banks"], lambda kind: ())
-    x, _ = walk(layer_body(engine, attend), x, whole["banks"], nothing, remat=tuning.remat)
+    x, _ = walk(
+        tiles.body(engine, attend, tuning.tile), x, whole["banks"], nothing, remat=tuning.remat, gathers=gathers(engine)
+    )
     outer = whole["outer"]
     read = {n: outer[n] for n in trained["outer"] if n in head_names(outer)}
 

@@ -25,8 +25,9 @@ KEPT = None
 
 
 def fetch(weights: Any) -> Any:
-    """Copy one layer's weights to the device."""
-    return jax.tree.map(lambda a: jax.device_put(a, jax.memory.Space.Device), weights)
+    """Copy one layer's weights to the device; 'fetch' in a profile."""
+    with jax.named_scope("fetch"):
+        return jax.tree.map(lambda a: jax.device_put(a, jax.memory.Space.Device), weights)
 
 
 def stream(bank: Bank) -> Iterator[dict[str, Any]]:

@@ -76,6 +76,11 @@ class Weight(abc.ABC):
     def take(self, ids: Array, dtype: Any) -> Array:
         """Rows of the matrix: dense()[ids] in `dtype`; ids int [...], the result [..., in...]."""
 
+    @property
+    def made_bytes(self) -> int:
+        """Bytes of arrays that each product makes anew on a device beside what is stored, the rows and their result."""
+        return 0
+
     def integers(self) -> Integers | None:
         """The matrix as integers with a scale a row or a group, numpy where the arrays are; None: it is not that."""
         return None

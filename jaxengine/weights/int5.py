@@ -3,10 +3,10 @@
     w ~ s (q - 16)        affine: w ~ s (q - z), z whole
 
 `_grouped.py` says how steps are chosen and what the scale's dtype bounds. Half the step of int4 for a quarter more bytes: what
-GGUF's Q5_K and Q5_1 hold is held here (checkpoints/gguf.py). Bits per weight: 5 + 16 / group_size, 5.25 at the defaults;
-affine, and scales in float32, pay that fraction twice. No kernel of Triton reads two planes: on a GPU XLA decodes a chunk
-at a time, which a stream from host memory hides and matrices that stand on the device pay for; and XLA:CPU makes no vectors
-of the second plane: a row takes some five times as long as with int4.
+GGUF's Q5_1 holds is held here (checkpoints/gguf.py), and codes of its Q5_K lie the same way (kquant.py). Bits per weight:
+5 + 16 / group_size, 5.25 at the defaults; affine, and scales in float32, pay that fraction twice. No kernel of Triton reads
+two planes: on a GPU XLA decodes a chunk at a time, which a stream from host memory hides and matrices that stand on the
+device pay for; and XLA:CPU makes no vectors of the second plane: a row takes some five times as long as with int4.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ The scale belongs to the output, so it is applied after the matmul (pallas_kerne
 codes are up to 127 / max|w| times the result and overflow float16. A quarter of float32's bytes, half of bfloat16's; the
 error of an element is at most s_o / 2. The scale is kept in float32.
 
-group_size: 0 is the above. With 16, 32, 64 or 128 each group of that many inputs has a scale, as in GGUF's Q8_0 and Q6_K
+group_size: 0 is the above. With 16, 32, 64 or 128 each group of that many inputs has a scale, as in GGUF's Q8_0
 (`_grouped.py`): 8 + 32 / group_size bits per weight for errors that follow the group's largest number, not the channel's.
 
 outliers: so many columns, those of the largest numbers, are kept as they are and take no part in any scale (LLM.int8(),

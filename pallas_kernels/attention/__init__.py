@@ -3,9 +3,10 @@
 `reference.py` is the meaning. It writes out all scores, which is right where they are few: a query or two for each kv head
 over any number of slots, where they take less than the keys do, or rows of up to a MiB; on a CPU it is also the faster one
 there. Everything else is served in linear memory: on a CPU by `xla.py`, in blocks; on a GPU by the first that serves of cuDNN,
-our Triton kernel and `xla.py`. A refusal is logged once, with its reason; `implementation` asks for one by name, and then a
-refusal is the caller's error. By name only: `mosaic_gpu.py`, our kernel for Hopper, which has not run on a card yet, and
-`tokamax.py`, the library of that name, where it is installed.
+our Triton kernel and `xla.py`, or in the order that was measured on that card (`dispatch.by_measure`). A refusal is logged
+once, with its reason; `implementation` asks for one by name, and then a refusal is the caller's error. By name, or where a
+table has it, only: `mosaic_gpu.py`, our kernel for Hopper, which has not run on a card yet, and `tokamax.py`, the library of
+that name, where it is installed.
 
 Two cores of a Xeon at 2.5 GHz, jax 0.12, 12 heads of 64, float32, CPU milliseconds, reference against blocks: one query over
 2,048 slots 1.8 and 3.0, 8 such rows 12 and 33; with 4 kv heads 8 queries 1.7 and 1.4, 16 queries 3.6 and 2.9, 64 queries over
@@ -25,7 +26,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import dispatch
 from pallas_kernels.attention import cudnn, reference, xla
 
-__all__ = ["ORDER", "attention"]
+__all__ = ["NAMES", "ORDER", "attention"]
 
 ORDER = ("cudnn", "triton", "xla")  # on a GPU
 FEW = 32  # queries of a kv head, T N / K: their scores take no more than half of the bytes of float32 keys of 64
@@ -47,12 +48,14 @@ def attention(
     k_segments: Int[Array, "B S"] | None = None,
     return_lse: bool = False,
     contiguous: bool = False,
+    training: bool = False,
     implementation: str | None = None,
 ) -> Any:
     """Grouped-query attention [B, T, N, H] in q's dtype, differentiable in q, k, v and sinks; see `reference.attention`.
 
     return_lse: beside it the natural logarithm of the softmax's denominator, [B, T, N] in float32. contiguous: the caller
     knows that both positions are 0, 1, ... and -1 only after them; what it says is not checked, and is what cuDNN needs.
+    training: a gradient will be asked for, so that what was measured forwards and backwards decides the order.
     implementation: by name, 'reference', 'xla', 'cudnn', 'triton', 'mosaic_gpu' or 'tokamax'; None chooses.
 
     Raises ValueError for shapes that do not belong together, and dispatch.Refused where the implementation asked for cannot
@@ -61,8 +64,14 @@ def attention(
     reference.check(q, k, v, q_positions, k_positions, window, softcap, sinks, q_segments, k_segments)
     (_, T, N, _), (K, S) = q.shape, k.shape[1:3]
     few = T == 1 or T * N // K <= FEW or 4 * N * T * S <= SMALL
+    order: tuple[str, ...] = ("reference",)
+    if not few:
+        what = "forward and backward" if training else "forward"
+        order = dispatch.by_measure(
+            "attention", ORDER, IMPLEMENTATIONS, what=what, dtype=q.dtype.name, head_dim=q.shape[3], tokens=T
+        )
     return dispatch.choose(
-        "attention", IMPLEMENTATIONS, ("reference",) if few else ORDER, "reference" if few else "xla", implementation,
+        "attention", IMPLEMENTATIONS, order, "reference" if few else "xla", implementation,
         (q, k, v, q_positions, k_positions, sinks, q_segments, k_segments),
         scale=scale, window=window, softcap=softcap, return_lse=return_lse, contiguous=contiguous,
     )  # fmt: skip
@@ -118,3 +127,4 @@ IMPLEMENTATIONS = {
     "reference": _reference, "xla": _xla, "cudnn": _cudnn, "triton": _triton, "mosaic_gpu": _mosaic_gpu,
     "tokamax": _tokamax,
 }  # fmt: skip
+NAMES = tuple(IMPLEMENTATIONS)

@@ -46,14 +46,27 @@ class Blocks:
     keys: int
 
 
-def blocks(B: int, T: int, S: int, N: int) -> Blocks:
+def blocks(B: int, T: int, S: int, N: int, *, packed: bool = False) -> Blocks:
     """Blocks for what this is traced for: on a CPU about what its caches hold, on a GPU large ones, for each pair of blocks
-    is half a dozen kernels there. Slots do not hang on B: a row is summed in the order in which it is alone.
+    is half a dozen kernels there. Slots hang on none of the sizes: a row is summed in the order in which it is alone. But for
+    packed rows, as in training, which stand in no other batch.
 
-    On two cores (Xeon, 2.5 GHz; 12 heads of 64, float32, 2,048 tokens, CPU time): 162 ms for 256 queries by 256 slots, 190
-    for 128 by 128, 208 for 256 by 512, 216 for 512 by 512. With 8 rows of 512 tokens: 126 for 64, 165 for 256 queries.
+    On two cores of a CPU (x86-64 with AVX-512, jax 0.10.2, heads of 64, float32, CPU milliseconds, the least of rounds).
+    Forwards and backwards, 12 heads, queries by slots:
+
+        rows     64 x 64   128 x 64   128 x 128   128 x 256   256 x 64   256 x 256
+        4 x 256       66         65          70          82         75         102
+        4 x 512      231        227         229         295
+
+    (on jax 0.12 of 4 x 256: 63, 67, -, 74), and forwards, 8 heads, a prompt of 2k by 256 x 256 and 512 x 256: 160 and 150 (jax
+    0.12: 100 and 109), of 8k 1812 and 1600 (1530 and 1496); of 8k by 512 x 512 2186, by 1024 x 256 2157. A block that is
+    wider than it needs to be is computed above the diagonal, of which a short row has much and a long prompt little.
     """
-    most_queries, keys, most_bytes = (256, 256, 6 * 2**20) if gpu() is None else (1024, 1024, 64 * 2**20)
+    if gpu() is not None:
+        most_queries, keys, most_bytes = 1024, 1024, 64 * 2**20
+    else:
+        most_queries, keys = (128, 64) if packed and S <= 512 else (256, 256) if T <= 4096 else (512, 256)
+        most_bytes = 6 * 2**20
     queries = max(16, min(most_queries, most_bytes // (4 * B * N * keys)))  # scores are float32
     return Blocks(min(1 << (queries.bit_length() - 1), T), min(keys, S))
 
@@ -78,7 +91,7 @@ def attention(
     check(q, k, v, q_positions, k_positions, window, softcap, sinks, q_segments, k_segments)
     (B, T, N, _), S = q.shape, k.shape[2]
     if at_once is None:
-        at_once = blocks(B, T, S, N)
+        at_once = blocks(B, T, S, N, packed=k_segments is not None)
     how = _How(float(scale), window, softcap, min(at_once.queries, T), min(at_once.keys, S))
     out, lse = _attend(how, q, k, v, sinks, _Places(q_positions, k_positions, q_segments, k_segments))
     return (out, lse) if return_lse else out

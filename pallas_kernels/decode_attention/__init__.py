@@ -4,7 +4,8 @@ A decode step reads the whole cache for one query, so its time is that of the by
 are, slots that a row cannot see are passed over, pages are followed in place, and no scores are written.
 
 `reference.py` is the meaning, and says how a cache may stand in memory: contiguous or in pages, raw or as codes of 8 or 4
-bits. On a GPU our Triton kernel serves, split over the slots (Flash-Decoding), and what it refuses `xla.py`, block by block.
+bits. On a GPU our Triton kernel serves, split over the slots (Flash-Decoding), and what it refuses `xla.py`, block by block;
+where a card was measured, the faster goes first (`dispatch.by_measure`).
 On a CPU raw contiguous keys and values go to `pallas_kernels.attention`, whose few-query form is the faster there, and the
 rest to `xla.py`. A refusal is logged once, with its reason; `implementation` asks for one by name, and then a refusal is the
 caller's error.
@@ -27,7 +28,7 @@ from pallas_kernels import dispatch
 from pallas_kernels.attention import reference as plain
 from pallas_kernels.decode_attention import reference, xla
 
-__all__ = ["MOST_QUERIES", "ORDER", "decode_attention"]
+__all__ = ["MOST_QUERIES", "NAMES", "ORDER", "decode_attention"]
 
 ORDER = ("triton", "xla")  # on a GPU
 MOST_QUERIES = 16  # of a row: above, `pallas_kernels.attention` is made for it
@@ -66,11 +67,21 @@ def decode_attention(
         q, k, v, q_positions, k_positions, k_scale, v_scale, page_table, lengths, sinks, window, softcap
     )  # fmt: skip
     raw = k_scale is None and page_table is None
+    order = dispatch.by_measure(
+        "decode_attention", ORDER, NAMES, cache=stored(k, k_scale, page_table), dtype=q.dtype.name, head_dim=q.shape[3],
+        slots=k.shape[2] * (1 if page_table is None else page_table.shape[1]),
+    )  # fmt: skip
     return dispatch.choose(
-        "decode_attention", IMPLEMENTATIONS, ORDER, "plain" if raw else "xla", implementation,
+        "decode_attention", IMPLEMENTATIONS, order, "plain" if raw else "xla", implementation,
         (q, k, v, q_positions, k_positions, k_scale, v_scale, page_table, lengths, sinks),
         scale=scale, window=window, softcap=softcap, return_lse=return_lse,
     )  # fmt: skip
+
+
+def stored(k: Array, k_scale: Array | None, page_table: Array | None) -> str:
+    """How a cache stands in memory, as a table of what was measured calls it: 'raw', 'int8, pages of 64'."""
+    kind = reference.kind(k, k_scale)
+    return kind if page_table is None else f"{kind}, pages of {k.shape[2]}"
 
 
 def _plain(
@@ -93,3 +104,4 @@ def _triton(*arguments: Any, **how: Any) -> Any:
 IMPLEMENTATIONS = {
     "reference": reference.decode_attention, "xla": xla.decode_attention, "plain": _plain, "triton": _triton,
 }  # fmt: skip
+NAMES = tuple(n for n in IMPLEMENTATIONS if n != "plain")  # which is the other op, for a CPU

@@ -3,7 +3,8 @@
     y = x W^T        W [N, K] the matrix that codes, scales and zeros stand for (layout.py says how, for each kind)
 
 The matrix is frozen: the gradient is that of x alone, dx = g W, and asked for any other argument's it is zero.
-`reference.py` is the meaning; `xla.py` serves everywhere; `triton.py` reads the codes once for few rows on a GPU.
+`reference.py` is the meaning; `xla.py` serves everywhere; `triton.py` reads the codes once for few rows on a GPU;
+`mosaic_gpu.py` for more on Hopper, and by name only: it has not run on a card yet.
 
 M rows, N outputs, K inputs, G group size.
 """
@@ -41,7 +42,7 @@ def quant_matmul(
     x: bfloat16, float16 or float32; K counts the padding of the last group (x zero there). codes, scale, zero: see the table
     in layout.py; codes of int5 and int3 are a tuple of two arrays. kind: one of layout.KINDS. group_size: the number of inputs
     that share a scale; 0 for one scale per output (int8, fp8), 128 for fp8_block. Sums, scales and zeros are float32.
-    implementation: "reference", "xla" or "triton"; None takes the first that serves.
+    implementation: "reference", "xla", "triton" or "mosaic_gpu"; None takes Triton's where it serves, else XLA's.
 
     Differentiable in x only. Raises ValueError for arguments that disagree, dispatch.Refused where an implementation
     that was asked for by name cannot serve.
@@ -58,7 +59,17 @@ def _triton(*arguments: Any, **how: Any) -> Array:
     return triton.quant_matmul(*arguments, **how)
 
 
-IMPLEMENTATIONS = {"triton": _triton, "xla": xla.quant_matmul, "reference": reference.quant_matmul}
+def _mosaic_gpu(*arguments: Any, **how: Any) -> Array:
+    try:
+        from pallas_kernels.quant_matmul import mosaic_gpu
+    except ImportError as e:
+        raise dispatch.Refused(f"this jax has no Pallas for Mosaic GPU ({e}); 'xla' serves every call") from e
+    return mosaic_gpu.quant_matmul(*arguments, **how)
+
+
+IMPLEMENTATIONS = {
+    "triton": _triton, "xla": xla.quant_matmul, "mosaic_gpu": _mosaic_gpu, "reference": reference.quant_matmul,
+}  # fmt: skip
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))

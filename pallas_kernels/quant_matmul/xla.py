@@ -31,6 +31,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
@@ -70,13 +71,13 @@ def quant_matmul(
         return _reduced(rows, *_matrix(w, kind, group_size))[: len(x)].astype(dtype)
 
     def many(x: Array, *w: Any) -> Array:
-        y = _chunked(x.astype(jnp.float32), *_matrix(w, kind, group_size), CPU_CHUNK, _cpu_form(len(x)))
-        return lax.optimization_barrier(y).astype(dtype)  # or each that uses it adds up the parts anew
+        y = _chunked(x.astype(jnp.float32), *_matrix(w, kind, group_size), CPU_CHUNK, _cpu_form(len(x)), dtype)
+        return lax.optimization_barrier(y)  # or each that uses it adds up the parts anew
 
     def gpu(x: Array, *w: Any) -> Array:
         if kind == "int8" and not group_size:  # which XLA:GPU reads inside the dot
             return (_dot("mk,nk->mn", x, w[0]) * w[1].astype(jnp.float32)[None]).astype(dtype)
-        return _chunked(x, *_matrix(w, kind, group_size), GPU_CHUNK, _joined).astype(dtype)
+        return _chunked(x, *_matrix(w, kind, group_size), GPU_CHUNK, _joined, dtype)
 
     M, K = x.shape
     cpu = few if _few(M, K, _How(kind, group_size)) else many
@@ -154,19 +155,32 @@ def _matrix(w: tuple[Any, ...], kind: str, group_size: int) -> tuple[Any, Array,
     return codes, scale.astype(jnp.float32), zero[0] if zero else None, how
 
 
-def _raw(codes: Any, how: _How, j: int) -> Int[Array, "... r"]:
-    """The j-th vector of each unit as it stands in memory; codes [..., words of a unit]."""
-    if isinstance(codes, tuple):
-        low, high = codes
-        turn, at = divmod(j, how.bits)  # the lower plane has as many vectors in a row as bits
-        low = low[..., at * how.r : (at + 1) * how.r].astype(jnp.int32) >> (how.bits * turn)
-        return (low & (2**how.bits - 1)) | (((high.astype(jnp.int32) >> j) & 1) << how.bits)
+def _vector(codes: Any, how: _How, j: int, zero: Array | None) -> Float[Array, "... r"]:
+    """What the j-th vector of each unit stands for, before its scale; codes [..., words of a unit]."""
     if how.kind in BYTES:
-        return codes[..., j * how.r : (j + 1) * how.r]
-    return (codes.astype(jnp.int32) >> (how.bits * j)) & (2**how.bits - 1)
+        return _number(codes[..., j * how.r : (j + 1) * how.r], how)
+    if how.kind in layout.MIDDLE:
+        return _counted(codes, how, j, zero)
+    return _number((codes.astype(jnp.int32) >> (how.bits * j)) & (2**how.bits - 1), how)
 
 
-def _number(raw: Array, how: _How, zero: Array | None) -> Float[Array, "..."]:
+def _counted(codes: Any, how: _How, j: int, zero: Array | None) -> Float[Array, "... r"]:
+    """q - z, without a shift or a conversion: as the bits from s on of the mantissa of 2^(23-s), a code q adds q to it."""
+    low, *high = codes if isinstance(codes, tuple) else (codes,)
+    turn, at = divmod(j, how.bits) if high else (j, 0)  # the lower plane has as many vectors in a row as bits
+    low = low[..., at * how.r : (at + 1) * how.r] if high else low
+    s = how.bits * turn
+    power = np.float32(2.0 ** (23 - s))
+    word = (low.astype(jnp.uint32) & jnp.uint32((2**how.bits - 1) << s)) | jnp.uint32(power.view(np.uint32))
+    less = jnp.float32(power + (layout.MIDDLE[how.kind] if zero is None else 0))
+    if high:
+        set_ = (high[0].astype(jnp.uint32) & jnp.uint32(1 << j)) != 0
+        less = jnp.where(set_, less - jnp.float32(2**how.bits), less)
+    count = lax.bitcast_convert_type(word, jnp.float32) - less
+    return count if zero is None else count - zero.astype(jnp.float32)
+
+
+def _number(raw: Array, how: _How) -> Float[Array, "..."]:
     """What a code stands for, before its scale."""
     if how.kind == "nf4":
         return _nf4(raw)
@@ -174,13 +188,7 @@ def _number(raw: Array, how: _How, zero: Array | None) -> Float[Array, "..."]:
         # E2M1's bits are those at the top of a float16; its subnormal number too, which a CPU may flush in float32 alone
         half = ((raw & 7) << 9 | (raw & 8) << 12).astype(jnp.uint16)
         return lax.bitcast_convert_type(half, jnp.float16).astype(jnp.float32) * 2**14
-    if how.kind in layout.FLOATS:
-        return _float8(raw, how.e5m2)
-    if how.kind == "int8":
-        return raw.astype(jnp.float32)
-    if zero is None:
-        return (raw - layout.MIDDLE[how.kind]).astype(jnp.float32)
-    return raw.astype(jnp.float32) - zero.astype(jnp.float32)
+    return _float8(raw, how.e5m2) if how.kind in layout.FLOATS else raw.astype(jnp.float32)
 
 
 def _float8(codes: Int[Array, "..."], e5m2: bool) -> Float[Array, "..."]:
@@ -221,7 +229,7 @@ def _reduced(x: Array, codes: Any, scale: Array, zero: Array | None, how: _How) 
     if used:
         y = _sums(x[:, :used], codes, scale, zero, how, P, C)
     if used < K:  # inputs beyond the last whole unit, in kinds of bytes
-        rest = jnp.einsum("mk,nk->mn", x[:, used:], lax.optimization_barrier(_number(codes[:, used:], how, None)))
+        rest = jnp.einsum("mk,nk->mn", x[:, used:], lax.optimization_barrier(_number(codes[:, used:], how)))
         y = y + (rest * scale[None, :, -1] if how.G else rest)
     return y if how.G else y * scale[None]
 
@@ -247,7 +255,7 @@ def _sums(x: Array, codes: Any, scale: Array, zero: Array | None, how: _How, P: 
     z = None if zero is None else zero.reshape(N, P, C, 1)
 
     def terms(m: int, codes: Any, s: Array | None, z: Array | None, x_mp_jr: Array) -> Array:
-        total = _total([_number(_raw(codes, how, j), how, z) * x_mp_jr[m, ..., j, :] for j in range(J)])
+        total = _total([_vector(codes, how, j, z) * x_mp_jr[m, ..., j, :] for j in range(J)])
         return total if s is None else total * s
 
     if M > 1 and C > 1:
@@ -282,7 +290,7 @@ def _apart(codes: Any, scale: Array | None, zero: Array | None, how: _How) -> li
     """The matrix, float32, as one for each of the J vectors: XLA:CPU makes vectors of each, and not of them in one."""
     N = layout.outputs(codes)
     if how.kind in BYTES:
-        w = _number(codes, how, None)
+        w = _number(codes, how)
         if scale is not None and w.shape[1] % how.G == 0:
             w = w.reshape(N, -1, how.G) * scale[:, :, None]
         elif scale is not None:
@@ -291,7 +299,7 @@ def _apart(codes: Any, scale: Array | None, zero: Array | None, how: _How) -> li
     groups = scale.shape[1] if scale is not None else 1
     codes = jax.tree.map(lambda a: a.reshape(N, groups, -1), codes)
     z = None if zero is None else zero[:, :, None]
-    parts = [_number(_raw(codes, how, j), how, z) for j in range(how.J)]
+    parts = [_vector(codes, how, j, z) for j in range(how.J)]
     return [lax.optimization_barrier(w if scale is None else w * scale[:, :, None]).reshape(N, -1) for w in parts]
 
 
@@ -342,9 +350,9 @@ def _at(operands: Any, i: Array) -> Any:
 
 
 def _chunked(
-    x: Array, codes: Any, scale: Array, zero: Array | None, how: _How, limit: int, matrices: Matrices
+    x: Array, codes: Any, scale: Array, zero: Array | None, how: _How, limit: int, matrices: Matrices, dtype: Any
 ) -> Float[Array, "M N"]:
-    """Chunk after chunk of the outputs; the result is float32."""
+    """Chunk after chunk of the outputs, each of which is narrowed to `dtype` in its turn."""
     N = layout.outputs(codes)
     chunks, each = _loop(N, x.shape[1], limit)
 
@@ -355,7 +363,7 @@ def _chunked(
         if x.dtype == jnp.float16 and how.G:
             parts, factor = _within_half(parts, (1,))
         y = _total([_dot("mk,nk->nm", v, w) for v, w in zip(_vectors(x, len(parts), how), parts, strict=True)])
-        return y if factor is None else y * factor
+        return (y if factor is None else y * factor).astype(dtype)
 
     operands = (codes, scale, zero)
     if chunks == 1:

@@ -71,7 +71,8 @@ class Dora(Weight):
     def contract(self, spec: str, x: Array) -> Array:
         y = contract(spec, x, self.base) + product(spec, x, self.a, self.b, self.scale)
         size = self.size()
-        return (y * size.reshape((1,) * (y.ndim - size.ndim) + size.shape)).astype(x.dtype)
+        size = size.reshape((1,) * (y.ndim - size.ndim) + size.shape)
+        return (y.astype(jnp.float32) * size).astype(x.dtype)
 
     def take(self, ids: Array, dtype: Any) -> Array:
         rows = jnp.take(self.b, ids, axis=0).astype(jnp.float32)

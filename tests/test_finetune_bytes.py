@@ -1,0 +1,120 @@
+"""The arithmetic of a step against XLA's own bytes, on more shapes than those it was made on, and on models of real size.
+
+tests/test_tuning_plan.py and tests/test_mezo.py have the rows that the parts for gaps and for copies under way were made on.
+These differ from them in width, depth, key heads, rows, card or what is trained. The parts for tiles, for the form 'ahead' and
+for DoRA were corrected on the rows here. All are held to the 5 % that a plan promises.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Any, cast
+
+import pytest
+from test_planning import LLAMA_3_8B, SMALL
+from test_tuning_plan import BF16, F32
+
+from jaxengine.architecture import architecture
+from jaxengine.finetune import planning as tuning
+from jaxengine.plan import layer_bytes
+from pallas_kernels import aot
+from pallas_kernels.audit import audit
+
+pytestmark = [pytest.mark.aot, pytest.mark.skipif(aot.missing() is not None, reason=str(aot.missing()))]
+
+LONG = {"max_position_embeddings": 2**19}
+THIN = SMALL | LONG | {
+    "hidden_size": 1024, "intermediate_size": 4096, "num_key_value_heads": 16, "num_hidden_layers": 14, "vocab_size": 8192,
+}  # fmt: skip
+WIDE = SMALL | {
+    "hidden_size": 3072, "intermediate_size": 8192, "num_attention_heads": 24, "num_key_value_heads": 8,
+    "num_hidden_layers": 4, "vocab_size": 16000,
+}  # fmt: skip
+LESS = SMALL | {"vocab_size": 8192}
+SHAPES: dict[str, dict[str, Any]] = {
+    "small": LESS, "long": LESS | LONG, "thin": THIN, "wide": WIDE, "8B": LLAMA_3_8B, "8B, long": LLAMA_3_8B | LONG,
+}  # fmt: skip
+HOST = {"home": "host"}
+AHEAD = {"home": "host", "form": "ahead"}
+Row = tuple[str, str, str, dict[str, Any], int, int, dict[str, Any]]
+ROWS: list[Row] = [
+    ("small", "RTX 4090", "lora", AHEAD, 4, 1024, {}),
+    ("small", "RTX 4090", "lora", HOST | {"stay": ("k", "v")}, 4, 1024, {}),
+    ("long", "RTX 4090", "full", HOST | {"remat": "offload"}, 1, 2**14, {"tile": 1024}),
+    ("long", "H200", "lora", HOST, 1, 2**15, {"tile": 2048}),
+    ("thin", "H200", "full", HOST, 2, 2**14, {"tile": 512}),
+    ("small", "RTX 4090", "dora", HOST, 4, 1024, {}),
+    ("small", "H200", "dora", {}, 4, 1024, {}),
+]
+FURTHER: list[Row] = [
+    # the noise of every parameter takes long to compile
+    ("thin", "RTX 3090", "mezo", HOST, 8, 512, {}),
+    ("wide", "RTX 3090", "mezo", HOST, 1, 512, {}),
+    ("8B", "RTX 4090", "lora", AHEAD, 2, 2048, {}),
+    ("8B", "RTX 4090", "lora", HOST, 2, 2048, {}),
+    ("8B, long", "H200", "full", HOST | {"remat": "offload"}, 1, 500_000, {"tile": 8192}),
+]
+
+
+def on_device(
+    name: str, card: str, task: str, plan: dict[str, Any], batch: int, context: int, how: dict[str, Any]
+) -> tuple[int, int]:
+    """(XLA's bytes, those counted) of the device; what else holds of every row is checked on the way."""
+    arch, what = architecture(SHAPES[name]), dataclasses.replace(tuning.task(task), **how)
+    chosen = dataclasses.replace(F32 if task == "full" else BF16, **plan)
+    with aot.target(aot.CARDS[card]) as target:
+        program, static, abstract = tuning.program(
+            arch, chosen, what, cast(Any, target.mesh), batch=batch, context=context
+        )
+        compiled = target.compile(program.on("gpu"), *static, *target.place(abstract))
+    need = tuning.need(arch, chosen, what, batch=batch, context=context)
+    assert aot.host_bytes(compiled) == pytest.approx(need.host, rel=0.05)
+    report = audit(compiled).check()
+    assert {c.dma for c in report.copies} <= {True}
+    assert report.copies or "home" not in plan
+    if what.tile:  # no feed-forward block of all tokens: neither its width nor both halves
+        F = arch.config.intermediate_size
+        assert not re.search(rf"\[(\d+,)*({context}|{batch * context}),({F}|{2 * F})\]", compiled.as_text())
+    return aot.device_bytes(compiled), need.device
+
+
+@pytest.mark.parametrize(("name", "card", "task", "plan", "batch", "context", "how"), ROWS, ids=str)
+def test_more_shapes(
+    name: str, card: str, task: str, plan: dict[str, Any], batch: int, context: int, how: dict[str, Any]
+) -> None:
+    found, counted = on_device(name, card, task, plan, batch, context, how)
+    assert found == pytest.approx(counted, rel=0.05)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize(("name", "card", "task", "plan", "batch", "context", "how"), FURTHER, ids=str)
+def test_models_of_real_size_and_what_compiles_long(
+    name: str, card: str, task: str, plan: dict[str, Any], batch: int, context: int, how: dict[str, Any]
+) -> None:
+    found, counted = on_device(name, card, task, plan, batch, context, how)
+    assert found == pytest.approx(counted, rel=0.05)
+
+
+@pytest.mark.xfail(raises=AssertionError, strict=True, reason="float32 of chunks on the way back is not counted yet")
+def test_codes_beside_adapters() -> None:
+    """Many rows times codes go through XLA in chunks: 1169 MB here, where 563 are counted; 8B at 1x2048 4180 and 3459."""
+    found, counted = on_device("wide", "RTX 4090", "lora", HOST | {"weights": "nf4"}, 2, 1024, {})
+    assert found == pytest.approx(counted, rel=0.05)
+
+
+def test_layers_that_are_brought_together_to_be_trained_go_again() -> None:
+    """Over several cards (fsdp), written out: XLA alone would bring them together long before their turn, and keep them."""
+    plan = dataclasses.replace(BF16, mesh="fsdp=2", sharding="fsdp", form="unrolled")
+
+    def temporaries(layers: int) -> int:
+        arch = architecture(LESS | {"num_hidden_layers": layers, "vocab_size": 512})
+        with aot.target(aot.CARDS["RTX 4090"], fsdp=2) as target:
+            program, static, abstract = tuning.program(
+                arch, plan, tuning.task("lora"), cast(Any, target.mesh), batch=2, context=256
+            )
+            compiled = target.compile(program.on("gpu"), *static, *target.place(abstract))
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    layer = layer_bytes(architecture(LESS), BF16)[0]
+    assert temporaries(8) - temporaries(4) < layer / 2
