@@ -9,9 +9,9 @@ the card that is named there. A program for the CPU may be traced in either case
 of `lax.platform_dependent`, whose other arm is the form for the CPU.
 
 The order in which implementations are tried is an op's own, derived from what is published, until a card was measured: then it
-is that of the card's table, a JSON file of milliseconds that `scripts/bench_attention.py --table` writes. One that the user
-measured goes before one that comes along in `measured/`. A program compiled for a card that is not there takes the derived
-order, so that it is the same on every machine.
+is that of the card's table, a JSON file of milliseconds that `scripts/bench_attention.py --table`, `scripts/bench_quant.py
+--table` and `scripts/gpu_suite.py` write. One that the user measured goes before one that comes along in `measured/`. A
+program compiled for a card that is not there takes the derived order, so that it is the same on every machine.
 """
 
 from __future__ import annotations
@@ -197,7 +197,9 @@ def _read(file: Path, card: str = "") -> list[dict[str, Any]]:
         if not isinstance(rows, list) or not all(map(_is_row, rows)):
             raise ValueError("its rows are not those of a table")
     except (OSError, ValueError, KeyError, TypeError) as e:
-        log.warning("%s is left aside (%s): measure anew with scripts/bench_attention.py --table", file, e)
+        log.warning(
+            "%s is left aside (%s): measure anew with --table of scripts/bench_attention.py and bench_quant.py", file, e
+        )
         return []
     return rows
 

@@ -2,6 +2,8 @@
 
     python scripts/bench_quant.py                          every kind, 4096 x 4096 and 14336 x 4096
     python scripts/bench_quant.py --kind int4 --rows 1     one of them
+    python scripts/bench_quant.py --kind int4 --group-size 32 --affine    of other groups, with zeros
+    python scripts/bench_quant.py --table                  on a GPU: what was fastest serves from now on
     python scripts/bench_quant.py --json FILE              a row of results a line
     python scripts/bench_quant.py --decode                 tokens/s of a whole model, from GGUF files
     python scripts/bench_quant.py --decode --peer PROGRAM  the same files in llama.cpp's llama-bench, in turns
@@ -10,7 +12,11 @@ A few rows are bounded by the bytes of codes and scales: GB/s of those is report
 bandwidth that is measured in the same run. `to float32` and `to bfloat16` are a dense matrix's time over this one's: above 1 the
 codes are faster. Every call takes another matrix than the last, of enough to exceed four times the last-level cache;
 implementations take turns, round by round, and medians are compared. On a GPU every implementation that serves is
-measured, and a program is one pass over all matrices, so that launches from Python do not count.
+measured, and a program is one pass over all matrices, so that launches from Python do not count. One whose results are not
+the reference's is told, and left out.
+
+With --table the times become the card's table, by which pallas_kernels/dispatch.py orders implementations from then on; all
+kinds are measured, and beside them what checkpoints bring (OTHERS: groups of 32, zeros).
 
 --decode: a random Llama of 125 M parameters is written as three GGUF files, F32, Q8_0 and Q4_0, all matrices of one type. Every
 round decodes from each of them once, on each side: batch 1, 63 tokens after a prompt of 128, greedy. The peer is told the
@@ -50,13 +56,34 @@ from jaxengine.command import A_FILE, SETTINGS, reported, start_jax
 from jaxengine.plan import parameter_bytes
 from jaxengine.weights import base
 from pallas_kernels import dispatch
-from pallas_kernels.quant_matmul import layout, quant_matmul
+from pallas_kernels.quant_matmul import case, layout, quant_matmul
 
 GROUPS = {
     "int8": 0, "int5": 64, "int4": 128, "int3": 128, "int2": 64, "nf4": 64, "mxfp4": 32, "fp8": 0, "fp8_block": layout.BLOCK,
 }  # fmt: skip
 CPU_BYTES = 160 << 20  # of matrices, in turn: four times the last-level cache of most
 GPU_BYTES = 4 * (64 << 20)  # four times the largest L2
+TABLE_ROWS = (1, 4, 16, 64, 256, 1024, 4096)
+
+
+class Kind(NamedTuple):
+    """What a matrix is held as. group_size: 0 is one scale an output."""
+
+    kind: str
+    group_size: int
+    affine: bool = False
+
+    @classmethod
+    def usual(cls, kind: str) -> Kind:
+        return cls(kind, GROUPS[kind])
+
+    def __str__(self) -> str:
+        groups = f", groups of {self.group_size}" if self.group_size != GROUPS[self.kind] or self.affine else ""
+        return self.kind + groups + (", zeros" if self.affine else "")
+
+
+# what GPTQ, AWQ and GGUF bring beside the usual groups
+OTHERS = (Kind("int4", 128, True), Kind("int4", 32), Kind("int4", 32, True), Kind("int8", 32))
 
 
 class Row(NamedTuple):
@@ -73,28 +100,32 @@ class Row(NamedTuple):
     to_bfloat16: float
 
 
-def matrices(kind: str, N: int, K: int, count: int) -> list[tuple[Any, jax.Array]]:
-    """Random codes and scales of a kind."""
-    rng, G = np.random.default_rng(0), GROUPS[kind]
+def matrices(kind: Kind, N: int, K: int, count: int) -> list[tuple[Any, ...]]:
+    """Random codes and scales of a kind, and zeros where it has them."""
+    rng, (name, G, affine) = np.random.default_rng(0), kind
 
     def words(per: int) -> jax.Array:
         return jnp.asarray(rng.integers(0, 1 << 16, (N, K // per), np.uint16))
 
     def one() -> tuple[Any, jax.Array]:
         scale = jnp.asarray(rng.uniform(0.5, 1, (N, K // G) if G else (N,)), jnp.float32) / 100
-        if kind == "int8":
+        if name == "int8":
             return jnp.asarray(rng.integers(-127, 128, (N, K), np.int8)), scale
-        if kind in layout.FLOATS:
+        if name in layout.FLOATS:
             codes = rng.integers(0, 127, (N, K), np.uint8) | rng.integers(0, 2, (N, K), np.uint8) << 7  # never a NaN
             codes = lax.bitcast_convert_type(jnp.asarray(codes), jnp.float8_e4m3fn)
-            return codes, scale if kind == "fp8" else scale[: -(-N // G)]
-        if kind == "mxfp4":
+            return codes, scale if name == "fp8" else scale[: -(-N // G)]
+        if name == "mxfp4":
             return words(4), jnp.asarray(rng.integers(118, 122, (N, K // G), np.uint8))
-        if kind in ("int5", "int3"):
-            return (words(4 if kind == "int5" else 8), words(16)), scale.astype(jnp.bfloat16)
-        return words(8 if kind == "int2" else 4), scale if kind == "nf4" else scale.astype(jnp.bfloat16)
+        if name in ("int5", "int3"):
+            return (words(4 if name == "int5" else 8), words(16)), scale.astype(jnp.bfloat16)
+        return words(8 if name == "int2" else 4), scale if name == "nf4" else scale.astype(jnp.bfloat16)
 
-    return [one() for _ in range(count)]
+    def zeros() -> tuple[jax.Array, ...]:
+        made = jnp.asarray(rng.integers(0, 2 ** layout.BITS[name], (N, K // G)) if affine else 0, jnp.float32)
+        return (made.astype(jnp.bfloat16),) if affine else ()
+
+    return [(*one(), *zeros()) for _ in range(count)]
 
 
 def size(tree: Any) -> int:
@@ -123,7 +154,7 @@ def on_gpu() -> bool:
 
 
 class Turns:
-    """One product for each of several matrices; `time` is that of one product."""
+    """One product for each of several matrices; `time` is that of one product, `gave` the first program's last result."""
 
     def __init__(self, product: Callable[[jax.Array, Any], jax.Array], x: jax.Array, all_of_them: list[Any]):
         self.x, self.matrices = x, all_of_them
@@ -137,7 +168,7 @@ class Turns:
 
         self.run = jax.jit(chained)
         self.each = [all_of_them] if on_gpu() else [[w] for w in all_of_them]
-        self.run(x, self.each[0]).block_until_ready()
+        self.gave = self.run(x, self.each[0]).block_until_ready()
 
     def time(self) -> float:
         return statistics.median(seconds(lambda g=g: self.run(self.x, g)) for g in self.each) / len(self.each[0])
@@ -152,24 +183,48 @@ def dense_matrices(dtype: Any, N: int, K: int) -> list[jax.Array]:
     return some(lambda n: [0.01 * jax.random.normal(jax.random.key(i), (N, K), dtype) for i in range(n)])
 
 
-def coded_turns(kind: str, x: jax.Array, weights: list[Any]) -> dict[str, Turns]:
-    """By implementation: on a GPU all that serve this call."""
-    found = {}
-    for implementation in ("triton", "mosaic_gpu", "xla") if on_gpu() else ("xla",):
+def alike(found: jax.Array, meant: jax.Array, K: int) -> bool:
+    """Whether results are the reference's but for rounding: what is fast and wrong is to stand in no table.
+
+    The sum of squared differences, of random numbers: a weight and a result rounded to the result's dtype, each to half an
+    epsilon at most, and float32 sums of K products; twice of all that.
+    """
+    a, b = (np.asarray(y, np.float64) for y in (found, meant))
+    allowed = 2 * float(jnp.finfo(meant.dtype).eps) + 2.0**-24 * K**0.5
+    return bool(np.linalg.norm(a - b) <= allowed * np.linalg.norm(b))
+
+
+def coded_turns(kind: Kind, x: jax.Array, weights: list[tuple[Any, ...]]) -> dict[str, Turns]:
+    """By implementation: on a GPU all that serve this call, and whose results are the reference's."""
+    found: dict[str, Turns] = {}
+
+    def product_by(name: str) -> Callable[[jax.Array, Any], jax.Array]:
         product = functools.partial(
-            quant_matmul, kind=kind, group_size=GROUPS[kind], dtype=x.dtype, implementation=implementation
+            quant_matmul, kind=kind.kind, group_size=kind.group_size, dtype=x.dtype, implementation=name
         )
+        return lambda x, w: product(x, *w)
+
+    def say(name: str, what: object, style: str | None = None) -> None:
+        Console(stderr=True).print(f"{kind}, {len(x)} rows, {name}: {what}", style=style)
+
+    for name in ("triton", "mosaic_gpu", "xla") if on_gpu() else ("xla",):
         try:
-            found[implementation] = Turns(lambda x, w, product=product: product(x, *w), x, weights)
+            found[name] = Turns(product_by(name), x, weights)
         except dispatch.Refused as e:
-            Console(stderr=True).print(f"{kind}, {len(x)} rows, {implementation}: {e}")
+            say(name, e)
+        except (ValueError, RuntimeError, NotImplementedError) as e:  # the compiler's word: the others are measured
+            say(name, str(e).splitlines()[0][:160], "red")
+    for name, turns in list(found.items()):
+        if not alike(turns.gave, jax.jit(product_by("reference"))(x, turns.each[0][-1]), x.shape[1]):
+            say(name, "other numbers than the reference's; left out", "red")
+            del found[name]
     return found
 
 
 def measured(
-    kinds: list[str], shapes: list[tuple[int, int]], rows: list[int], rounds: int, dtype: Any, limit: float
-) -> Iterator[list[Row]]:
-    """For each shape, kind and number of rows: what each implementation takes."""
+    kinds: list[Kind], shapes: list[tuple[int, int]], rows: list[int], rounds: int, dtype: Any, limit: float
+) -> Iterator[tuple[dict[str, Any], list[Row]]]:
+    """For each shape, kind and number of rows: the row of a card's table, and what each implementation takes."""
     for N, K in shapes:
         xs = [jax.random.normal(jax.random.key(1), (M, K), dtype) for M in rows]
         stored = {name: dense_matrices(name, N, K) for name in ("float32", "bfloat16")}
@@ -180,7 +235,15 @@ def measured(
         for kind in kinds:
             weights = some(functools.partial(matrices, kind, N, K))
             for x, beside in zip(xs, dense, strict=True):
-                yield compared(kind, (N, K), x, beside, coded_turns(kind, x, weights), rounds, limit)
+                found = compared(str(kind), (N, K), x, beside, coded_turns(kind, x, weights), rounds, limit)
+                yield table_row(kind, x, weights[0], found), found
+
+
+def table_row(kind: Kind, x: jax.Array, weight: tuple[Any, ...], found: list[Row]) -> dict[str, Any]:
+    """A row of the card's table: what each implementation that served took."""
+    codes, _, *zero = weight
+    told = case(x, codes, zero[0] if zero else None, kind.kind, kind.group_size)
+    return {"op": "quant_matmul", **told, "milliseconds": {r.implementation: r.ms for r in found}}
 
 
 def compared(
@@ -377,7 +440,19 @@ def decoded(shape: dict[str, Any], peer: str | None, rounds: int, file: Path | N
 @click.command(**SETTINGS)
 @click.option("--kind", type=click.Choice(layout.KINDS), multiple=True, show_default="all", help="Kinds of codes.")
 @click.option(
-    "--rows", metavar="M", type=click.IntRange(1), multiple=True, show_default="1, 4, 16, 64, 256; GPU: 4096 too"
+    "--group-size",
+    metavar="G",
+    type=click.IntRange(16),
+    show_default="each kind's own",
+    help="Inputs that share a scale.",
+)
+@click.option("--affine", is_flag=True, help="With a zero for each group.")
+@click.option(
+    "--rows",
+    metavar="M",
+    type=click.IntRange(1),
+    multiple=True,
+    show_default="1, 4, 16, 64, 256; GPU: 4096 too; --table: and 1024",
 )
 @click.option(
     "--shape",
@@ -388,6 +463,7 @@ def decoded(shape: dict[str, Any], peer: str | None, rounds: int, file: Path | N
 )
 @click.option("--rounds", metavar="N", type=click.IntRange(1), default=5, help="Rounds, whose medians are printed.")
 @click.option("--dtype", metavar="DTYPE", show_default="float32; GPU: bfloat16", help="Of the rows.")
+@click.option("--table", is_flag=True, help="On a GPU: keep the times as this card's table, which decides what serves.")
 @click.option("--decode", is_flag=True, help="Tokens/s of a whole model from GGUF files, instead of single products.")
 @click.option(
     "--peer", metavar="PROGRAM", help="With --decode: llama.cpp's llama-bench, by its path or its name on the PATH."
@@ -403,10 +479,13 @@ def decoded(shape: dict[str, Any], peer: str | None, rounds: int, file: Path | N
 @reported()
 def main(
     kind: tuple[str, ...],
+    group_size: int | None,
+    affine: bool,
     rows: tuple[int, ...],
     shape: tuple[str, ...],
     rounds: int,
     dtype: str | None,
+    table: bool,
     decode: bool,
     peer: str | None,
     config: Path | None,
@@ -417,23 +496,37 @@ def main(
     if (peer is not None or config is not None) and not decode:
         raise click.UsageError(f"{'--config' if peer is None else '--peer'} is of a whole model: say --decode too")
     if decode:
-        ours = {"--kind": "kind", "--rows": "rows", "--shape": "shape", "--dtype": "dtype"}
+        ours = {
+            f"--{n.replace('_', '-')}": n for n in ("kind", "group_size", "affine", "rows", "shape", "dtype", "table")
+        }
         context = click.get_current_context()
         if odd := [n for n, p in ours.items() if context.get_parameter_source(p) is ParameterSource.COMMANDLINE]:
             raise click.UsageError(f"{odd[0]} is of single products: leave it out with --decode")
         decoded(SHAPE_125M if config is None else json.loads(config.read_text()), peer, rounds, file)
         return
     shapes = [parsed(s) for s in shape]
-    kinds = list(kind or layout.KINDS)
-    Ms = list(rows or (1, 4, 16, 64, 256) + ((4096,) if on_gpu() else ()))
+    if group_size is not None and (group_size % 16 or any(K % group_size for _, K in shapes)):
+        raise click.BadParameter(
+            f"{group_size} is no multiple of 16 that divides the inputs, {', '.join(str(K) for _, K in shapes)}; 32, 64 and"
+            f" 128 always do",
+            param_hint="--group-size",
+        )
+    if table and not on_gpu():
+        raise click.UsageError("--table is of a GPU, and there is none: on a CPU 'xla' serves every call")
+    kinds = chosen(kind, group_size, affine, OTHERS if table else ())
+    Ms = list(rows or (TABLE_ROWS if table else (1, 4, 16, 64, 256) + ((4096,) if on_gpu() else ())))
     limit = bandwidth()
     device = jax.devices()[0]
     machine = f"{device.device_kind}, {platform.machine()}, jax {jax.__version__}, {limit / 1e9:.1f} GB/s read"
-    table = Table("kind", "shape", "rows", "by", "ms", "GB/s", "of memory", "to float32", "to bfloat16", title=machine)
+    shown = Table("kind", "shape", "rows", "by", "ms", "GB/s", "of memory", "to float32", "to bfloat16", title=machine)
     found: list[Row] = []
+    kept: Path | None = None
     every = measured(kinds, shapes, Ms, rounds, jnp.dtype(dtype or ("bfloat16" if on_gpu() else "float32")), limit)
-    for rows_of_one in track(every, "measuring", len(shapes) * len(Ms) * len(kinds), console=Console(stderr=True)):
+    for row, rows_of_one in track(every, "measuring", len(shapes) * len(Ms) * len(kinds), console=Console(stderr=True)):
         found += rows_of_one
+        kept = (
+            dispatch.write_table(device.device_kind, [row]) if table else None
+        )  # after each: a long run may be stopped
     for r in found:
         N, K = r.shape
         numbers = (
@@ -443,10 +536,29 @@ def main(
             f"{r.to_float32:.2f}",
             f"{r.to_bfloat16:.2f}",
         )
-        table.add_row(r.what, f"{N}x{K}", str(r.rows), r.implementation, *numbers)
-    Console().print(table)
+        shown.add_row(r.what, f"{N}x{K}", str(r.rows), r.implementation, *numbers)
+    Console().print(shown)
+    if kept is not None:
+        print(f"wrote {kept}")
     if file is not None:
         file.write_text("".join(json.dumps({"machine": machine, **r._asdict()}) + "\n" for r in found))
+
+
+def chosen(names: tuple[str, ...], group_size: int | None, affine: bool, others: tuple[Kind, ...]) -> list[Kind]:
+    """The kinds to measure; UsageError for groups or zeros that one of those named cannot have."""
+    kinds = [Kind.usual(n) for n in names or layout.KINDS]
+    if group_size is None and not affine:
+        return [*kinds, *(o for o in others if not names or o.kind in names)]
+    option = "--affine" if group_size is None else "--group-size"
+    if not names:
+        raise click.UsageError(f"{option} is of some kinds only: say which with --kind")
+    for kind in kinds:
+        if affine and kind.kind not in layout.MIDDLE:
+            raise click.UsageError(f"--affine: {kind.kind} has no zeros; {', '.join(layout.MIDDLE)} have")
+        if group_size is not None and kind.kind in layout.FLOATS:
+            free = ", ".join(n for n in GROUPS if n not in layout.FLOATS)
+            raise click.UsageError(f"--group-size: {kind.kind} has no other groups; {free} have")
+    return [Kind(k.kind, k.group_size if group_size is None else group_size, affine) for k in kinds]
 
 
 def parsed(shape: str) -> tuple[int, int]:

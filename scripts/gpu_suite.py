@@ -12,6 +12,9 @@ Times end when the result is there (block_until_ready), after warm-up; a time or
 beside its lowest and highest, and beside the limit that was measured in the same process: pinned copies for what is
 streamed, reads of the card's own memory, and a large matmul.
 
+What it measures of attention and of quant_matmul becomes the card's table, by which pallas_kernels/dispatch.py orders
+implementations from then on, as --table of bench_attention.py and bench_quant.py does with more cases and more time.
+
 B batch, L layers, MiB 2**20 bytes, GB 10**9 bytes.
 """
 
@@ -54,7 +57,7 @@ from jaxengine.loading import from_arrays
 from jaxengine.model import Model
 from jaxengine.plan import Plan, layer_bytes, need
 from jaxengine.walk import lay_out
-from pallas_kernels import aot, cards
+from pallas_kernels import aot, cards, dispatch
 from sharding.mesh import make_mesh
 
 MiB = 2**20
@@ -107,12 +110,19 @@ class Size:
     matmul: int = 8192
     read: int = 2048 * MiB
     slots: int = 64  # turns of the loop with a condition in it
+    table_tokens: tuple[int, ...] = (4096, 16384)  # of prompts
+    table_slots: tuple[int, ...] = (8192, 65536)  # of caches
+    table_heads: tuple[int, ...] = (128, 64)  # sizes of a head
+    table_matrix: tuple[int, int] = (4096, 14336)
+    table_rows: tuple[int, ...] = (1, 16, 64, 256, 1024)
+    tables: bool = True  # whether they are kept: what decides what serves
 
 
 FULL = Size()
 TINY = Size(
     copies=(2**12, 2**14), rounds=2, width=NARROWEST, layers=3, batches=(1,), widest=2, steps=2, memory_layers=3,
     memory_batch=1, memory_length=64, vocabulary=96, narrow=NARROWEST, matmul=32, read=2**16, slots=8,
+    table_tokens=(32,), table_slots=(64,), table_heads=(16,), table_matrix=(128, 256), table_rows=(1,), tables=False,
 )  # fmt: skip
 
 # --- what measurements share ----------------------------------------------------------------------------------------
@@ -770,6 +780,45 @@ def conditional(size: Size, folder: Path) -> Iterator[Row]:
         yield row
 
 
+def kept(size: Size, row: Row) -> Row:
+    """A row of the card's table, which has it from now on."""
+    if not (size.tables and on_gpu()):
+        return row
+    return row | {"table": str(dispatch.write_table(jax.devices()[0].device_kind, [row]))}
+
+
+def attention_table(size: Size, folder: Path) -> Iterator[Row]:
+    """ms of each of our implementations of attention, what is asked most first."""
+    del folder
+    import bench_attention as bench  # here: it is a script, and asks for all that models need
+
+    (wide, *narrow), dtype = size.table_heads, jnp.dtype(jnp.bfloat16)
+    every: list[Iterator[Any]] = []
+    for tokens, slots in zip(size.table_tokens, size.table_slots, strict=True):
+        every.append(bench.prefills([tokens], [wide], dtype))
+        every.append(bench.decodes([slots], [wide], ["raw", "int8", "raw, pages of 16", "int4"], dtype))
+    every.append(bench.prefills(list(size.table_tokens), narrow, dtype))
+    for case in (c for cases in every for c in cases):
+        ours = {n: side for n, side in case.sides.items() if n.startswith(bench.OURS if on_gpu() else "ours")}
+        yield kept(size, bench.measured_row(case, bench.compared(case._replace(sides=ours), size.rounds, None)))
+
+
+def quant_table(size: Size, folder: Path) -> Iterator[Row]:
+    """ms of each implementation of quant_matmul, what is asked most first."""
+    del folder
+    import bench_quant as bench
+
+    usual = {n: bench.Kind.usual(n) for n in ("int4", "int8", "nf4", "fp8", "mxfp4", "fp8_block")}
+    kinds = [usual.pop("int4"), bench.OTHERS[0], *usual.values(), *bench.OTHERS[1:]]
+    cases = bench.measured(
+        kinds, [size.table_matrix], list(size.table_rows), size.rounds, jnp.dtype(jnp.bfloat16), bench.bandwidth()
+    )
+    for row, found in cases:
+        more = {"beside_bfloat16": {r.implementation: r.to_bfloat16 for r in found},
+                "of_memory": {r.implementation: r.fraction for r in found}}  # fmt: skip
+        yield kept(size, row) | more
+
+
 @dataclasses.dataclass(frozen=True)
 class Measurement:
     """A name, what yields its rows, the most seconds it may take, and whether it needs the card."""
@@ -789,6 +838,8 @@ MEASUREMENTS = (
     *(Measurement(f"memory: {name}", functools.partial(memory, name=name), 90) for name in memory_plans(TINY)[1]),
     Measurement("decoding", decoding, 150),
     Measurement("identity", identity, 120),
+    Measurement("tables: attention", attention_table, 90),
+    Measurement("tables: quant_matmul", quant_table, 110),
     Measurement("overlap", overlap, 45),
     Measurement("views", views, 45),
     Measurement("serialised", serialised, 45),

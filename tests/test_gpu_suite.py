@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 import gpu_suite  # noqa: E402  # pyright: ignore[reportMissingImports]
 from gpu_suite import FULL, MEASUREMENTS, TINY, Measurement  # noqa: E402  # pyright: ignore[reportMissingImports]
 
-from pallas_kernels import aot  # noqa: E402
+from pallas_kernels import aot, dispatch  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
     sys.version_info < (3, 12), reason="GPUs are supported from Python 3.12 on, and so is this"
@@ -58,7 +58,8 @@ def check_spreads(rows: list[dict[str, Any]]) -> None:
 def test_what_is_asked_of_a_card_is_measured() -> None:
     assert [m.name for m in MEASUREMENTS] == [
         "machine", "transfers", "slices", "passes", "plans", "memory: host, scan", "memory: host, ahead",
-        "memory: split, scan", "decoding", "identity", "overlap", "views", "serialised", "conditional",
+        "memory: split, scan", "decoding", "identity", "tables: attention", "tables: quant_matmul", "overlap", "views",
+        "serialised", "conditional",
     ]  # fmt: skip
     assert FULL.copies == (8 << 20, 64 << 20, 256 << 20)
     assert FULL.batches == (1, 32, 256)
@@ -151,6 +152,49 @@ def test_memory(tmp_path: Path) -> None:
     rows = rows_of("memory: split, scan", tmp_path)
     assert [r["program"] for r in rows] == ["loading", "decode", "prefill"]
     assert all(r["compiled_here"] > 0 for r in rows[1:])
+
+
+def small_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No GiB is read, and of each kind there are two matrices."""
+    import bench_quant  # pyright: ignore[reportMissingImports]
+
+    monkeypatch.setattr(bench_quant, "bandwidth", lambda: 1e10)
+    monkeypatch.setattr(bench_quant, "CPU_BYTES", 1)
+
+
+def test_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each case once; nothing is kept of tiny sizes, nor of a CPU."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    small_products(monkeypatch)
+    rows = rows_of("tables: attention", tmp_path) + rows_of("tables: quant_matmul", tmp_path)
+    assert [(r["op"], r.get("cache") or r.get("what") or (r["kind"], r["scales"], r["group_size"])) for r in rows] == [
+        ("attention", "forward"),
+        *(("decode_attention", kind) for kind in ("raw", "int8", "raw, pages of 16", "int4")),
+        *(("quant_matmul", of) for of in (
+            ("int4", "of groups", 128), ("int4", "of groups, zeros", 128), ("int8", "of outputs", 256),
+            ("nf4", "of groups", 64), ("fp8", "of outputs", 256), ("mxfp4", "of groups", 32),
+            ("fp8_block", "of groups", 128), ("int4", "of groups", 32), ("int4", "of groups, zeros", 32),
+            ("int8", "of groups", 32),
+        )),
+    ]  # fmt: skip
+    assert all(r["dtype"] == "bfloat16" for r in rows)
+    assert [list(r["milliseconds"]) for r in rows if r["op"] == "quant_matmul"] == [["xla"]] * 10
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_card_measures_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a card that is said to be there: row by row, so that what is cut off costs only the rest."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    card = "NVIDIA H200"
+    monkeypatch.setattr(gpu_suite, "on_gpu", lambda: True)
+    monkeypatch.setattr(gpu_suite.jax, "devices", lambda: [type("Device", (), {"device_kind": card})])
+    row = {"op": "quant_matmul", "kind": "int4", "rows": 1, "milliseconds": {"triton": 1.0, "xla": 2.0}}
+    file = dispatch.table_file(card)
+    assert "table" not in gpu_suite.kept(TINY, row)
+    assert not file.exists()
+    first, second = (gpu_suite.kept(FULL, row | {"rows": M}) for M in (1, 16))
+    assert first["table"] == second["table"] == str(file)
+    assert [r["rows"] for r in json.loads(file.read_text())["rows"]] == [1, 16]
 
 
 def test_overlap(tmp_path: Path) -> None:

@@ -4,7 +4,8 @@
 
 The matrix is frozen: the gradient is that of x alone, dx = g W, and asked for any other argument's it is zero.
 `reference.py` is the meaning; `xla.py` serves everywhere; `triton.py` reads the codes once for few rows on a GPU;
-`mosaic_gpu.py` for more on Hopper, and by name only: it has not run on a card yet.
+`mosaic_gpu.py` for more on Hopper, and by name or where a table has it only: it has not run on a card yet. On a GPU the order
+is ORDER, or where `scripts/bench_quant.py --table` measured the card the fastest first (`dispatch.by_measure`).
 
 M rows, N outputs, K inputs, G group size.
 """
@@ -21,8 +22,9 @@ from jaxtyping import Array, Float
 from pallas_kernels import dispatch
 from pallas_kernels.quant_matmul import layout, reference, xla
 
-__all__ = ["quant_matmul"]
+__all__ = ["NAMES", "ORDER", "case", "quant_matmul"]
 
+ORDER = ("triton", "xla")  # on a GPU
 X_DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -42,7 +44,8 @@ def quant_matmul(
     x: bfloat16, float16 or float32; K counts the padding of the last group (x zero there). codes, scale, zero: see the table
     in layout.py; codes of int5 and int3 are a tuple of two arrays. kind: one of layout.KINDS. group_size: the number of inputs
     that share a scale; 0 for one scale per output (int8, fp8), 128 for fp8_block. Sums, scales and zeros are float32.
-    implementation: "reference", "xla", "triton" or "mosaic_gpu"; None takes Triton's where it serves, else XLA's.
+    implementation: "reference", "xla", "triton" or "mosaic_gpu"; None takes what the card's table has as the fastest that
+    serves, without one Triton's where it serves, else XLA's.
 
     Differentiable in x only. Raises ValueError for arguments that disagree, dispatch.Refused where an implementation
     that was asked for by name cannot serve.
@@ -70,6 +73,18 @@ def _mosaic_gpu(*arguments: Any, **how: Any) -> Array:
 IMPLEMENTATIONS = {
     "triton": _triton, "xla": xla.quant_matmul, "mosaic_gpu": _mosaic_gpu, "reference": reference.quant_matmul,
 }  # fmt: skip
+NAMES = tuple(IMPLEMENTATIONS)
+
+
+def case(x: Any, codes: Any, zero: Any, kind: str, group_size: int) -> dict[str, str | int]:
+    """What a card's table tells calls by. Numbers in the order in which they decide: rows, inputs of a group (all of a row
+    where a scale is an output's), outputs, inputs."""
+    M, K = x.shape
+    scales = "of groups" if group_size else "of outputs"
+    return {
+        "kind": kind, "scales": scales if zero is None else f"{scales}, zeros", "dtype": x.dtype.name, "rows": M,
+        "group_size": group_size or K, "outputs": layout.outputs(codes), "inputs": K,
+    }  # fmt: skip
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
@@ -83,10 +98,13 @@ def _quant_matmul(
     scale: Array,
     zero: Array | None,
 ) -> Array:
+    order = ORDER
+    if min(x.shape) > 0 < layout.outputs(codes):  # what is empty has no ratio to what was measured
+        order = dispatch.by_measure("quant_matmul", ORDER, IMPLEMENTATIONS, **case(x, codes, zero, kind, group_size))
     return dispatch.choose(
         "quant_matmul",
         IMPLEMENTATIONS,
-        ("triton", "xla"),
+        order,
         "xla",
         implementation,
         (x, codes, scale, zero),
