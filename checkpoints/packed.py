@@ -30,12 +30,17 @@ hidden folder beside its place, `.NAME.partial`, where `done` has a line for eac
 says of which store; its name comes last, by a rename. What is left there is continued only by a writer of the same head
 (fingerprint, arrays, places), and after every finished layer was read again and has its checksum. The folder's `lock` is
 held (flock) by whoever writes, so that a second writer waits, and one that was killed holds nothing. A reader holds a
-shared lock on the store itself: `remove_store` leaves what any process has open.
+shared lock on the store itself: `remove_store` leaves what any process has open. To ask whether a lock is held is to hold
+it for a moment: who is refused one tries again for `_MOMENT` before it believes that somebody works there.
+
+A disk without locks has a folder for each writer, and in it `owner`: the process. The next writer of the store removes
+those whose process has ended.
 """
 
 import contextlib
 import errno
 import fcntl
+import glob
 import hashlib
 import itertools
 import json
@@ -86,6 +91,8 @@ _LINE = 64  # bytes: what jax's CPU backend wants of an array it takes as it is
 _BLOCK = 8 << 20  # bytes: what one thread reads at a time, and what one checksum covers
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _TAKEN = (errno.EWOULDBLOCK, errno.EACCES)  # a lock that another process holds; other errors: there are no locks
+_MOMENT, _TRY = 0.2, 0.005  # seconds: longer than a listing holds a lock; between two attempts to get one
+_SILENT = 86400  # seconds in which a process that cannot be asked has written nothing: it is taken to have ended
 _PARTIAL = ".partial"
 
 
@@ -286,7 +293,12 @@ def _claimed(target: Path) -> Iterator[Path]:
         if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL):
             raise
         # some network disks have no locks: nothing that another may be at is gone on with
+        for left in target.parent.glob(f".{glob.escape(target.name)}.*{_PARTIAL}"):
+            if _ended(left):
+                _drop(left)
         folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=_PARTIAL, dir=target.parent))
+        with contextlib.suppress(OSError):  # the disk may be full
+            (folder / "owner").write_text(json.dumps(_process(os.getpid())), encoding="utf-8")
     try:
         yield folder
     finally:
@@ -305,14 +317,14 @@ def _take_lock(folder: Path, target: Path) -> int | None:
         return None
     try:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in _TAKEN:
-                if not any(
-                    (folder / name).exists() for name in ("done", "records")
-                ):  # another's layers are not ours to drop
-                    _drop(folder)
-                raise
+            mine = _locked(lock, fcntl.LOCK_EX)
+        except OSError:
+            if not any(
+                (folder / name).exists() for name in ("done", "records")
+            ):  # another's layers are not ours to drop
+                _drop(folder)
+            raise
+        if not mine:
             who = os.pread(lock, 100, 0).decode(errors="replace").strip() or "another process"
             _log.warning("%s is being written by %s: waiting until it has ended", target, who)
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -334,9 +346,59 @@ def _take_lock(folder: Path, target: Path) -> int | None:
     return lock
 
 
+def _locked(descriptor: int, kind: int) -> bool:
+    """Whether this kind of lock is had; False: somebody holds another for longer than to ask. OSError: there are none."""
+    end = time.monotonic() + _MOMENT
+    while True:
+        try:
+            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in _TAKEN:
+                raise
+        else:
+            return True
+        if time.monotonic() > end:
+            return False
+        time.sleep(_TRY)
+
+
+def _process(pid: int) -> dict[str, Any]:
+    """What tells a process from all others there ever are, on this machine or another; {} where the system does not say, or
+    if it has ended."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
+        # of the fields after the name, which may hold anything: the state, and the 20th is when it began
+        state, *fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+        # a number means nothing in another container
+        where = os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return {}
+    if state in "ZX":
+        return {}
+    return {"pid": pid, "boot": boot, "namespace": where, "began": fields[18], "host": socket.gethostname()}
+
+
+def _ended(folder: Path) -> bool:
+    """Whether the process that writes into a folder without a lock has ended: it is not among this machine's any more, or
+    it is another machine's (or this one's before it was started anew) and has written nothing for a day."""
+    if (folder / "lock").exists():
+        return False
+    try:
+        owner = json.loads((folder / "owner").read_bytes())
+        if (here := _process(os.getpid())) and all(owner[n] == here[n] for n in ("boot", "namespace")):
+            return _process(int(owner["pid"])).get("began") != owner["began"]
+    except (OSError, ValueError, TypeError, KeyError):  # as a kill or a full disk left it
+        pass
+    try:
+        last = max(p.stat().st_mtime for p in (folder, *folder.iterdir()))
+    except OSError:
+        return False
+    return time.time() - last > _SILENT
+
+
 def _drop(folder: Path) -> None:
     """Remove a partial folder: its lock last, since who holds a new one has begun anew."""
-    for name in ("done", "records", "lock"):
+    for name in ("done", "records", "owner", "lock"):
         with contextlib.suppress(OSError):
             (folder / name).unlink()
     with contextlib.suppress(OSError):
@@ -536,7 +598,7 @@ class _Record:
 class StoreFile:
     """A store in a folder, or (not `whole`) what an interrupted writer has left of one, under the name it would have.
 
-    nbytes: of disk; used: a process reads or writes it, or the disk has no locks that would tell; about: as it was
+    nbytes: of disk; used: a process reads or writes it, or the disk has no locks and nothing else tells; about: as it was
     written, '' for a store that says nothing, and for a damaged one, of which `damage` says what is wrong.
     """
 
@@ -571,7 +633,10 @@ def list_stores(folder: str | os.PathLike[str], suffix: str) -> list[StoreFile]:
                 about = str(json.loads((entry / "done").read_bytes().partition(b"\n")[0])["about"])
             with contextlib.suppress(OSError):
                 nbytes = (entry / "records").stat().st_blocks * 512
-            used = not (entry / "lock").exists() or _used(entry / "lock")  # without one on disks that have none
+            lock = entry / "lock"
+            used = (
+                _used(lock, fcntl.LOCK_SH) if lock.exists() else not _ended(entry)
+            )  # without one on disks that have none
             found.append(StoreFile(target, nbytes, False, used, about))
         elif entry.name.endswith(suffix) and entry.is_file():
             about, damage, nbytes, mark = "", "", 0, _mark(entry)
@@ -597,20 +662,21 @@ def remove_store(store: StoreFile) -> bool:
             return mine
     folder = _partial(store.path)
     with _alone(folder / "lock") as mine:
-        if mine and (folder / "lock").exists():
+        if mine and ((folder / "lock").exists() or _ended(folder)):
             _drop(folder)
         return mine and not folder.exists()
 
 
-def _used(path: Path) -> bool:
-    with _alone(path) as mine:
+def _used(path: Path, kind: int = fcntl.LOCK_EX) -> bool:
+    """Whether a process holds a lock on this file that this kind does not go with."""
+    with _alone(path, kind) as mine:
         return not mine
 
 
 @contextlib.contextmanager
-def _alone(path: Path) -> Iterator[bool]:
-    """Whether nobody else holds a lock on this file, nor gets one before the block ends. (Of a file that is not there
-    nobody does.)"""
+def _alone(path: Path, kind: int = fcntl.LOCK_EX) -> Iterator[bool]:
+    """Whether nobody else holds a lock on this file (of a shared kind: none that is not), nor gets one before the block
+    ends. (Of a file that is not there nobody does.)"""
     try:
         held = os.open(path, os.O_RDONLY)
     except FileNotFoundError:
@@ -621,11 +687,10 @@ def _alone(path: Path) -> Iterator[bool]:
         return
     try:
         try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            mine = _locked(held, kind)
         except OSError:
-            yield False
-            return
-        yield True
+            mine = False
+        yield mine
     finally:
         os.close(held)
 
@@ -657,7 +722,7 @@ class _File:
             self._fast = self._cached  # for reads that begin at a page
             if direct:
                 try:
-                    self._fast = self._direct = os.open(path, flags | os.O_DIRECT)
+                    self._fast = self._direct = _again(path, self._cached, flags | os.O_DIRECT)
                 except (OSError, AttributeError) as error:  # AttributeError: a system without O_DIRECT (macOS)
                     self._say_cached(error)
         except BaseException:
@@ -691,6 +756,18 @@ class _File:
         for descriptor in (self._cached, self._direct):
             if descriptor is not None:
                 os.close(descriptor)
+
+
+def _again(path: Path, descriptor: int, flags: int) -> int:
+    """A further descriptor of an open file, which another may have taken the place of; OSError where none can be had."""
+    try:
+        return os.open(f"/proc/self/fd/{descriptor}", flags)
+    except FileNotFoundError:  # a system without it
+        found = os.open(path, flags)
+    if os.path.samestat(os.fstat(found), os.fstat(descriptor)):
+        return found
+    os.close(found)
+    raise OSError("another file has taken its place meanwhile")
 
 
 def _parse(path: Path, descriptor: int) -> tuple[_Layout, list[int]]:

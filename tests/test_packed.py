@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import gc
 import io
 import itertools
@@ -521,6 +522,106 @@ def test_a_wait_can_be_interrupted(tmp_path: Path) -> None:
     assert [p.name for p in (tmp_path / "stores").iterdir()] == ["store"]
 
 
+@pytest.mark.parametrize("kind", [fcntl.LOCK_SH, fcntl.LOCK_EX])
+def test_a_listing_disturbs_nobody(tmp_path: Path, path: Path, kind: int, caplog: pytest.LogCaptureFixture) -> None:
+    """While one holds the locks that it asks with, for longer than it does, a reader reads, a writer writes without
+    a word of waiting, and another listing sees what nobody uses."""
+    assert ended(writer(tmp_path, "kill", 3, place="stores/b.store"))[0] == -signal.SIGKILL
+    lock = tmp_path / "stores/.b.store.partial/lock"
+    (tmp_path / "stores/a.store").write_bytes(path.read_bytes())
+
+    @contextlib.contextmanager
+    def listing(file: Path) -> Iterator[None]:
+        with open(file, "rb") as held:
+            fcntl.flock(held, kind)
+            end = threading.Timer(0.05, fcntl.flock, (held, fcntl.LOCK_UN))
+            end.start()
+            yield
+            end.join()
+
+    with listing(lock), listing(tmp_path / "stores/a.store"):
+        found = list_stores(tmp_path / "stores", ".store")
+    assert [(s.path.name, s.used) for s in found] == [("b.store", False), ("a.store", False)]
+    with listing(path), PackedReader(path) as reader:
+        assert bits(reader.array(1, "q")) == bits(value(1, "q"))
+    caplog.clear()
+    with listing(lock):
+        write_packed(tmp_path / "stores/b.store", 2, [SPEC] * 2, value, fingerprint="x")
+    assert not [r for r in caplog.records if "waiting" in r.getMessage()]
+    with listing(tmp_path / "stores/a.store"):
+        assert remove_store(found[1])
+
+
+def test_a_listing_asks_for_a_partial_store_with_a_lock_that_goes_with_its_own(tmp_path: Path) -> None:
+    assert ended(writer(tmp_path, "kill", 3, place="stores/b.store"))[0] == -signal.SIGKILL
+    with open(tmp_path / "stores/.b.store.partial/lock", "rb") as held:
+        fcntl.flock(held, fcntl.LOCK_SH)  # as a listing that does not come to its end
+        (found,) = list_stores(tmp_path / "stores", ".store")
+        assert not found.used
+        fcntl.flock(held, fcntl.LOCK_EX)
+        (found,) = list_stores(tmp_path / "stores", ".store")
+        assert found.used
+
+
+UNLOCKED = """
+import errno, fcntl
+def none(*given): raise OSError(errno.ENOLCK, "no locks")
+fcntl.flock = none
+"""
+
+
+def test_what_a_killed_writer_leaves_on_a_disk_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is told from what one that lives is at, is removed by hand, and by the next writer of the store."""
+
+    def none(*given: Any) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(packed.fcntl, "flock", none)
+    monkeypatch.setattr(sys.modules[__name__], "WRITER", UNLOCKED + WRITER)
+    dead = writer(tmp_path, "kill", 3, place="stores/a.store")
+    lives = writer(tmp_path, "wait", 3, place="stores/b.store")
+    until_it_waits(tmp_path, lives)
+    assert ended(dead)[0] == -signal.SIGKILL
+    by_name = {s.path.name[0]: s for s in list_stores(tmp_path / "stores", ".store")}
+    assert {n: (s.whole, s.used) for n, s in by_name.items()} == {"a": (False, False), "b": (False, True)}
+    assert not remove_store(by_name["b"])
+    folder = by_name["a"].path
+    assert remove_store(by_name["a"])
+    assert len(list((tmp_path / "stores").iterdir())) == 1
+    for how in ("kill", ""):  # the first leaves a folder, the second takes it away
+        ended(writer(tmp_path, how, 3, place="stores/a.store"))
+    left = sorted(p.name for p in (tmp_path / "stores").iterdir())
+    assert left[1:] == ["a.store"]
+    assert left[0].startswith(".b.store.")
+    (tmp_path / "said/go").touch()
+    assert ended(lives)[0] == 0
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "silent", "gone"),
+    [
+        ({}, 10**6, False),  # this very process
+        ({"began": "1"}, 0, True),  # its number is another process's now
+        ({"boot": "another machine's"}, 0, False), ({"boot": "another machine's"}, 86300, False),
+        ({"boot": "another machine's"}, 86500, True), ({"namespace": "another container's"}, 0, False),
+        ({"pid": "?"}, 0, False), (None, 0, False), (None, 86500, True),
+    ],
+)  # fmt: skip
+def test_whose_process_has_ended(tmp_path: Path, change: dict[str, Any] | None, silent: int, gone: bool) -> None:
+    folder = tmp_path / ".a.store.1234.partial"
+    folder.mkdir()
+    (folder / "records").write_bytes(b"x")
+    if change is not None:
+        (folder / "owner").write_text(json.dumps(packed._process(os.getpid()) | change))
+    for file in (*folder.iterdir(), folder):
+        os.utime(file, (time.time() - silent, time.time() - silent))
+    (found,) = list_stores(tmp_path, ".store")
+    assert found.used is not gone
+    assert remove_store(found) is gone
+    assert folder.exists() is not gone
+
+
 def test_a_file_system_without_locks(tmp_path: Path, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A store is written and read, nothing is gone on with, and nothing is removed: who uses it cannot be known."""
 
@@ -1003,6 +1104,32 @@ def test_file_systems_without_direct_reads(
                 assert right(arrays, i)
     assert [r.getMessage().count("page cache") for r in caplog.records] == [1]
     assert bool(direct) == (at == "read")
+
+
+@pytest.mark.parametrize("proc", [True, False])
+def test_another_file_in_its_place_while_it_is_opened(
+    tmp_path: Path, path: Path, monkeypatch: pytest.MonkeyPatch, proc: bool
+) -> None:
+    """Every byte comes from the file that the index was read from, though its name is another's meanwhile."""
+    write_packed(tmp_path / "new", LAYERS, [SPEC] * LAYERS, lambda i, n: value(i + 1, n), fingerprint="another model")
+    os_open = os.open
+
+    def opened(name: Any, flags: int, *mode: Any, **given: Any) -> int:
+        if flags & os.O_DIRECT:
+            if (tmp_path / "new").exists():
+                (tmp_path / "new").replace(path)
+            if not proc and str(name).startswith("/proc"):
+                raise FileNotFoundError(errno.ENOENT, "none", name)
+        return os_open(name, flags & ~os.O_DIRECT, *mode, **given)
+
+    monkeypatch.setattr(os, "open", opened)
+    with PackedReader(path, verify="never") as reader:
+        assert not (tmp_path / "new").exists()
+        assert reader.fingerprint == "a model"
+        reader.order(range(LAYERS))
+        for i in range(LAYERS):
+            with reader.layer() as arrays:
+                assert right(arrays, i)
 
 
 def test_direct_reads_are_aligned(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
