@@ -153,10 +153,15 @@ CASES = [
     Case("int4", 128, 130, 200, 384, scale="float32"),
     Case("int4", 64, 8, 96, 192, zero=True),  # two tiles a turn, the last one half
     Case("int4", 64, 17, 96, 192, "float16", zero=True, scale="float32"),
-    Case("int4", 32, 3, 72, 160),  # two groups in a product
+    Case("int4", 32, 3, 72, 160),  # two groups in a product, whose columns are rows of one and of the other
+    Case("int4", 32, 1, 130, 320, "float16", zero=True, scale="float16"),  # and scales loaded two at a time
+    Case("int4", 32, 8, 72, 192, zero=True),
+    Case("int4", 32, 2, 72, 192, scale="float32"),
+    Case("int4", 32, 16, 72, 192),  # a product of each group
     Case("int4", 32, 17, 72, 160),  # scales in the weights
     Case("int4", 32, 64, 72, 160, zero=True),
     Case("int4", 16, 3, 72, 80, "float16"),  # four groups in a product
+    Case("int4", 16, 1, 72, 96, zero=True),
     Case("int8", 0, 1, 200, 416),
     Case("int8", 0, 64, 200, 416, "float16", scale="float32"),
     Case("int8", 128, 17, 96, 384, scale="float32"),

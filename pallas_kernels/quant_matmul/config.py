@@ -27,7 +27,8 @@ NARROWEST_DOT = 16  # inputs of one tensor core product
 class Config:
     """block_m, block_n: rows and outputs of a block of threads. columns: of the array of codes, in one tile. unroll: tiles in
     one turn of the loop. splits: of the inputs. fold: scales are multiplied into the weights, not into the products.
-    copies: of the rows, one for each group of a tile with the others' inputs zero. sums: the rows' sums of each group come
+    copies: of the rows, one for each group of a tile with the others' inputs zero. beside: they are rows of one block, and one
+    product has all of a tile's groups. sums: the rows' sums of each group come
     from outside; else tensor core products make them."""
 
     block_m: int
@@ -39,6 +40,7 @@ class Config:
     stages: int
     fold: bool
     copies: int
+    beside: bool
     sums: bool
 
     def shared_memory(self, kind: str) -> int:
@@ -48,7 +50,7 @@ class Config:
         are multiplied into them, and what the compiler aligns."""
         bits, _ = CODES[kind]
         codes = self.block_n * self.columns * (2 if bits == 4 else 1)
-        x = self.block_m * self.columns * (4 * self.copies if bits == 4 else 1) * 2
+        x = self.block_m * self.columns * (4 * (1 if self.beside else self.copies) if bits == 4 else 1) * 2
         unpacked = self.block_n * self.columns * (4 if self.fold else 1) * 2
         loop = self.unroll * ((self.stages - 1) * codes + self.stages * x)
         return max(loop, 4 * (self.block_m + 4) * self.block_n) + unpacked + 1024
@@ -83,10 +85,12 @@ def config(
     narrow = bits == 4 and group_size // 4 < NARROWEST_DOT
     fold = narrow and block_m >= 32 and bfloat16 and not affine
     copies = inputs // group_size if narrow and not fold else 1
+    beside = copies > 1 and M * copies <= 16
+    block_m = 8 << (M * copies > 8) if beside else block_m
     # where registers are short, smaller blocks and no second tile a turn: the compiler is asked to spill nothing
     warps, block_n = (2, 64) if block_m <= 16 else (4, 64 if block_m == 32 or copies > 1 or affine else 128)
     # (and with copies, a second tile takes Triton four times as long to compile, for a tenth fewer instructions)
-    second = copies == 1 and (block_m == 8 or (block_m == 16 and kind != "nf4"))
+    second = (copies == 1 or beside) and (block_m == 8 or (block_m == 16 and kind != "nf4"))
     made = Config(
         block_m=block_m,
         block_n=block_n,
@@ -97,6 +101,7 @@ def config(
         stages=4 if block_m < 64 else 3,
         fold=fold,
         copies=copies,
+        beside=beside,
         sums=kind == "int4" and block_m >= 32 and not fold,
     )
     while made.shared_memory(kind) > gpu.limits.shared_memory_block:

@@ -13,8 +13,10 @@ way. What is done about them:
   plain jnp, which the interpreter takes, the same bits are made one weight at a time. The 128 is taken off by a product
   with a constant, which the tensor cores do for nothing while rows are few; exact, as every number here is.
 - Scales meet the products, in float32, not the weights. Where several groups share one tensor core product (32 inputs a
-  group) each has its product with the others' inputs masked; from 32 rows on in bfloat16 that costs more than it is worth,
-  and weights are rounded to bfloat16 with their scales on.
+  group) rows stand in it once for each group, with the others' inputs zero. The few rows of decode are fewer than the columns
+  of a product anyway: copies are columns of one product, and parts of a row are added at the end. With more rows each group
+  has a product of its own; from 32 rows on in bfloat16 that costs more than it is worth, and weights are rounded to bfloat16
+  with their scales on.
 - NF4's table is looked up by byte permutations, four codes at a time (`prmt`); in plain jnp it is loaded from memory.
 - The inputs are split over blocks of threads where outputs are too few to fill the card; float32 sums of the parts are
   added in a fixed order (arXiv:2402.00025 adds them atomically, and is not deterministic).
@@ -250,6 +252,7 @@ class _Call:
     tiles: Config
     has_zero: bool
     fp8: str | None  # what the codes are, if they are fp8
+    pairs: str | None  # what scales are, if those of two groups are loaded as one number
     converts: bool  # whether the card converts fp8: Triton's own conversion kills the process where it does not
     packed: bool  # inline PTX
     interpret: bool
@@ -288,7 +291,8 @@ def _local(
     made = tiles or _tiles(x, codes, zero is not None, kind, group_size, card)
     call = _Call(
         kind=kind, group_size=group_size, M=M, N=N, K=K, dtype=x.dtype.name, tiles=made, has_zero=zero is not None,
-        fp8=codes.dtype.name if kind in ("fp8", "fp8_block") else None, converts=card.capability >= (8, 9),
+        fp8=codes.dtype.name if kind in ("fp8", "fp8_block") else None, pairs=_pairs(scale, zero, made),
+        converts=card.capability >= (8, 9),
         packed=not interpret if packed is None else packed, interpret=interpret,
     )  # fmt: skip
     BM, BN, S = made.block_m, made.block_n, made.splits
@@ -300,6 +304,13 @@ def _local(
     rows = x
     if call.planes > 1 and call.groups > 1:
         rows = _by_group(x, group_size, 1 if made.fold else call.groups, columns)
+    if made.beside:  # copy h of row m is row m copies + h
+        rows = jnp.pad(rows.reshape(M * made.copies, -1), ((0, BM - M * made.copies), (0, 0)))
+    if call.pairs is not None:
+        groups //= 2
+        scale, zero = (
+            None if a is None else lax.bitcast_convert_type(a.reshape(N, -1, 2), jnp.uint32) for a in (scale, zero)
+        )
     arrays = [rows, codes, scale]
     specs = [
         pl.BlockSpec((BM, max(rows.shape[1], there * call.inputs)), lambda m, n, s: (m, 0)),
@@ -328,13 +339,19 @@ def _local(
         out_shape=jax.ShapeDtypeStruct((S, M, N), jnp.dtype(dtype) if S == 1 else jnp.float32),
         grid=tiled,
         in_specs=specs,
-        out_specs=pl.BlockSpec((None, BM, BN), lambda m, n, s: (s, m, n)),
+        out_specs=pl.BlockSpec((None, BM // (made.copies if made.beside else 1), BN), lambda m, n, s: (s, m, n)),
         num_warps=made.warps,
         num_stages=made.stages,
         name=f"quant_matmul_{kind}",
         interpret=interpret,
     )
     return one[0] if S == 1 else one.sum(0).astype(dtype)
+
+
+def _pairs(scale: Array, zero: Array | None, tiles: Config) -> str | None:
+    """The dtype of scales that are loaded two at a time: a load is a detour over shared memory, and a wait for all threads."""
+    fits = scale.dtype.itemsize == 2 and scale.shape[-1] % 2 == 0 and (zero is None or zero.dtype == scale.dtype)
+    return scale.dtype.name if tiles.beside and fits else None
 
 
 def _by_group(x: Array, group_size: int, copies: int, columns: int) -> Array:
@@ -363,7 +380,7 @@ def _kernel(*refs: Any, call: _Call) -> None:
     first = part * each
     last = jnp.minimum(first + each, call.turns)
     outputs_left, rows_left = call.N - n * BN, call.M - m * BM
-    ragged_N, ragged_M = call.N % BN != 0, call.M % BM != 0
+    ragged_N, ragged_M = call.N % BN != 0, call.M % BM != 0 and not call.tiles.beside
 
     def iota(shape: tuple[int, ...], axis: int) -> Array:
         return lax.broadcasted_iota(jnp.int32, shape, axis)
@@ -382,7 +399,7 @@ def _kernel(*refs: Any, call: _Call) -> None:
     def load_x(tile: Array, j: int, h: int) -> Array:
         """The inputs of plane j, [C, BM]; with several groups in a tile, those of all but group h zero."""
         masks = [iota((BM, C), 0) < rows_left] if ragged_M else []
-        if call.groups > 1 and call.planes > 1:
+        if call.groups > 1 and call.planes > 1:  # (of copies side by side h is 0)
             start = (h * call.planes + j) * (call.turns * U * C) + tile * C
         else:
             start = tile * call.inputs + j * C
@@ -402,10 +419,10 @@ def _kernel(*refs: Any, call: _Call) -> None:
         if call.kind == "fp8_block":
             return (plt.load(scale_ref.at[n * BN // call.group_size, jnp.minimum(tile, scale_ref.shape[1] - 1)]),)
         masks = [iota((BN,), 0) < outputs_left] if ragged_N else []
-        found = []
+        found, each = [], 2 if call.pairs else 1
         for ref in (scale_ref, zero_ref):
-            for h in range(call.groups if ref is not None else 0):
-                g = jnp.minimum(tile * call.groups + h, call.K // call.group_size - 1)
+            for h in range(call.groups // each if ref is not None else 0):
+                g = jnp.minimum(tile * (call.groups // each) + h, call.K // call.group_size // each - 1)
                 found.append(load(ref, (slice(None), g), masks))
         return tuple(found)
 
@@ -419,8 +436,13 @@ def _kernel(*refs: Any, call: _Call) -> None:
 
     def add(acc: Array, tile: Array, raw: tuple[Array, ...]) -> Array:
         ws = _unpacked(load_codes(tile), call, table_ref)
-        scales = [_number(s, call.kind) for s in raw[: call.groups]]
-        zeros = [z.astype(jnp.float32) for z in raw[call.groups :]]
+        if call.pairs is not None:
+            raw = tuple(a for both in raw for a in _apart(both, call.pairs))
+        if call.tiles.beside:
+            raw = tuple(by_column(raw[i : i + call.groups]) for i in range(0, len(raw), call.groups))
+        each = 1 if call.tiles.beside else call.groups
+        scales = [_number(s, call.kind) for s in raw[:each]]
+        zeros = [z.astype(jnp.float32) for z in raw[each:]]
         if not call.groups or call.tiles.fold:
             for j, w in enumerate(_folded(ws, scales, call) if call.groups else ws):
                 acc = acc + dot(w, load_x(tile, j, 0))
@@ -428,43 +450,68 @@ def _kernel(*refs: Any, call: _Call) -> None:
         for h, s in enumerate(scales):
             xs = [load_x(tile, j, h) for j in range(call.planes)]
             d = jnp.zeros((BN, BM), jnp.float32)
-            if call.kind == "int4":
-                d = off_middle(tile * call.groups + h, xs, zeros[h] if zeros else None)
+            if call.kind == "int4" and not zeros:
+                d = off_middle(tile * call.groups + h, xs)
             for w, x in zip(ws, xs, strict=True):
                 d = d + dot(w, x)
-            acc = _fma(d, s[:, None] if s.ndim else s, acc, call.packed)
+            if zeros:
+                z = zeros[h] if zeros[h].ndim == 2 else zeros[h][:, None]
+                z = jnp.float32(-MAGIC[call.dtype][1]) - z
+                d = _fma(z, sums(tile * call.groups + h, xs, 1), d, call.packed)
+            acc = _fma(d, s[:, None] if s.ndim == 1 else s, acc, call.packed)
         return acc
 
-    def off_middle(g: Array, xs: list[Array], zero: Array | None) -> Array:
-        """What the offset of the unpacked numbers adds to each product, taken off: -(offset + zero) sum of x."""
-        offset = MAGIC[call.dtype][1]
-        if sums_ref is not None:
-            masks = [iota((BM,), 0) < rows_left] if ragged_M else []
-            if call.ragged:
-                masks.append(jnp.broadcast_to(g < call.K // call.group_size, (BM,)))
-            e = load(sums_ref, (g, slice(None)), masks)[None, :]
-        else:
-            whole = -(offset + layout.MIDDLE["int4"]) if zero is None else 1
-            ones = jnp.full((BN, C), whole, call.dtype)
-            e = functools.reduce(jnp.add, (dot(ones, x) for x in xs))
-            if zero is None:
-                return e
-        z = jnp.float32(layout.MIDDLE["int4"]) if zero is None else zero[:, None]
-        return jnp.broadcast_to(-(z + jnp.float32(offset)) * e, (BN, BM))
+    def by_column(each: tuple[Array, ...]) -> Array:
+        """A number of each output and group, [BN], as each column of a product wants it, [BN, BM]. A thread has neighbouring
+        columns, so that of two groups nothing is chosen while it runs."""
+        group, found = iota((BN, BM), 1) % call.tiles.copies, jnp.broadcast_to(each[0][:, None], (BN, BM))
+        for h, of_group in enumerate(each[1:], 1):
+            found = jnp.where(group >= h, jnp.broadcast_to(of_group[:, None], (BN, BM)), found)
+        return found
+
+    def off_middle(g: Array, xs: list[Array]) -> Array:
+        """What the offset of the unpacked numbers adds to each product where there are no zeros, taken off."""
+        whole = -(MAGIC[call.dtype][1] + layout.MIDDLE["int4"])
+        if sums_ref is None:
+            return sums(g, xs, whole)
+        return jnp.broadcast_to(jnp.float32(whole) * sums(g, xs, 1), (BN, BM))
+
+    def sums(g: Array, xs: list[Array], times: int) -> Array:
+        """Of the rows in group g, times a number: [BN, BM] by the tensor cores, or [1, BM] as they come from outside."""
+        if sums_ref is None:
+            ones = jnp.full((BN, C), times, call.dtype)
+            return functools.reduce(jnp.add, (dot(ones, x) for x in xs))
+        masks = [iota((BM,), 0) < rows_left] if ragged_M else []
+        if call.ragged:
+            masks.append(jnp.broadcast_to(g < call.K // call.group_size, (BM,)))
+        return load(sums_ref, (g, slice(None)), masks)[None, :]
 
     acc = jnp.zeros((BN, BM), jnp.float32)
     acc, _ = lax.fori_loop(first, last, turn, (acc, [load_scales(first * U + u) for u in range(U)]))
     if not call.groups:
         masks = [iota((BN,), 0) < outputs_left] if ragged_N else []
         acc = acc * load(scale_ref, (slice(None),), masks).astype(jnp.float32)[:, None]
-    out = acc.T.astype(out_ref.dtype)
-    masks = ([iota((BM, BN), 0) < rows_left] if ragged_M else []) + (
-        [iota((BM, BN), 1) < outputs_left] if ragged_N else []
+    out = acc.T
+    if call.tiles.beside:
+        out = out.reshape(BM // call.tiles.copies, call.tiles.copies, BN).sum(1)
+    out = out.astype(out_ref.dtype)
+    masks = ([iota(out.shape, 0) < rows_left] if call.M % len(out) else []) + (
+        [iota(out.shape, 1) < outputs_left] if ragged_N else []
     )
     plt.store(out_ref, out, mask=functools.reduce(jnp.logical_and, masks) if masks else None)
 
 
 # -- numbers out of codes
+
+
+def _apart(both: Array, dtype: str) -> tuple[Array, Array]:
+    """Two 16-bit numbers that were loaded as one of 32 bits, the first in its low half, as float32."""
+    if dtype == "bfloat16":
+        halves = jnp.left_shift(both, jnp.uint32(16)), both & jnp.uint32(0xFFFF0000)
+        return tuple(lax.bitcast_convert_type(h, jnp.float32) for h in halves)  # pyright: ignore[reportReturnType]
+    halves = both & jnp.uint32(0xFFFF), jnp.right_shift(both, jnp.uint32(16))
+    halves = (lax.bitcast_convert_type(h.astype(jnp.uint16), jnp.float16) for h in halves)
+    return tuple(h.astype(jnp.float32) for h in halves)  # pyright: ignore[reportReturnType]
 
 
 def _number(scale: Array, kind: str) -> Array:
@@ -545,8 +592,8 @@ def _asm(text: str, args: list[Array], dtype: Any, pack: int) -> Array:
 
 
 def _fma(a: Array, b: Array, c: Array, packed: bool) -> Array:
-    """a b + c in float32; Triton makes two instructions of it."""
-    b = jnp.broadcast_to(b, a.shape)
+    """a b + c in float32, of c's shape; Triton makes two instructions of it."""
+    a, b = jnp.broadcast_to(a, c.shape), jnp.broadcast_to(b, c.shape)
     if not packed:
         return a * b + c
     result = jax.ShapeDtypeStruct(a.shape, jnp.float32)
