@@ -605,26 +605,33 @@ def _gathered_bytes(architecture: Architecture, plan: Plan) -> tuple[int, int]:
     read and while a step is made.
 
     At the widest of reading a prompt a layer, the next one where they are resident, and of a streamed one the matrix that is
-    used last, the others being gone. In a step two resident ones (walk._gathered), or one that is streamed; and
+    used last, the others being gone. In a step two resident ones (walk._gathered; XLA's scheduler has 1.5 to 2 of them at
+    a time, as it takes a card's links to be), or one that is streamed and the last of its shards, or then the head; and
     beside them a second form of all shards that are resident and cut along a matrix's second dim, the head's too: XLA
-    brings them together along the first, and turns them once, before its loop over steps.
+    brings them together along the first, and turns them once, before its loop over steps. What is streamed is not there
+    beside resident layers, nor beside the head.
     """
     if plan.mesh == "" or on_one(plan, ("embed",), (D := width(architecture),)) == (D,):
         return 0, 0
     # a quantised layer is decoded before it is brought together, as XLA has it
     whole = dataclasses.replace(gathered(plan), weights="dense", weight_rules=())
-    each, prompt, step, turned = layer_bytes(architecture, whole), 0, 0, 0
+    outer = architecture.outer()[1]
+    head = "lm_head" if "lm_head" in outer else "embedding"
+    beside, turned = streamed_bytes(architecture, plan), _turned_bytes(plan, head, outer[head])
+    each, prompt, step = layer_bytes(architecture, whole), 0, shard_bytes(whole, head, outer[head]) - beside
     for part in plan.parts(architecture):
         sizes = each[part.start : part.start + part.num_layers]
         resident = home(part.home).TIER == "device" and not part.stacked
-        step = max(step, min(sum(sizes), (1 + resident) * max(sizes)))
+        shards = layer_bytes(architecture, plan)[part.start : part.start + part.num_layers]
+        # each shard goes when it has been brought together, unless it came in a turn before, or from outside
+        goes = 0 if part.form in ("ahead", "python") else max(shards)
+        one = max(sizes) + _largest_matrix(architecture, plan, part) - goes
+        step = max(step, min(sum(sizes), 2 * max(sizes)) - beside if resident else one)
         prompt = max(prompt, max(sizes) if resident else _largest_matrix(architecture, whole, part))
         for i in range(part.start, part.start + part.num_layers) if resident else ():
             specs = architecture.block(architecture.kinds[i])[1].items()
             turned += sum(_turned_bytes(plan, f"layers.{i}.{n}", s) for n, s in specs)
-    outer = architecture.outer()[1]
-    head = "lm_head" if "lm_head" in outer else "embedding"
-    return prompt, step + turned + _turned_bytes(plan, head, outer[head])
+    return prompt, max(step, 0) + turned
 
 
 def _largest_matrix(architecture: Architecture, plan: Plan, part: Part) -> int:

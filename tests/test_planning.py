@@ -254,6 +254,37 @@ def test_layers_that_are_brought_together(layers: int, card: str, given: dict[st
     assert prefill.report.problems == decode.report.problems == ()
 
 
+EIGHT = LLAMA_3_8B | {"num_hidden_layers": 4}
+OTHER = SMALL | {
+    "hidden_size": 3072, "intermediate_size": 8192, "num_attention_heads": 24, "num_key_value_heads": 8,
+    "num_hidden_layers": 5,
+}  # fmt: skip
+
+
+@pytest.mark.aot
+@pytest.mark.skipif(aot.missing() is not None, reason=str(aot.missing()))
+@pytest.mark.parametrize(
+    ("raw", "card", "mesh", "given"),
+    [
+        (EIGHT, "rtx4090", "fsdp=4", {}),  # the head, whole, is more than two layers
+        (OTHER, "h200", "fsdp=2", {"home": "host"}),  # a streamed layer's shards go one by one
+        (OTHER, "h200", "fsdp=4", {"home": "split", "resident": 2}),
+        (OTHER, "rtx4090", "tensor=4", {"home": "host"}),
+    ],
+    ids=str,
+)
+def test_meshes_that_nothing_was_fitted_to(raw: dict[str, Any], card: str, mesh: str, given: dict[str, Any]) -> None:
+    from jaxengine.plan import need
+    from jaxengine.proof import prove
+
+    arch = architecture(raw)
+    plan = dataclasses.replace(BF16, mesh=mesh, sharding=mesh.partition("=")[0], **given)
+    counted = need(arch, plan, batch=4, context=512)
+    found = prove(arch, plan, find(card), batch=4, length=512)
+    assert max(p.device for p in found) == pytest.approx(counted.device, rel=0.05)
+    assert [p.report.problems for p in found] == [(), ()]
+
+
 def test_speeds_over_several_cards() -> None:
     """A weight that is split is read in parts; one that is gathered is read whole, and so is one that each card has."""
 
