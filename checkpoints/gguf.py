@@ -543,7 +543,9 @@ def _mxfp4(blocks: np.ndarray) -> Block:
 TAKEN: dict[str, tuple[dict[str, Any], Callable[[np.ndarray], Block | KBlock]]] = {
     "Q4_0": ({"kind": "int4", "group": 32, "scale": "float16"}, _q4_0),
     "Q4_1": ({"kind": "int4", "group": 32, "affine": True}, _q4_1),
-    # as bytes, which every kernel reads: it stands in for Q4_K and Q5_K in small models, whose inputs 256 does not divide
+    # as bytes, which every kernel reads: it stands in for Q4_K and Q5_K in small models, whose inputs 256 does not divide.
+    # int5 would hold it in its own 5.5 bits, but is read by XLA alone: a row takes five times as long on a CPU (1.4 ms of int8
+    # and 7.4 of int5, `bench_quant.py --rows 1 --group-size 32 --shape 4096x4096`)
     "Q5_0": ({"kind": "int8", "group": 32, "scale": "float16"}, _q5_0),
     "Q5_1": ({"kind": "int5", "group": 32, "affine": True}, _q5_1),
     "Q8_0": ({"kind": "int8", "group": 32, "scale": "float16"}, _q8_0),

@@ -1,6 +1,6 @@
 """Speed of rows times a quantised matrix, beside the same matrix in float32 or bfloat16, in one run.
 
-    python scripts/bench_quant.py                          every kind, 4096 x 4096 and 14336 x 4096
+    python scripts/bench_quant.py                          every kind, shapes of models of 7B (on a GPU of 70B too)
     python scripts/bench_quant.py --kind int4 --rows 1     one of them
     python scripts/bench_quant.py --kind int4 --group-size 32 --affine    of other groups, with zeros
     python scripts/bench_quant.py --table                  on a GPU: what was fastest serves from now on
@@ -14,6 +14,8 @@ codes are faster. Every call takes another matrix than the last, of enough to ex
 implementations take turns, round by round, and medians are compared. On a GPU every implementation that serves is
 measured, and a program is one pass over all matrices, so that launches from Python do not count. One whose results are not
 the reference's is told, and left out.
+
+Aims of an H200 are multiples of bfloat16's speed at 16 rows or fewer (int4: Marlin's on an A100, github.com/IST-DASLab/marlin).
 
 With --table the times become the card's table, by which pallas_kernels/dispatch.py orders implementations from then on; all
 kinds are measured, and beside them what checkpoints bring (OTHERS: groups of 32, zeros).
@@ -64,6 +66,9 @@ GROUPS = {
 CPU_BYTES = 160 << 20  # of matrices, in turn: four times the last-level cache of most
 GPU_BYTES = 4 * (64 << 20)  # four times the largest L2
 TABLE_ROWS = (1, 4, 16, 64, 256, 1024, 4096)
+CPU_SHAPES, GPU_SHAPES = ("4096x4096", "14336x4096"), ("4096x4096", "4096x14336", "8192x28672")
+AIMS = {"int4": dict(zip(GPU_SHAPES, (1.4, 2.4, 3.0), strict=True)), "int8": dict.fromkeys(GPU_SHAPES, 1.7),
+        "nf4": dict.fromkeys(GPU_SHAPES, 1.6)}  # fmt: skip
 
 
 class Kind(NamedTuple):
@@ -98,6 +103,12 @@ class Row(NamedTuple):
     fraction: float
     to_float32: float
     to_bfloat16: float
+    aim: float | None  # of to_bfloat16
+
+
+def aim(kind: str, shape: tuple[int, int], rows: int) -> float | None:
+    """What a GPU is to reach of bfloat16's speed, where something is asked."""
+    return AIMS.get(kind, {}).get("x".join(map(str, shape))) if on_gpu() and rows <= 16 else None
 
 
 def matrices(kind: Kind, N: int, K: int, count: int) -> list[tuple[Any, ...]]:
@@ -266,7 +277,10 @@ def compared(
     for name, turn in coded.items():
         rate = size(turn.matrices[0]) / median[name]
         ratios = (median["float32"] / median[name], median["bfloat16"] / median[name])
-        found.append(Row(kind, shape, len(x), name, 1e3 * median[name], rate / 1e9, rate / limit, *ratios))
+        row = Row(
+            kind, shape, len(x), name, 1e3 * median[name], rate / 1e9, rate / limit, *ratios, aim(kind, shape, len(x))
+        )
+        found.append(row)
     return found
 
 
@@ -458,7 +472,7 @@ def decoded(shape: dict[str, Any], peer: str | None, rounds: int, file: Path | N
     "--shape",
     metavar="NxK",
     multiple=True,
-    default=("4096x4096", "14336x4096"),
+    show_default=f"{', '.join(CPU_SHAPES)}; GPU: {', '.join(GPU_SHAPES)}",
     help="Outputs and inputs; multiples of 128.",
 )
 @click.option("--rounds", metavar="N", type=click.IntRange(1), default=5, help="Rounds, whose medians are printed.")
@@ -504,7 +518,7 @@ def main(
             raise click.UsageError(f"{odd[0]} is of single products: leave it out with --decode")
         decoded(SHAPE_125M if config is None else json.loads(config.read_text()), peer, rounds, file)
         return
-    shapes = [parsed(s) for s in shape]
+    shapes = [parsed(s) for s in shape or (GPU_SHAPES if on_gpu() else CPU_SHAPES)]
     if group_size is not None and (group_size % 16 or any(K % group_size for _, K in shapes)):
         raise click.BadParameter(
             f"{group_size} is no multiple of 16 that divides the inputs, {', '.join(str(K) for _, K in shapes)}; 32, 64 and"
@@ -519,6 +533,8 @@ def main(
     device = jax.devices()[0]
     machine = f"{device.device_kind}, {platform.machine()}, jax {jax.__version__}, {limit / 1e9:.1f} GB/s read"
     shown = Table("kind", "shape", "rows", "by", "ms", "GB/s", "of memory", "to float32", "to bfloat16", title=machine)
+    if on_gpu():
+        shown.add_column("aim")
     found: list[Row] = []
     kept: Path | None = None
     every = measured(kinds, shapes, Ms, rounds, jnp.dtype(dtype or ("bfloat16" if on_gpu() else "float32")), limit)
@@ -536,6 +552,7 @@ def main(
             f"{r.to_float32:.2f}",
             f"{r.to_bfloat16:.2f}",
         )
+        numbers += (f"{r.aim or ''}",) if on_gpu() else ()
         shown.add_row(r.what, f"{N}x{K}", str(r.rows), r.implementation, *numbers)
     Console().print(shown)
     if kept is not None:

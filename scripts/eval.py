@@ -38,10 +38,11 @@ from jaxengine.plan import parameter_bytes
 
 BATCH = 32
 TEXT = "bits per byte"
-# about from most bytes to fewest; the first is what the others are held against
+# about from most bytes to fewest; the first is what the others are held against. kquant is what GGUF's K types are held as;
+# its codes are chosen here by rounding alone, where llama.cpp searches for steps: a file's are better
 FORMATS = (
-    "dense", "lossless", "int8:outliers=8", "int8", "fp8", "int5", "int4:group_size=32", "int4:affine=true", "mxfp4", "nf4",
-    "int4", "int3", "int2",
+    "dense", "lossless", "int8:outliers=8", "kquant:bits=6", "int8", "fp8", "kquant:bits=5", "int5", "kquant",
+    "int4:group_size=32", "int4:affine=true", "mxfp4", "nf4", "int4", "kquant:bits=3", "int3", "kquant:bits=2", "int2",
 )  # fmt: skip
 # of tasks, by how their names begin
 GROUPS = {"recall": "recall", "copy": "copy", "sums": ("addition", "subtraction"), "chat": "chat"}

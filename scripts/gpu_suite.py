@@ -465,12 +465,15 @@ def passes(size: Size, folder: Path) -> Iterator[Row]:
 
 
 def decoding(size: Size, folder: Path) -> Iterator[Row]:
-    """tokens/s of the engine's own decode, beside the limit; layers of Llama 3 8B, a cache of a few hundred tokens."""
+    """tokens/s of the engine's own decode, beside the limit; layers of Llama 3 8B, a cache of a few hundred tokens. What int4
+    gains where layers are streamed stands in its rows."""
     del folder
     limits = Limits.measured(size)
     yield {"limits": limits.row()}
-    raw = shape_8b(size, size.layers, 2048)
-    for name, plan in places(max(1, size.layers // 4)).items():
+    raw, streamed = shape_8b(size, size.layers, 2048), "host, scan"
+    rates: dict[int, float] = {}
+    made = places(max(1, size.layers // 4))
+    for name, plan in (made | {f"{streamed}, int4": dataclasses.replace(made[streamed], weights="int4")}).items():
         model = random_model(raw, plan)
         for batch in size.batches:
             steps, values, _, stop_ids = greedy(batch)
@@ -485,7 +488,10 @@ def decoding(size: Size, folder: Path) -> Iterator[Row]:
 
             times = seconds(run, size.rounds)
             row = limits.of_pass(model, batch, [s / size.steps for s in times])
-            yield {"form": name, "steps_a_call": size.steps, **row}
+            if name == streamed:
+                rates[batch] = row["tokens_per_s"]
+            beside = {"over_bfloat16": row["tokens_per_s"] / rates[batch]} if "int4" in name else {}
+            yield {"form": name, "steps_a_call": size.steps, **row, **beside}
         del model
 
 

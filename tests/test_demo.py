@@ -21,6 +21,8 @@ from tokenizers import Tokenizer
 
 import jaxengine
 from checkpoints.safetensors import Reader
+from jaxengine import technique
+from jaxengine.formats import WEIGHTS
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 tasks = importlib.import_module("demo_tasks")
@@ -242,6 +244,10 @@ def test_a_table_holds_formats_against_the_first(tokenizer, monkeypatch, tmp_pat
     assert int8[1:5] == [f"{8 + 32 * 1280 / 196608:.2f}", "1.33", f"{549 / 410 + 0.1:.4f}", "+0.1000 ± 0.0000"]
     named = [len(task) / 20 for task in tasks.TASKS if task.startswith("copy")]
     assert int8[head.index("copy")] == f"{sum(named) / len(named):.3f}"
+
+
+def test_the_table_has_every_format():
+    assert {text.partition(":")[0] for text in evaluation.FORMATS} == set(technique.names(WEIGHTS))
 
 
 @pytest.mark.parametrize("words", [("--of", "int8"), ("--table", "--weights", "int8"), ("--table", "--of", "int9")])

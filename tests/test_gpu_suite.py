@@ -135,8 +135,13 @@ def test_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_suite, "places", lambda resident: {"host, scan": places(resident)["host, scan"]})
     limits, *rows = rows_of("decoding", tmp_path)
     assert set(limits["limits"]) == {"link_GBps", "memory_GBps", "matmul_TFLOPs"}
-    assert [(r["form"], r["batch"]) for r in rows] == [("host, scan", b) for b in TINY.batches]
+    forms = [("host, scan", b) for b in TINY.batches] + [("host, scan, int4", b) for b in TINY.batches]
+    assert [(r["form"], r["batch"]) for r in rows] == forms
     check_spreads(rows)
+    plain, coded = rows[0], rows[len(TINY.batches)]
+    assert coded["over_bfloat16"] == pytest.approx(coded["tokens_per_s"] / plain["tokens_per_s"])
+    # 4 bits and a bfloat16 scale a group, whose least is of 32 inputs here; vectors stay as they are
+    assert coded["streamed_bytes"] < 0.5 * plain["streamed_bytes"]
 
 
 def test_identity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -213,6 +213,18 @@ def test_what_gives_other_numbers_is_left_out(bench: Any, monkeypatch: pytest.Mo
     assert "triton: other numbers than the reference's; left out" in " ".join(told.output.split())
 
 
+def test_aims_are_of_a_gpu_and_few_rows(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert bench.aim("int4", (4096, 14336), 1) is None
+    monkeypatch.setattr(bench, "on_gpu", lambda: True)
+    assert [bench.aim("int4", bench.parsed(s), 16) for s in bench.GPU_SHAPES] == [1.4, 2.4, 3.0]
+    assert (
+        bench.aim("int4", (4096, 14336), 17)
+        is bench.aim("int4", (128, 256), 1)
+        is bench.aim("fp8", (4096, 4096), 1)
+        is None
+    )
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_rounding_is_no_other_number(bench: Any, dtype: str) -> None:
     """A weight rounded to bfloat16 with its scale on is; scales that are two in a hundred off, or one that is lost, are not."""

@@ -6,7 +6,8 @@
 GGUF's Q5_1 holds is held here (checkpoints/gguf.py), and codes of its Q5_K lie the same way (kquant.py). Bits per weight:
 5 + 16 / group_size, 5.25 at the defaults; affine, and scales in float32, pay that fraction twice. No kernel of Triton reads
 two planes: on a GPU XLA decodes a chunk at a time, which a stream from host memory hides and matrices that stand on the
-device pay for; and XLA:CPU makes no vectors of the second plane: a row takes some five times as long as with int4.
+device pay for. On a CPU a row takes some three times as long as with int4 (`python scripts/bench_quant.py --rows 1 --group-size
+64 --kind int5 --kind int4 --shape 4096x4096`, jax 0.12.0.1, 2 cores: 3.5 ms and 1.1, float32 2.3).
 """
 
 from __future__ import annotations
