@@ -474,11 +474,15 @@ def plan(
     proofs, why = (), aot.missing()
     if outcome.chosen is not None and proved and why is None:
         from jaxengine.proof import prove
+        from pallas_kernels.attention.cudnn import NotHere
 
-        proofs = prove(
-            outcome.architecture, outcome.chosen.plan, outcome.card, batch=batch, length=outcome.context,
-            memory=outcome.memory, task=outcome.task,
-        )  # fmt: skip
+        try:
+            proofs = prove(
+                outcome.architecture, outcome.chosen.plan, outcome.card, batch=batch, length=outcome.context,
+                memory=outcome.memory, task=outcome.task,
+            )  # fmt: skip
+        except NotHere as e:
+            why = f"for attention 'cudnn' jax asks this machine's cuDNN and GPU: {e}"
     if as_json:
         found = outcome.to_dict()
         found["compiled"] = [

@@ -25,7 +25,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxengine import sampling
 from jaxengine.architecture import Architecture, merge
-from jaxengine.cache.base import CachedAttend, Caching, PlainAttend, empty
+from jaxengine.cache.base import CachedAttend, Caching, PlainAttend, empty, split_alike
 from jaxengine.homes.base import Bank, home
 from jaxengine.nn import Attention
 from jaxengine.walk import Body, lay_out, walk
@@ -208,17 +208,10 @@ def _layer(engine: Engine, chunk: int, attend: Any, kind: Any, weights: Any, x: 
     def on_mesh(x: Array, *axes: str) -> Array:
         return constrain(x, engine.rules, engine.mesh, ("batch", "sequence", *axes))
 
-    def split(x: Array, heads: str) -> tuple[Any, ...]:
-        axes = ("batch", "sequence", heads, "act_head_dim")
-        spec = named_sharding(engine.rules, engine.mesh, axes, shape=x.shape).spec
-        return (*spec, None, None)
-
     def placed_attend(attend: Any, attention: Attention, q: Array, k: Array, v: Array, kv: Any) -> tuple[Array, Any]:
         q = on_mesh(q, "act_heads", "act_head_dim")
         k, v = (on_mesh(a, "act_kv_heads", "act_head_dim") for a in (k, v))
-        # cuDNN takes no other, and says so when the program is compiled, too late for another to serve
-        of_q = split(q, "act_heads")
-        alike = engine.mesh.size == 1 or (of_q == split(k, "act_kv_heads") and of_q[1] is None)
+        alike = split_alike(engine.rules, engine.mesh, q.shape, k.shape)
         out, kv = attend(attention, q, k, v, kv, by=engine.attention, alike=alike)
         return on_mesh(out, "act_heads", "act_head_dim"), kv
 

@@ -24,12 +24,14 @@ from jax.sharding import AbstractMesh
 
 from jaxengine import formats
 from jaxengine.architecture import Architecture, Spec, segments
-from jaxengine.cache.base import ATTENTION, CachedAttend, Caching, PlainAttend, empty
+from jaxengine.cache.base import ATTENTION, CachedAttend, Caching, PlainAttend, empty, split_alike
 from jaxengine.engine import bucket
 from jaxengine.homes.base import LISTED, Part, home
 from jaxengine.nn import Attention
 from jaxengine.walk import REMAT
 from jaxengine.weights.base import Weight
+from pallas_kernels.attention.cudnn import NotHere
+from pallas_kernels.attention.reference import CountsTokens
 from pallas_kernels.dispatch import Refused
 from sharding.mesh import abstract_mesh
 from sharding.rules import RULES, Rules, check, named_sharding
@@ -279,28 +281,46 @@ def check_stay(architecture: Architecture, plan: Plan) -> None:
 
 
 def check_attention(architecture: Architecture, plan: Plan, *, training: bool = False, dtype: str = "") -> None:
-    """Refuse an implementation of attention that cannot serve this model on this device: for reading prompts and decoding
-    as the plan does both, or for training on packed rows. dtype: of the arithmetic ('': the plan's).
+    """Refuse an implementation of attention that cannot serve this model on this device, or over this mesh: for reading
+    prompts and decoding as the plan does both, or for training on packed rows. dtype: of the arithmetic ('': the plan's).
 
-    Each kind of layer's attention is traced on abstract arrays; nothing is allocated or compiled. Raises dispatch.Refused, a
+    Each kind of layer's attention is traced on abstract arrays; nothing is allocated or compiled. What only this machine
+    lacks, where the plan is for another's card, is no reason to refuse: `planning.traps` says it. Raises dispatch.Refused, a
     ValueError, with what the implementation itself says.
     """
     if plan.attention == "auto":
         return
-    T, kind = plan.chunk or CHUNK, jnp.dtype(dtype or plan.dtype)
+    T, kind, mesh = plan.chunk or CHUNK, jnp.dtype(dtype or plan.dtype), mesh_of(plan)
     length = 2 * T
 
     def attended(what: str, a: Attention, attend: Any, at: Any, cached: bool) -> None:
         """at: positions, and segments or the cache's lengths."""
 
         def call(q: Any, k: Any, v: Any, at: Any, kv: Any) -> Any:
-            return attend(*at)(a, q, k, v, kv, by=plan.attention)[0]
+            return attend(*at)(a, q, k, v, kv, by=plan.attention, alike=alike)[0]
 
         B, T = at[0].shape
         q, k = (jax.ShapeDtypeStruct((B, T, n, a.head_dim), kind) for n in (a.num_heads, a.num_kv_heads))
         kv = jax.eval_shape(lambda: empty(plan.caching, a, B, length, kind)) if cached else ()
+        alike = mesh is None or split_alike(plan.sharding_rules(), mesh, q.shape, k.shape)
         try:
             jax.eval_shape(call, q, k, k, at, kv)
+        except CountsTokens as e:
+            if training:
+                why = "a packed row holds several texts, each of which begins anew"
+            elif plan.chunk:
+                why = "a piece sees the tokens of those before it too (chunk=0 reads prompts whole)"
+            else:
+                why = (
+                    f"over the mesh {plan.mesh!r} {a.num_heads} query heads and {a.num_kv_heads} kv heads are not split alike"
+                    f" with all their tokens, which it needs (a mesh that divides {a.num_kv_heads} kv heads does)"
+                )
+            raise Refused(
+                f"attention is {plan.attention!r}, for {what}: its mask counts tokens and does not look at positions, and"
+                f" {why}: take attention 'triton' or 'xla', or 'auto' for the fastest that serves"
+            ) from e
+        except NotHere:  # of a plan for a card that is not here
+            return
         except Refused as e:
             raise Refused(f"attention is {plan.attention!r}, for {what}: {e}") from e
 

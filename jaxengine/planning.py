@@ -249,6 +249,11 @@ def traps(architecture: Architecture, candidate: Candidate, card: Card) -> list[
     ]
     if devices(candidate.plan) > 1:
         said.append("what goes from card to card within a step is not in these speeds")
+    if candidate.plan.attention == "cudnn":
+        said.append(
+            "attention 'cudnn' needs the cuDNN library where this runs ('jax[cuda13]' brings it); whether it is there was not"
+            " looked at, and without it loading the model is refused"
+        )
     if tiers["host"] > machine.pool_limit_bytes({}):
         said.append(
             f"{show_bytes(tiers['host'])} of pinned host memory: XLA's pool stops at 64 GiB unless"

@@ -22,8 +22,9 @@ grew during a call, its arguments and what is compiled apart; on a GPU temporari
 A GPU's decode goes over several caches in one program, of enough to exceed four times the largest L2.
 
 The prompt of a model: prefill as `Model.generate` calls it, in float32 with dense weights, one row, random weights and ids; how
-far the process grew, beside the temporaries of the compiled program and what the plan counts for cache and activations. All
-scores of a layer would be 12 heads x T x T x 4 bytes: 52 GB at 32,768 tokens.
+far the process grew, beside the most that it may (temporaries and results of the compiled program, and what glibc may keep of
+freed blocks) and what the plan counts for cache and activations. All scores of a layer would be 12 heads x T x T x 4 bytes: 52 GB
+at 32,768 tokens.
 
 B sequences, T tokens, S slots, N query heads, K kv heads, H head dim.
 """
@@ -83,6 +84,7 @@ class Row(NamedTuple):
     peak: int | None
 
 
+KEPT = 32 * 2**20  # bytes: glibc's DEFAULT_MMAP_THRESHOLD_MAX. Larger blocks go back to the system when they are freed
 OURS = "ours, "  # and an implementation's name: a side of a case
 
 
@@ -334,9 +336,9 @@ def measured_row(case: Case, rows: list[Row]) -> dict[str, Any]:
     return case.key | {"milliseconds": {r.by.removeprefix(OURS): r.ms for r in rows if r.by.startswith(OURS)}}
 
 
-def model_prompt(T: int) -> dict[str, Any]:
+def model_prompt(T: int, shape: dict[str, Any] = SHAPE_125M) -> dict[str, Any]:
     """One prompt of T tokens through the model: seconds, and bytes as they are measured, compiled and counted."""
-    config = SHAPE_125M | {"max_position_embeddings": T}
+    config = shape | {"max_position_embeddings": T}
     arch, plan = architecture(config), Plan(dtype="float32")
     model = from_arrays(arch, plan, initialise(arch, 0), config)
     ours = Ours(model, 1, T, 1)
@@ -351,12 +353,13 @@ def model_prompt(T: int) -> dict[str, Any]:
         jax.block_until_ready(program(*given))
         took.append(clock() - start)
 
-    peak, counted = grown(run), need(arch, plan, batch=1, context=T)
+    peak, counted, memory = grown(run), need(arch, plan, batch=1, context=T), program.memory_analysis()
     return {
         "what": "prompt of a model", "tokens": T, "seconds": took[0], "grew": peak,
-        "temporaries": program.memory_analysis().temp_size_in_bytes,
+        "may_grow": memory.temp_size_in_bytes + memory.output_size_in_bytes + KEPT,
+        "temporaries": memory.temp_size_in_bytes, "results": memory.output_size_in_bytes,
         "counted_activations": counted.activations, "counted_cache": counted.cache,
-        "scores_of_a_layer": 4 * SHAPE_125M["num_attention_heads"] * T * T,
+        "scores_of_a_layer": 4 * shape["num_attention_heads"] * T * T,
     }  # fmt: skip
 
 

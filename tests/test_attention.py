@@ -596,7 +596,7 @@ def widest(text: str) -> int:
     return max(int(np.prod([int(d) for d in s.split(",")])) for s in shapes)
 
 
-# Forwards the result by blocks, and the queries by blocks where they are not turned in place. Backwards q, do and, in float32,
+# Forwards the queries by blocks, which the results take the place of. Backwards q, do and, in float32,
 # dq by blocks, and the forward's result. The rest is what a pair of blocks needs.
 @pytest.mark.parametrize("gradient", [False, True])
 def test_memory_is_linear(gradient: bool) -> None:
@@ -605,7 +605,7 @@ def test_memory_is_linear(gradient: bool) -> None:
     forward = jax.jit(functools.partial(attention, scale=0.125))
     compiled = (with_gradient() if gradient else forward).lower(*abstract(T, T)).compile()
     queries = T * 4 * 64 * 4
-    assert compiled.memory_analysis().temp_size_in_bytes < (4 if gradient else 2) * queries + 2**22
+    assert compiled.memory_analysis().temp_size_in_bytes < (4 if gradient else 1) * queries + 2**22
     text = compiled.as_text()
     assert not re.search(rf"\[[\d,]*{T},{T}[\d,]*\]", text)
     assert widest(text) <= T * 4 * 64

@@ -7,6 +7,7 @@ environment compiles every one.
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import re
 import warnings
@@ -22,6 +23,7 @@ from pallas_kernels import aot, disassembly
 from pallas_kernels.attention import tiles as tiling
 from pallas_kernels.attention import triton
 from pallas_kernels.attention.tiles import Config, Tiles
+from pallas_kernels.shapes import ATTENTIONS, Heads
 
 pytestmark = [pytest.mark.aot, pytest.mark.skipif(aot.missing() is not None, reason=str(aot.missing()))]
 
@@ -75,6 +77,8 @@ def test_kernels_fit_the_card(card: str, H: int) -> None:
     for name, kernel in found.items():
         config: Config = getattr(tiles, KERNELS[name])
         bound = tiling.shared_bytes(KERNELS[name], config, H, spec.capability)
+        print(card, "H", H, name, config, "registers", kernel.registers, "stack", kernel.stack, "shared",
+              kernel.shared_memory, "of", bound, "grid", kernel.grid)  # fmt: skip
         assert 0.5 * bound <= kernel.shared_memory <= bound <= spec.limits.shared_memory_block
         assert kernel.threads == 32 * config.warps
         assert kernel.registers * kernel.threads <= 2**16
@@ -84,6 +88,40 @@ def test_kernels_fit_the_card(card: str, H: int) -> None:
     # what is kept and passed on is of a row or a token: out, its gradient, log-sum-exp and delta, once more each for turning
     rows = T * N
     assert program.memory_analysis().temp_size_in_bytes <= 2 * (2 * rows * H * 2 + 4 * rows * 4) + 2**20
+
+
+# real models' heads, each on a card, so that each card occurs; ATTENTION_AOT=all: each on each
+MODELS = [(CARDS[i % len(CARDS)], heads) for i, heads in enumerate(ATTENTIONS)]
+QUICK = ("gpt-oss 20B", "Gemma 2 9B")  # every kind of mask
+EACH = [
+    pytest.param(card, heads, marks=[] if heads.model in QUICK else pytest.mark.thorough, id=f"{card}-{heads.model}")
+    for card, heads in (itertools.product(CARDS, ATTENTIONS) if os.environ.get("ATTENTION_AOT") == "all" else MODELS)
+]
+
+
+@pytest.mark.parametrize(("card", "heads"), EACH)
+def test_a_models_prompt_fits_the_card(card: str, heads: Heads) -> None:
+    """Forward, 4096 tokens, with the model's window, cap and sinks: the same bounds."""
+    spec, like = aot.CARDS[card], jax.ShapeDtypeStruct
+    q, kv = like((1, T, heads.N, heads.H), jnp.bfloat16), like((1, heads.K, T, heads.H), jnp.bfloat16)
+    at = like((1, T), jnp.int32)
+    sinks = [like((heads.N,), jnp.float32)] * heads.sinks
+
+    def prompt(q: Any, k: Any, v: Any, at: Any, *sinks: Any) -> Any:
+        how = {"window": heads.window, "softcap": heads.softcap, "sinks": sinks[0] if sinks else None}
+        return triton.attention(q, k, v, at, at, scale=heads.H**-0.5, **how)
+
+    with aot.target(spec) as target:
+        program = compiled(target, jax.jit(prompt), (q, kv, kv, at, *sinks))
+    [kernel] = [x for x in disassembly.kernels(program) if x.name == "attention_forward"]
+    config = tiling.choose(spec.capability, heads.H, T).forward
+    bound = tiling.shared_bytes("forward", config, heads.H, spec.capability)
+    print(card, heads, config, "registers", kernel.registers, "stack", kernel.stack, "shared", kernel.shared_memory, "of",
+          bound, "grid", kernel.grid)  # fmt: skip
+    assert kernel.shared_memory <= bound <= spec.limits.shared_memory_block
+    assert kernel.registers * kernel.threads <= 2**16
+    assert kernel.stack <= STACK.get((kernel.name, tiling.padded(heads.H), spec.capability), 0)
+    assert kernel.grid[:2] == (T // config.block_q, heads.N)
 
 
 def test_memory_is_linear_in_length() -> None:

@@ -173,8 +173,103 @@ def test_a_plan_for_a_card_takes_a_name() -> None:
 
 def test_a_name_that_cannot_train_is_refused_for_training() -> None:
     """tokamax and cuDNN do not look at packed rows' positions: a run of fine-tuning is refused, and not only generation."""
-    with pytest.raises(Refused, match=r"for training on packed rows: .*say contiguous=True"):
+    with pytest.raises(
+        Refused, match=r"for training on packed rows: its mask counts tokens .*a packed row holds several"
+    ):
         check_attention(ARCH, Plan(dtype="float32", attention="tokamax"), training=True)
+
+
+@pytest.mark.parametrize("name", ["cudnn", "tokamax"])
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ({"chunk": 64}, "for reading prompts in pieces of 64: .*chunk=0 reads prompts whole"),
+        (
+            {"mesh": "tensor=4", "sharding": "tensor", "rules": (("kv_heads", None),)},
+            "over the mesh 'tensor=4' 4 query heads and 2 kv heads are not split alike",
+        ),
+        (
+            {"mesh": "tensor=2", "sharding": "tensor", "rules": (("sequence", "tensor"), ("act_heads", None))},
+            "over the mesh 'tensor=2' 4 query heads and 2 kv heads are not split alike with all their tokens",
+        ),
+    ],
+    ids=["pieces", "heads", "tokens"],
+)
+def test_a_mask_that_counts_tokens_is_refused_where_it_would_be(name: str, how: dict[str, Any], said: str) -> None:
+    """Before weights are read, for an H200, in terms that a plan has."""
+    plan = Plan(dtype="bfloat16", attention=name, **how)
+    with jax.sharding.use_abstract_mesh(on_a("H200")), pytest.raises(Refused, match=said) as e:
+        check_attention(ARCH, plan)
+    assert "contiguous" not in str(e.value)
+
+
+def test_a_mesh_that_splits_heads_alike_is_not_refused() -> None:
+    with jax.sharding.use_abstract_mesh(on_a("H200")):
+        check_attention(ARCH, Plan(dtype="bfloat16", attention="cudnn", mesh="data=2,tensor=2", sharding="tensor"))
+
+
+def test_a_model_over_a_mesh_is_refused_before_its_weights_are_placed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is said of the mesh comes before what is said of this machine, which has no GPU."""
+
+    def read(*given: Any) -> Any:
+        raise AssertionError("weights were placed")
+
+    monkeypatch.setattr("jaxengine.placement.place", read)
+    mesh = "data=2,tensor=4"
+    plan = Plan(dtype="bfloat16", attention="cudnn", mesh=mesh, sharding="tensor", rules=(("kv_heads", None),))
+    with pytest.raises(Refused, match=f"over the mesh '{mesh}' 4 query heads and 2 kv heads are not split alike"):
+        from_arrays(architecture(RAW | {"vocab_size": 104}), plan, {})
+
+
+@pytest.mark.parametrize(
+    ("card", "H", "said"),
+    [
+        ("h200", 256, ""), ("a100 80gb", 128, ""), ("rtx4090", 128, ""),
+        ("rtx4090", 256, "multiples of 8 up to 128 on compute capability 8.9"),
+        ("rtx5090", 256, "up to 128 on compute capability 12.0"), ("t4", 64, "compute capability 7.5 is below 8.0"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("library", [None, 91000])
+def test_a_plan_answers_for_the_card_that_is_asked(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Any, card: str, H: int, said: str, library: int | None
+) -> None:
+    """With cuDNN on this machine and without; what this machine's GPU takes, of which there is none, decides nothing either."""
+    from jax._src.cudnn import fused_attention_stablehlo as fused
+
+    def version() -> int:
+        if library is None:
+            raise RuntimeError("cuDNN is not detected.")
+        return library
+
+    monkeypatch.setattr(fused, "check_cudnn_version", version)
+    jax.clear_caches()
+    dtype = "float16" if card == "t4" else "bfloat16"
+    (tmp_path / "config.json").write_text(json.dumps(RAW | {"head_dim": H}))
+    if said:
+        with pytest.raises(Refused, match=f"attention is 'cudnn', for reading prompts: .*{said}"):
+            plan_folder(tmp_path, gpu=card, attention="cudnn", dtype=dtype)
+    else:
+        outcome = plan_folder(tmp_path, gpu=card, attention="cudnn", dtype=dtype)
+        assert any("needs the cuDNN library where this runs" in s for s in outcome.to_dict()["traps"])
+    jax.clear_caches()
+
+
+@pytest.mark.aot
+@pytest.mark.skipif(aot.missing() is not None, reason=str(aot.missing()))
+def test_a_plan_with_cudnn_says_why_it_is_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    from jax._src.cudnn import fused_attention_stablehlo as fused
+
+    def version() -> int:
+        raise RuntimeError("cuDNN is not detected.")
+
+    monkeypatch.setattr(fused, "check_cudnn_version", version)
+    found = click.testing.CliRunner().invoke(
+        app, ["plan", str(GOLDEN / "llama"), "--gpu", "h200", "--dtype", "bfloat16", "--attention", "cudnn"]
+    )
+    assert found.exit_code == 0
+    said = " ".join(found.output.split())
+    assert "note: attention 'cudnn' needs the cuDNN library where this runs" in said
+    assert "not compiled: for attention 'cudnn' jax asks this machine's cuDNN and GPU: cuDNN is not detected" in said
 
 
 def test_the_reference_is_counted_with_all_its_scores() -> None:

@@ -27,7 +27,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import dispatch
-from pallas_kernels.attention import reference, triton
+from pallas_kernels.attention import reference, sparse_attention, triton
 from pallas_kernels.attention import tiles as tiling
 from pallas_kernels.attention.tiles import Config, Tiles
 from pallas_kernels.cards import LIMITS
@@ -323,24 +323,30 @@ def test_the_oracles_gradient_is_its_values_difference() -> None:
         np.testing.assert_allclose(wanted[f"d{name}"][0], difference, rtol=1e-6, atol=1e-8)
 
 
-@pytest.mark.parametrize("sinks", [False, True])
-def test_sparse(sinks: bool) -> None:
+@pytest.mark.parametrize("by", ["interpreted", "reference", "xla", "what serves here"])
+@pytest.mark.parametrize(
+    "how", [{}, {"sinks": True}, {"segments": True, "softcap": 2.0}], ids=["", "sinks", "segments-cap"]
+)
+def test_sparse(how: dict[str, Any], by: str) -> None:
     """Lists with a block twice, none, and one that is no block; a last block that S and T do not fill; tiles below both."""
-    case = Case("float32", (2, 70, 90, 4, 2, 48), "last", window=60, sinks=sinks)
+    case = Case("float32", (2, 70, 90, 4, 2, 48), "last", window=60, **how)
     x, rng = inputs(case), np.random.default_rng(1)
     B, T, S, N, *_ = case.shape
     blocks = rng.integers(-1, 4, (B, N, 3, 3)).astype(np.int32)  # there are blocks 0 to 2
-    blocks[0, 0, 0], blocks[0, 1, 1] = -1, 2
+    blocks[0, 0, 0], blocks[0, 1, 1], blocks[1, 2, 0, 0] = -1, 2, 10**6
     allowed = np.zeros((B, N, T, S), bool)
     for b, n, i, m in np.ndindex(blocks.shape):
         j = blocks[b, n, i, m]
         if 0 <= j < 3:
             allowed[b, n, 32 * i : 32 * i + 32, 32 * j : 32 * j + 32] = True
-    how = arguments(case, x) | {"block_q": 32, "block_k": 32, "sinks": x.sinks, "interpret": True}
+    given = arguments(case, x) | {"block_q": 32, "block_k": 32, "sinks": x.sinks}
     tiles = dataclasses.replace(SMALL, forward=Config(16, 16, 4, 2))
 
     def sparse(blocks: Any, *arrays: Any) -> Any:
-        return triton.sparse_attention(*arrays, blocks=blocks, tiles=tiles, **how)
+        if by == "interpreted":
+            return triton.sparse_attention(*arrays, blocks=blocks, tiles=tiles, interpret=True, **given)
+        name = by if by in ("reference", "xla") else None
+        return sparse_attention(*arrays, blocks=blocks, implementation=name, **given)
 
     found, _ = quickly(sparse, blocks, x.q, x.k, x.v, x.q_at, x.k_at)
     wanted = oracle(case, x, tiles=6, allowed=allowed)
@@ -362,6 +368,21 @@ def test_sparse_refuses_what_is_no_list() -> None:
         jax.grad(lambda q: triton.sparse_attention(
             q, x.k, x.v, x.q_at, x.k_at, scale=1.0, interpret=True, blocks=jnp.zeros((1, 2, 3, 1), jnp.int32),
             block_q=16, block_k=16).sum())(x.q)  # fmt: skip
+
+
+def test_sparse_takes_memory_of_its_lists() -> None:
+    """A prompt of 32k by lists of 8 blocks of 64: all scores of a head would be 4.3 GB, and booleans of them 1.1."""
+    T, N, H, M = 32768, 2, 64, 8
+    like, at = jax.ShapeDtypeStruct, jax.ShapeDtypeStruct((1, T), jnp.int32)
+    kv, lists = like((1, 1, T, H), jnp.float32), like((1, N, T // 64, M), jnp.int32)
+
+    def f(q: Any, k: Any, v: Any, at: Any, blocks: Any) -> Any:
+        return sparse_attention(q, k, v, at, at, blocks=blocks, block_q=64, block_k=64, scale=0.1)
+
+    program = jax.jit(f).lower(like((1, T, N, H), jnp.float32), kv, kv, at, lists).compile()
+    queries = T * N * H * 4
+    assert program.memory_analysis().temp_size_in_bytes < queries + 2**21
+    assert not re.search(rf"\[[\d,]*{T},{T}[\d,]*\]", program.as_text())
 
 
 # ---- over a mesh

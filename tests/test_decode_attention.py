@@ -193,6 +193,8 @@ CASES = [
     Case((2, 2, 33, 4, 2, 16), "int8", dtype="bfloat16", softcap=3.0),
     Case((2, 1, 33, 4, 2, 16), "int4", page=16, dtype="float16", window=20),
     *(Case((3, 1, 150, 4, 2, 16), kind, page=64) for kind in ("raw", "int8", "int4")),
+    Case((3, 2, 75, 4, 2, 8), "int8", page=12, window=20),
+    Case((2, 1, 700, 2, 1, 8), page=600),  # wider than a block
 ]
 
 
@@ -205,7 +207,7 @@ def test_the_meaning_and_the_form_in_blocks(case: Case) -> None:
     agrees(served(x, xla.decode_attention, at_once=at_once), x, blocks=-(-x.k.shape[2] // at_once))
 
 
-@pytest.mark.parametrize("case", CASES[:1] + CASES[5:6] + CASES[9:10], ids=str)
+@pytest.mark.parametrize("case", CASES[:1] + CASES[5:6] + CASES[9:10] + CASES[-1:], ids=str)
 def test_what_serves_here_is_one_of_them(case: Case) -> None:
     x = inputs(case)
     u = float(ml_dtypes.finfo(x.arrays["q"].dtype).eps) / 2

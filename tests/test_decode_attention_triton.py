@@ -41,6 +41,10 @@ CASES = [
     (Case((3, 1, 75, 4, 1, 16), page=4, dtype="bfloat16"), 2),
     (Case((3, 2, 90, 4, 2, 24), "int8", page=32, window=40), 2),
     (Case((3, 1, 90, 2, 2, 32), "int4", page=8), 2),
+    # pages that are no power of two: in which each slot finds its own, and of whole blocks
+    (Case((3, 1, 75, 4, 2, 32), page=12), 2),
+    (Case((3, 2, 75, 4, 2, 32), "int4", page=20, window=30), 3),
+    (Case((3, 1, 150, 4, 2, 32), "int8", page=48, sinks=True), 2),
     # pages as they are served: each kind of cache, lengths that end inside of a page
     *((Case((3, 1, 150, 4, 2, 32), kind, page=page), 2) for kind in ("raw", "int8", "int4") for page in (16, 64)),
 ]
@@ -217,6 +221,7 @@ SOME = [
     ("RTX 3090", 6, "raw", None, 1, 4), ("RTX 5090", 3, "int8", 16, 1, 1), ("B200", 7, "int4", None, 2, 1),
     ("H200", 1, "raw", None, 1, 16), ("RTX 3090", 4, "int4", 16, 1, 1), ("RTX 4090", 6, "int4", None, 1, 16),
     ("RTX 4090", 0, "raw", 16, 1, 1), ("H200", 0, "int8", 64, 4, 1), ("A100", 0, "int4", 64, 1, 1),
+    ("RTX 5090", 0, "int8", 48, 2, 1), ("A100", 1, "raw", 256, 1, 1),
 ]  # fmt: skip
 FEW, MORE = (
     [("RTX 4090", 0, "raw", None, 1, 1), ("H200", 0, "int8", None, 8, 1)],

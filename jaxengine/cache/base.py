@@ -35,6 +35,7 @@ from jaxengine import technique
 from jaxengine.nn import Attention
 from pallas_kernels import attention as kernel
 from pallas_kernels import decode_attention as decode_kernel
+from sharding.rules import AnyMesh, Rules, named_sharding
 
 LAYOUTS, CODECS, STORES = "jaxengine.cache.layouts", "jaxengine.cache.codecs", "jaxengine.cache.stores"
 # what can be asked for by name; 'auto' is the fastest that serves, for decoding and for the rest apart
@@ -58,6 +59,22 @@ class Caching:
     def layout_for(self, attention: Attention) -> ModuleType:
         """The layout of a layer that attends so."""
         return technique.find(LAYOUTS, "full" if attention.window is None else self.layout)
+
+
+def split_alike(rules: Rules, mesh: AnyMesh, q: tuple[int, ...], k: tuple[int, ...]) -> bool:
+    """Whether a mesh splits queries [B, T, N, H] and keys [B, T, K, H] in the same way, and not along their tokens.
+
+    cuDNN takes no other, and says so when the program is compiled, too late for another implementation to serve.
+    """
+    if mesh.size == 1:
+        return True
+
+    def split(shape: tuple[int, ...], heads: str) -> list[Any]:
+        spec = named_sharding(rules, mesh, ("batch", "sequence", heads, "act_head_dim"), shape=shape).spec
+        return [*spec, *[None] * (len(shape) - len(spec))]
+
+    of_q = split(q, "act_heads")
+    return of_q == split(k, "act_kv_heads") and of_q[1] is None
 
 
 def empty(caching: Caching, attention: Attention, batch: int, length: int, dtype: Any) -> Any:

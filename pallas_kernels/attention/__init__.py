@@ -14,11 +14,14 @@ Two cores of a Xeon at 2.5 GHz, jax 0.12, 12 heads of 64, float32, CPU milliseco
 0.8 and 0.3 to 0.8, 8 such rows 3.7 and 7.6; of 12 kv heads 2.3 and 1.8, 68 and 26, for there the reference makes a copy in
 float32.
 
+`sparse_attention` is the same over lists of key blocks, forwards, by our Triton kernel or `xla.py`.
+
 B batch, T queries, S slots, N query heads, K kv heads, H head dim.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from jaxtyping import Array, Float, Int
@@ -26,7 +29,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import dispatch
 from pallas_kernels.attention import cudnn, reference, xla
 
-__all__ = ["NAMES", "ORDER", "attention"]
+__all__ = ["NAMES", "ORDER", "attention", "sparse_attention"]
 
 ORDER = ("cudnn", "triton", "xla")  # on a GPU
 FEW = 32  # queries of a kv head, T N / K: their scores take no more than half of the bytes of float32 keys of 64
@@ -74,6 +77,39 @@ def attention(
         "attention", IMPLEMENTATIONS, order, "reference" if few else "xla", implementation,
         (q, k, v, q_positions, k_positions, sinks, q_segments, k_segments),
         scale=scale, window=window, softcap=softcap, return_lse=return_lse, contiguous=contiguous,
+    )  # fmt: skip
+
+
+def sparse_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B K S H"],
+    v: Float[Array, "B K S H"],
+    q_positions: Int[Array, "B T"],
+    k_positions: Int[Array, "B S"],
+    *,
+    blocks: Int[Array, "B N I M"],
+    block_q: int,
+    block_k: int,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Float[Array, "N"] | None = None,
+    q_segments: Int[Array, "B T"] | None = None,
+    k_segments: Int[Array, "B S"] | None = None,
+    return_lse: bool = False,
+    implementation: str | None = None,
+) -> Any:
+    """attention in which each block of queries of a head sees the key blocks of a list only: `reference.sparse_attention`.
+
+    On a GPU our Triton kernel serves, and what it refuses, or a CPU, `xla.py`. implementation: 'reference', 'xla' or 'triton'.
+    Forward only: it is for reading prompts and for selection.
+    """
+    reference.check(q, k, v, q_positions, k_positions, window, softcap, sinks, q_segments, k_segments)
+    reference.check_blocks(q, blocks, block_q, block_k)
+    return dispatch.choose(
+        "sparse_attention", SPARSE, ("triton", "xla"), "xla", implementation,
+        (q, k, v, q_positions, k_positions, sinks, q_segments, k_segments, blocks),
+        block_q=block_q, block_k=block_k, scale=scale, window=window, softcap=softcap, return_lse=return_lse,
     )  # fmt: skip
 
 
@@ -128,3 +164,22 @@ IMPLEMENTATIONS = {
     "tokamax": _tokamax,
 }  # fmt: skip
 NAMES = tuple(IMPLEMENTATIONS)
+
+
+def _sparse(function: Any, *arguments: Any, **how: Any) -> Any:
+    *first, sinks, q_segments, k_segments, blocks = arguments
+    return function(*first, sinks=sinks, q_segments=q_segments, k_segments=k_segments, blocks=blocks, **how)
+
+
+def _sparse_triton(*arguments: Any, **how: Any) -> Any:
+    try:
+        from pallas_kernels.attention import triton
+    except ImportError as e:
+        raise dispatch.Refused(f"this jax has no Pallas for Triton ({e}); the chunked form (xla) serves") from e
+    return _sparse(triton.sparse_attention, *arguments, **how)
+
+
+SPARSE = {
+    "reference": functools.partial(_sparse, reference.sparse_attention),
+    "xla": functools.partial(_sparse, xla.sparse_attention), "triton": _sparse_triton,
+}  # fmt: skip

@@ -19,10 +19,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.attention.reference import check
+from pallas_kernels.attention.reference import CountsTokens, check
 from pallas_kernels.dispatch import Refused, gpu
 
 CHUNKED = "the chunked form (xla) serves it"
+
+
+class NotHere(Refused):
+    """The card that is compiled for can, and it is not this machine's, of which jax asks the library and the GPU."""
 
 
 def attention(
@@ -41,7 +45,10 @@ def attention(
     return_lse: bool = False,
     contiguous: bool = False,
 ) -> Any:
-    """reference.attention, where q_positions and k_positions are both 0, 1, ... and -1 only after them: contiguous=True."""
+    """reference.attention, where q_positions and k_positions are both 0, 1, ... and -1 only after them: contiguous=True.
+
+    Raises NotHere, a Refused, where only this machine stands in the way, and the program is for a card that is not here.
+    """
     check(q, k, v, q_positions, k_positions, window, softcap, sinks, q_segments, k_segments)
     refuse(q, k, softcap=softcap, sinks=sinks, segments=q_segments, return_lse=return_lse, contiguous=contiguous)
     k, v = (a.astype(q.dtype).swapaxes(1, 2) for a in (k, v))
@@ -52,7 +59,9 @@ def attention(
             q, k, v, scale=scale, is_causal=True, local_window_size=left, implementation="cudnn"
         )
     except (NotImplementedError, RuntimeError) as e:  # a library too old or not there
-        raise Refused(f"{str(e).rstrip('.')}: {CHUNKED}") from e
+        card = gpu()
+        refused = Refused if card is None or card.name else NotHere
+        raise refused(f"{str(e).rstrip('.')}: {CHUNKED}") from e
     return jnp.where((q_positions >= 0)[:, :, None, None], out, jnp.zeros((), out.dtype))
 
 
@@ -62,7 +71,7 @@ def refuse(
     """Raise Refused for the first thing that stands in the way."""
     card, H = gpu(), q.shape[3]
     if not contiguous:
-        raise Refused(
+        raise CountsTokens(
             "cuDNN's causal mask does not look at positions; say contiguous=True where queries and slots are the same tokens"
             f" at 0, 1, ... with padding at the end only: else {CHUNKED}"
         )

@@ -19,8 +19,14 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.dispatch import Refused
+
 NEVER = -1e30  # the score of what is not seen; finite, where -inf would give NaN in a row that sees nothing
 HIDDEN = NEVER / 2  # below it a greatest score is of a query that sees nothing; exp(NEVER - HIDDEN) is 0
+
+
+class CountsTokens(Refused):
+    """The implementation's causal mask counts tokens, and the caller has not said that they stand at 0, 1, ...."""
 
 
 def attention(
@@ -47,6 +53,50 @@ def attention(
     A query that sees nothing (such as one at position -1) gives a row of zeros, and no gradient to q, k and v.
     """
     check(q, k, v, q_positions, k_positions, window, softcap, sinks, q_segments, k_segments)
+    places = q_positions, k_positions, q_segments, k_segments
+    return _written_out(q, k, v, places, scale, window, softcap, sinks, return_lse, None)
+
+
+def sparse_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B K S H"],
+    v: Float[Array, "B K S H"],
+    q_positions: Int[Array, "B T"],
+    k_positions: Int[Array, "B S"],
+    *,
+    blocks: Int[Array, "B N I M"],
+    block_q: int,
+    block_k: int,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Float[Array, "N"] | None = None,
+    q_segments: Int[Array, "B T"] | None = None,
+    k_segments: Int[Array, "B S"] | None = None,
+    return_lse: bool = False,
+) -> Any:
+    """attention in which block i of block_q queries of head n sees slots of the key blocks blocks[b, n, i] only.
+
+    blocks: a set of indices of blocks of block_k slots, in any order; -1, and any that is no block, stands for none. The
+    masks hold within them. Both block sizes are powers of two from 16 on.
+    """
+    check(q, k, v, q_positions, k_positions, window, softcap, sinks, q_segments, k_segments)
+    check_blocks(q, blocks, block_q, block_k)
+    (_, T, N, _), (K, S) = q.shape, k.shape[1:3]
+    every = jnp.arange(-(-S // block_k), dtype=jnp.int32)[None, None, None, None]
+    listed = (blocks[..., None] == every).any(3)  # [B, N, I, J]
+    allowed = listed.repeat(block_q, 2)[:, :, :T].repeat(block_k, 3)[..., :S]
+    places = q_positions, k_positions, q_segments, k_segments
+    allowed = allowed.reshape(-1, K, N // K, T, S)
+    return _written_out(q, k, v, places, scale, window, softcap, sinks, return_lse, allowed)
+
+
+def _written_out(
+    q: Array, k: Array, v: Array, places: tuple[Any, ...], scale: float, window: int | None, softcap: float | None,
+    sinks: Array | None, return_lse: bool, allowed: Array | None,
+) -> Any:  # fmt: skip
+    """allowed [B, K, G, T, S]: what may be seen of what the masks leave."""
+    q_positions, k_positions, q_segments, k_segments = places
     B, T, N, H = q.shape
     K = k.shape[1]
     G, S = N // K, k.shape[2]
@@ -62,7 +112,8 @@ def attention(
         None if q_segments is None else q_segments[:, :, None],
         None if k_segments is None else k_segments[:, None, :],
     )  # fmt: skip
-    scores = jnp.where(seen[:, None, None], scores, NEVER)
+    seen = seen[:, None, None] if allowed is None else seen[:, None, None] & allowed
+    scores = jnp.where(seen, scores, NEVER)
     top = jnp.maximum(scores.max(-1, keepdims=True), HIDDEN)
     if sinks is not None:
         sink = sinks.astype(jnp.float32).reshape(1, K, G, 1, 1)
@@ -95,6 +146,27 @@ def visible(q_at: Array, k_at: Array, window: int | None, q_of: Array | None, k_
     if q_of is not None and k_of is not None:
         seen &= q_of == k_of
     return seen
+
+
+def check_blocks(q: Any, blocks: Any, block_q: int, block_k: int) -> None:
+    """ValueError where lists of blocks are not those of q's blocks."""
+    for name, x in (("block_q", block_q), ("block_k", block_k)):
+        if x < 16 or x & (x - 1):
+            raise ValueError(
+                f"{name} is {x}; it is a power of two from 16 on: {max(16, 1 << max(x, 1).bit_length() - 1)}"
+            )
+    B, T, N, _ = q.shape
+    wanted = (B, N, -(-T // block_q))
+    if blocks.ndim != 4 or blocks.shape[:3] != wanted:
+        said = ", ".join(map(str, wanted))
+        raise ValueError(f"blocks is {blocks.shape}; with q {q.shape} and block_q {block_q} it is [{said}, M]")
+
+
+def as_set(blocks: Array, n: int) -> Array:
+    """Each index below n once, ascending, and then n: a block that is listed twice counts once."""
+    blocks = jnp.sort(jnp.where((blocks >= 0) & (blocks < n), blocks, n).astype(jnp.int32), -1)
+    again = jnp.pad(blocks[..., 1:] == blocks[..., :-1], ((0, 0), (0, 0), (0, 0), (1, 0)))
+    return jnp.sort(jnp.where(again, n, blocks), -1)
 
 
 def check(

@@ -18,7 +18,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.attention.reference import check
+from pallas_kernels.attention.reference import CountsTokens, check
 from pallas_kernels.dispatch import Refused, gpu
 
 INSTEAD = "'triton' or 'xla' serves it"
@@ -68,7 +68,7 @@ def attention(
 def refuse(q: Any, k: Any, *, sinks: Any, segments: Any, return_lse: bool, contiguous: bool) -> None:
     """Raise Refused for the first thing that stands in the way."""
     if not contiguous:
-        raise Refused(
+        raise CountsTokens(
             "tokamax's causal mask does not look at positions; say contiguous=True where queries and slots are the same"
             f" tokens at 0, 1, ... with padding at the end only: else {INSTEAD}"
         )

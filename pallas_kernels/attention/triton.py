@@ -45,7 +45,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch
 from pallas_kernels.attention import tiles as tiling
-from pallas_kernels.attention.reference import check
+from pallas_kernels.attention.reference import as_set, check, check_blocks
 from pallas_kernels.attention.spans import FAR, bounds, padded, places
 from pallas_kernels.attention.tiles import Config, Tiles
 from pallas_kernels.triton_call import triton_call
@@ -120,21 +120,10 @@ def sparse_attention(
     interpret: bool = False,
     tiles: Tiles | None = None,
 ) -> Any:
-    """attention in which block i of block_q queries of head n sees slots of the key blocks blocks[b, n, i] only.
-
-    blocks: a set of indices of blocks of block_k slots, in any order; -1, and any that is no block, stands for none. The
-    masks hold within them. Both block sizes are powers of two from 16 on. Forward only: a gradient raises.
-    """
+    """What pallas_kernels.attention.reference.sparse_attention gives, in tiles. Forward only: a gradient raises."""
     check(q, k, v, q_positions, k_positions, window, softcap, sinks, q_segments, k_segments)
-    for name, x in (("block_q", block_q), ("block_k", block_k)):
-        if x < 16 or x & (x - 1):
-            raise ValueError(
-                f"{name} is {x}; it is a power of two from 16 on: {max(16, 1 << max(x, 1).bit_length() - 1)}"
-            )
-    (B, T, N, H), S = q.shape, k.shape[2]
-    if blocks.ndim != 4 or blocks.shape[:3] != (B, N, pl.cdiv(T, block_q)):
-        wanted = f"[{B}, {N}, {pl.cdiv(T, block_q)}, M]"
-        raise ValueError(f"blocks is {blocks.shape}; with q {q.shape} and block_q {block_q} it is {wanted}")
+    check_blocks(q, blocks, block_q, block_k)
+    (_, T, _, H), S = q.shape, k.shape[2]
     capability = _serves(q, k, v, scale, interpret)
     tiles = tiling.choose(capability, H, T) if tiles is None else tiles
     config = dataclasses.replace(
@@ -143,15 +132,8 @@ def sparse_attention(
     call = Call(float(scale), window, softcap, dataclasses.replace(tiles, forward=config), interpret)
     k, v = k.astype(q.dtype), v.astype(q.dtype)
     places = q_positions, k_positions, q_segments, k_segments
-    out, lse = _sparse(call, block_q, block_k, q, k, v, sinks, *places, _as_set(blocks, pl.cdiv(S, block_k)))
+    out, lse = _sparse(call, block_q, block_k, q, k, v, sinks, *places, as_set(blocks, pl.cdiv(S, block_k)))
     return (out, lse.swapaxes(1, 2)) if return_lse else out
-
-
-def _as_set(blocks: jax.Array, n: int) -> jax.Array:
-    """Each index below n once, ascending, and then n: a block that is listed twice counts once."""
-    blocks = jnp.sort(jnp.where((blocks >= 0) & (blocks < n), blocks, n).astype(jnp.int32), -1)
-    again = jnp.pad(blocks[..., 1:] == blocks[..., :-1], ((0, 0), (0, 0), (0, 0), (1, 0)))
-    return jnp.sort(jnp.where(again, n, blocks), -1)
 
 
 def _packs(T: int, G: int) -> bool:

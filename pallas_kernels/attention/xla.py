@@ -13,11 +13,13 @@ Backwards only o and lse = m + log l were kept, and a block's weights are made a
 A loop goes only from the first to the last block in which some query of some row can see something. They follow, when the
 program runs, from the least and greatest position and segment in each block: a causal prompt costs half, a sliding window
 costs the window, packed texts cost their own lengths. A block that is passed over would have added exact zeros, so that
-this changes no bit. Slots are never padded, which would copy a cache: the last block of keys is moved back to end with the
-slots, and what it then has in common with the block before is not seen twice.
+this changes no bit. On a CPU what a query does not see is hidden in a step of its own, which a pair of blocks goes without
+where each query sees every slot. Slots are never padded, which would copy a cache: the last block of keys is moved back to end
+with the slots, and what it then has in common with the block before is not seen twice.
 
-Memory beside the arguments: copies of the queries and of the result, and the scores of one pair of blocks. The price is
-that k and v are read once for each block of queries, and five products backwards where saved weights need four.
+Memory beside the arguments: a copy of the queries, which becomes that of the result, and the scores of one pair of blocks.
+The price is that k and v are read once for each block of queries, and five products backwards where saved weights need
+four.
 
 B batch, T queries, S slots, N query heads, K kv heads, G = N / K, H head dim; I blocks of P queries, J blocks of C slots;
 R = G P rows of a kv head, head by head.
@@ -26,6 +28,7 @@ R = G P rows of a kv head, head by head.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -34,7 +37,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.attention.reference import HIDDEN, NEVER, check, visible
+from pallas_kernels.attention.reference import HIDDEN, NEVER, as_set, check, check_blocks, visible
 from pallas_kernels.dispatch import gpu
 
 
@@ -59,13 +62,14 @@ def blocks(B: int, T: int, S: int, N: int, *, packed: bool = False) -> Blocks:
         4 x 512      231        227         229         295
 
     (on jax 0.12 of 4 x 256: 63, 67, -, 74), and forwards, 8 heads, a prompt of 2k by 256 x 256 and 512 x 256: 160 and 150 (jax
-    0.12: 100 and 109), of 8k 1812 and 1600 (1530 and 1496); of 8k by 512 x 512 2186, by 1024 x 256 2157. A block that is
-    wider than it needs to be is computed above the diagonal, of which a short row has much and a long prompt little.
+    0.12: 100 and 109), of 8k 1812 and 1600 (1530 and 1496); of 8k by 512 x 512 2186, by 1024 x 256 2157. On other
+    cores of the kind 4k by 256 x 256 and 512 x 256: 250 and 253, in 196 and 139 of wall time (jax 0.12: 244 and 236). A block
+    that is wider than it needs to be is computed above the diagonal, of which a short row has much and a long prompt little.
     """
     if gpu() is not None:
         most_queries, keys, most_bytes = 1024, 1024, 64 * 2**20
     else:
-        most_queries, keys = (128, 64) if packed and S <= 512 else (256, 256) if T <= 4096 else (512, 256)
+        most_queries, keys = (128, 64) if packed and S <= 512 else (256, 256) if T < 4096 else (512, 256)
         most_bytes = 6 * 2**20
     queries = max(16, min(most_queries, most_bytes // (4 * B * N * keys)))  # scores are float32
     return Blocks(min(1 << (queries.bit_length() - 1), T), min(keys, S))
@@ -92,8 +96,95 @@ def attention(
     (B, T, N, _), S = q.shape, k.shape[2]
     if at_once is None:
         at_once = blocks(B, T, S, N, packed=k_segments is not None)
-    how = _How(float(scale), window, softcap, min(at_once.queries, T), min(at_once.keys, S))
+    # on a GPU the step is part of a kernel that runs anyway, and a branch waits; small blocks of short texts are seldom whole
+    apart = gpu() is None and k_segments is None and softcap is None and scale > 0
+    how = _How(float(scale), window, softcap, min(at_once.queries, T), min(at_once.keys, S), apart)
     out, lse = _attend(how, q, k, v, sinks, _Places(q_positions, k_positions, q_segments, k_segments))
+    return (out, lse) if return_lse else out
+
+
+def sparse_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B K S H"],
+    v: Float[Array, "B K S H"],
+    q_positions: Int[Array, "B T"],
+    k_positions: Int[Array, "B S"],
+    *,
+    blocks: Int[Array, "B N I M"],
+    block_q: int,
+    block_k: int,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Float[Array, "N"] | None = None,
+    q_segments: Int[Array, "B T"] | None = None,
+    k_segments: Int[Array, "B S"] | None = None,
+    return_lse: bool = False,
+) -> Any:
+    """reference.sparse_attention: the m-th key block of every head's list at a time, up to the longest list of a block of
+    queries. No gradient: XLA does not know one of a loop whose length is not known."""
+    check(q, k, v, q_positions, k_positions, window, softcap, sinks, q_segments, k_segments)
+    check_blocks(q, blocks, block_q, block_k)
+    (B, T, N, H), (K, S) = q.shape, k.shape[1:3]
+    C, J = min(block_k, S), -(-S // block_k)
+    lists = as_set(blocks, J)  # J stands for none
+    longest = (lists < J).sum(-1).max((0, 1))  # [I]
+
+    def by_blocks(x: Array, fill: int) -> Array:
+        return jnp.pad(x, ((0, 0), (0, -T % block_q)), constant_values=fill).reshape(B, -1, block_q)
+
+    q_at, q_of = by_blocks(q_positions, -1), None if q_segments is None else by_blocks(q_segments, 0)
+
+    def block(i: Array, done: tuple[Array, Array]) -> tuple[Array, Array]:
+        out, lse = done
+        q_i = _block(out, i)  # [B, N, P, H]; not done yet
+        list_i, q_at_i = (lax.dynamic_index_in_dim(a, i, axis, keepdims=False) for a, axis in ((lists, 2), (q_at, 1)))
+
+        def meet(m: Array, running: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            top, total, o = running
+            j = lax.dynamic_index_in_dim(list_i, m, 2, keepdims=False)  # [B, N]
+            start = jnp.minimum(j * block_k, S - C)
+            slots = start[..., None] + jnp.arange(C, dtype=jnp.int32)[None, None]  # [B, N, C]
+
+            def of_slots(x: Array) -> Array:
+                """[B, S] -> [B, N, C]."""
+                return jnp.take_along_axis(x[:, None], slots, 2, mode="clip")
+
+            def taken(x: Array) -> Array:
+                """[B, K, S, H] -> [B, N, C, H]."""
+
+                def one(x: Array, head: Array, at: Array) -> Array:
+                    return lax.dynamic_slice(x, (head, at, jnp.int32(0)), (1, C, H))[0]
+
+                heads = jnp.repeat(jnp.arange(K, dtype=jnp.int32), N // K)
+                return jax.vmap(jax.vmap(one, (None, 0, 0)), (0, None, 0))(x, heads, start).astype(q.dtype)
+
+            x = _dot("bnph,bnch->bnpc", q_i, taken(k)) * scale
+            if softcap is not None:
+                x = softcap * jnp.tanh(x / softcap)
+            # of a block that was moved back, and of none, nothing is seen
+            k_at = jnp.where((slots >= j[..., None] * block_k) & (j < J)[..., None], of_slots(k_positions), -1)
+            q_of_i = None if q_of is None else lax.dynamic_index_in_dim(q_of, i, 1, keepdims=False)[:, None, :, None]
+            k_of = None if k_segments is None else of_slots(k_segments)[:, :, None]
+            x = jnp.where(visible(q_at_i[:, None, :, None], k_at[:, :, None], window, q_of_i, k_of), x, NEVER)
+            top_new = jnp.maximum(top, x.max(-1))
+            p, shrunk = jnp.exp(x - top_new[..., None]), jnp.exp(top - top_new)
+            return top_new, total * shrunk + p.sum(-1), o * shrunk[..., None] + _dot("bnpc,bnch->bnph", p, taken(v))
+
+        if sinks is None:
+            top, total = jnp.full(q_i.shape[:3], HIDDEN, jnp.float32), jnp.zeros(q_i.shape[:3], jnp.float32)
+        else:
+            top = jnp.broadcast_to(sinks.astype(jnp.float32)[None, :, None], q_i.shape[:3])
+            total = jnp.ones(q_i.shape[:3], jnp.float32)
+        top, total, o = lax.fori_loop(0, longest[i], meet, (top, total, jnp.zeros(q_i.shape, jnp.float32)))
+        some = total > 0
+        total = jnp.where(some, total, 1.0)
+        made = (o / total[..., None]).astype(q.dtype), jnp.where(some, top + jnp.log(total), NEVER)
+        return tuple(lax.dynamic_update_index_in_dim(a, a_i, i, 0) for a, a_i in zip((out, lse), made, strict=True))
+
+    q_b = _to_blocks(q, N, block_q)
+    out, lse = lax.fori_loop(0, len(q_b), block, (q_b, jnp.zeros(q_b.shape[:-1], jnp.float32)))
+    out, lse = _from_blocks(out, T, 1), _from_blocks(lse[..., None], T, 1)[..., 0]
     return (out, lse) if return_lse else out
 
 
@@ -105,6 +196,7 @@ class _How(NamedTuple):
     softcap: float | None
     P: int
     C: int
+    apart: bool  # what is not seen is hidden in a step of its own, of those pairs of blocks alone that have any
 
 
 class _Places(NamedTuple):
@@ -127,21 +219,28 @@ def _forward(how: _How, q: Array, k: Array, v: Array, sinks: Array | None, place
     (B, T, N, H), K = q.shape, k.shape[1]
     G, R = N // K, N // K * how.P
     places_b, keys_of, _ = _blocked(how, places)
+    whole = _whole(how, places_b) if how.apart else None
     if sinks is None:
         m, total = jnp.full((B, K, R), HIDDEN, jnp.float32), jnp.zeros((B, K, R), jnp.float32)
     else:
         each = sinks.astype(jnp.float32).reshape(1, K, G, 1)
         m, total = jnp.broadcast_to(each, (B, K, G, how.P)).reshape(B, K, R), jnp.ones((B, K, R), jnp.float32)
 
-    def block(given: tuple[Array, Array]) -> tuple[Array, Array]:
-        i, q_i = given
+    def block(i: Array, done: tuple[Array, Array]) -> tuple[Array, Array]:
+        out, lse = done
+        q_i = _block(out, i)  # not done yet
 
         def meet(j: Array, running: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             m, total, o = running
             k_j, v_j = (_slots(how, a, j).astype(q.dtype) for a in (k, v))
-            x, _ = _scores(how, places_b, q_i, k_j, i, j)
-            m_new = jnp.maximum(m, x.max(-1))
-            p, shrunk = jnp.exp(x - m_new[..., None]), jnp.exp(m - m_new)
+            if whole is None:
+                x, factor = _scores(how, places_b, q_i, k_j, i, j)[0], 1.0
+            else:  # the scale goes with the exponential, and what is seen by all is not gone over to hide nothing
+                x, factor = _dot("bkrh,bksh->bkrs", q_i, k_j), how.scale
+                hide = functools.partial(_hidden, how, places_b, i, j, NEVER / factor)
+                x = lax.fori_loop(0, jnp.where(whole[i, j], 0, 1), lambda _, x: hide(x), x)
+            m_new = jnp.maximum(m, x.max(-1) * factor)
+            p, shrunk = jnp.exp(x * factor - m_new[..., None]), jnp.exp(m - m_new)
             o = o * shrunk[..., None] + _dot("bkrs,bksh->bkrh", p, v_j)
             return m_new, total * shrunk + p.sum(-1), o
 
@@ -149,10 +248,13 @@ def _forward(how: _How, q: Array, k: Array, v: Array, sinks: Array | None, place
         m_i, total_i, o_i = lax.fori_loop(keys_of.first[i], keys_of.end[i], meet, start)
         some = total_i > 0
         total_i = jnp.where(some, total_i, 1.0)
-        return (o_i / total_i[..., None]).astype(q.dtype), jnp.where(some, m_i + jnp.log(total_i), NEVER)
+        o_i, lse_i = (o_i / total_i[..., None]).astype(q.dtype), jnp.where(some, m_i + jnp.log(total_i), NEVER)
+        return tuple(lax.dynamic_update_index_in_dim(a, a_i, i, 0) for a, a_i in ((out, o_i), (lse, lse_i)))
 
+    # results take the place of their queries. Into an array of their own that begins as zeros, XLA:CPU would copy one such
+    # array for each layer of a model before the first layer runs, and keep all of them
     q_b = _to_blocks(q, K, how.P)
-    out, lse = lax.map(block, (jnp.arange(len(q_b)), q_b))
+    out, lse = lax.fori_loop(0, len(q_b), block, (q_b, jnp.zeros(q_b.shape[:-1], jnp.float32)))
     return _from_blocks(out, T, G), _from_blocks(lse[..., None], T, G)[..., 0]
 
 
@@ -222,6 +324,11 @@ def _scores(how: _How, places: _Places, q_i: Array, k_j: Array, i: Array, j: Arr
     if how.softcap is not None:
         bent = jnp.tanh(x / how.softcap)
         x, slope = how.softcap * bent, 1.0 - bent * bent
+    return _hidden(how, places, i, j, NEVER, x), slope
+
+
+def _hidden(how: _How, places: _Places, i: Array, j: Array, never: float, x: Array) -> Array:
+    """Scores of a pair of blocks, `never` where nothing is seen."""
     q_at, k_at, q_of, k_of = (None if a is None else _block(a, at) for a, at in zip(places, (i, j, i, j), strict=True))
     assert q_at is not None
     assert k_at is not None
@@ -231,7 +338,7 @@ def _scores(how: _How, places: _Places, q_i: Array, k_j: Array, i: Array, j: Arr
     )  # fmt: skip
     B, K, R, C = x.shape
     by_head = x.reshape(B, K, R // how.P, how.P, C)
-    return jnp.where(seen[:, None, None], by_head, NEVER).reshape(x.shape), slope
+    return jnp.where(seen[:, None, None], by_head, never).reshape(x.shape)
 
 
 def _dot(spec: str, x: Array, y: Array) -> Array:
@@ -305,6 +412,15 @@ def _blocked(how: _How, places: _Places) -> tuple[_Places, _Span, _Span]:
         meet &= (k_low[None] <= q_high[:, None]) & (q_low[:, None] <= k_high[None])
     meet = meet.any(-1)
     return _Places(q_at, k_at, q_of, k_of), _span(meet), _span(meet.T)
+
+
+def _whole(how: _How, places: _Places) -> Array:
+    """Whether in a pair of blocks each query of each row sees every slot, [I, J]; of rows without segments."""
+    q_at, k_at = places.q_at, places.k_at
+    every = (k_at.min(-1)[None] >= 0) & (k_at.max(-1)[None] <= q_at.min(-1)[:, None])  # [I, J, B]
+    if how.window is not None:
+        every &= q_at.max(-1)[:, None] - k_at.min(-1)[None] < how.window
+    return every.all(-1)
 
 
 def _extremes(x: Array, held: Array) -> tuple[Array, Array]:
