@@ -113,6 +113,7 @@ OTHERS = [
     ("int4", 32, False, 8, "A100", jnp.bfloat16, 2.9),
     ("int4", 32, False, 64, "H200", jnp.bfloat16, 5.3),
     ("int4", 32, True, 1, "H200", jnp.bfloat16, 3.0),  # GGUF's Q4_K
+    ("int4", 16, False, 1, "H200", jnp.bfloat16, 3.5),
     ("int4", 128, True, 64, "A100", jnp.float16, 5.5),
     ("int4", 128, False, 1, "H200", jnp.float16, 2.1),
     ("int8", 0, False, 1, "H200", jnp.bfloat16, 3.3),

@@ -89,8 +89,9 @@ def config(
     block_m = 8 << (M * copies > 8) if beside else block_m
     # where registers are short, smaller blocks and no second tile a turn: the compiler is asked to spill nothing
     warps, block_n = (2, 64) if block_m <= 16 else (4, 64 if block_m == 32 or copies > 1 or affine else 128)
-    # (and with copies, a second tile takes Triton four times as long to compile, for a tenth fewer instructions)
-    second = (copies == 1 or beside) and (block_m == 8 or (block_m == 16 and kind != "nf4"))
+    # (and where each group has its product, a second tile takes Triton four times as long to compile, for a tenth fewer
+    # instructions)
+    second = (copies == 1 or (beside and copies == 2)) and (block_m == 8 or (block_m == 16 and kind != "nf4"))
     made = Config(
         block_m=block_m,
         block_n=block_n,
