@@ -308,9 +308,8 @@ def _local(
         rows = jnp.pad(rows.reshape(M * made.copies, -1), ((0, BM - M * made.copies), (0, 0)))
     if call.pairs is not None:
         groups //= 2
-        scale, zero = (
-            None if a is None else lax.bitcast_convert_type(a.reshape(N, -1, 2), jnp.uint32) for a in (scale, zero)
-        )
+        scale = lax.bitcast_convert_type(scale.reshape(N, -1, 2), jnp.uint32)
+        zero = None if zero is None else lax.bitcast_convert_type(zero.reshape(N, -1, 2), jnp.uint32)
     arrays = [rows, codes, scale]
     specs = [
         pl.BlockSpec((BM, max(rows.shape[1], there * call.inputs)), lambda m, n, s: (m, 0)),
