@@ -298,7 +298,7 @@ def _backward(how: _How, kept: Any, gradients: tuple[Array, Array]) -> Any:
 
         return dq, put(dk, dk_j * how.scale), put(dv, dv_j)
 
-    start = (jnp.zeros(q_b.shape, jnp.float32), jnp.zeros_like(k), jnp.zeros_like(v))
+    start = (_zeros_beside(q_b, jnp.float32), _zeros_beside(k, k.dtype), _zeros_beside(v, v.dtype))
     dq, dk, dv = lax.fori_loop(0, len(places_b.k_at), block, start)
     dq = _from_blocks((dq * how.scale).astype(q.dtype), T, G)
     if sinks is None:
@@ -375,6 +375,12 @@ def _from_blocks(x: Array, T: int, G: int) -> Array:
 
 def _block(x: Array, i: Array) -> Array:
     return lax.dynamic_index_in_dim(x, i, 0, keepdims=False)
+
+
+def _zeros_beside(x: Array, dtype: Any) -> Array:
+    """Zeros of x's shape that wait for x, and take nothing of it, a NaN neither. Zeros that wait for nothing XLA:CPU copies for
+    all layers of a model before the first of them runs: see `_forward`."""
+    return ((x != x) & (x == x)).astype(dtype)
 
 
 def _start(how: _How, S: int, j: Any) -> Array:
