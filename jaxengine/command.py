@@ -61,6 +61,15 @@ def start_jax() -> None:
         machine.set_pool(os.environ, machine.available_ram())  # said where it is used: loading.py
 
 
+def start_anew_with_large_pages() -> None:
+    """Before `start_jax`, in a process that we start for long steps: where malloc could ask for large pages and does not, the
+    process begins again, under its own number, and does."""
+    if machine.ask_for_large_pages(os.environ):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
 class reported(contextlib.ContextDecorator):  # noqa: N801  (used as a statement)
     """Errors that are the user's to mend become one line and exit status 2; others keep their trace.
 
@@ -395,6 +404,13 @@ def from_stdin() -> str:
     help="What to plan for: generate; or training: lora, dora, full, lisa, badam, hift, mezo.",
 )
 @click.option(
+    "--tile",
+    metavar="N",
+    type=click.IntRange(1),
+    show_default="all",
+    help="Training: tokens of a row that a layer's feed-forward block takes at a time.",
+)
+@click.option(
     "--context", metavar="N", type=click.IntRange(1), show_default="2048", help="Tokens of a row, prompt included."
 )
 @click.option("--batch", metavar="N", type=click.IntRange(1), default=1, help="Rows at a time.")
@@ -436,6 +452,7 @@ def plan(
     ram: str | None,
     disk_rate: str,
     task: str,
+    tile: int | None,
     context: int | None,
     batch: int,
     weights: str | None,
@@ -464,8 +481,9 @@ def plan(
     if plot is not None:
         picture.check(plot)
     outcome = plan_folder(
-        resolve(folder), gpu=gpu, memory=memory, ram=ram, batch=batch, context=context, task=task, weights=weights,
-        dtype=dtype, kv=kv, stay=stay, attention=attention, mesh=mesh, sharding=sharding, disk_rate=disk_rate,
+        resolve(folder), gpu=gpu, memory=memory, ram=ram, batch=batch, context=context, task=task, tile=tile or 0,
+        weights=weights, dtype=dtype, kv=kv, stay=stay, attention=attention, mesh=mesh, sharding=sharding,
+        disk_rate=disk_rate,
     )  # fmt: skip
     if plot is not None:
         picture.draw(outcome, plot)
@@ -479,7 +497,7 @@ def plan(
         try:
             proofs = prove(
                 outcome.architecture, outcome.chosen.plan, outcome.card, batch=batch, length=outcome.context,
-                memory=outcome.memory, task=outcome.task,
+                memory=outcome.memory, task=outcome.task, tile=outcome.tile,
             )  # fmt: skip
         except NotHere as e:
             why = f"for attention 'cudnn' jax asks this machine's cuDNN and GPU: {e}"
@@ -670,6 +688,8 @@ app.add_command(quantize)
 
 def main() -> None:
     """The `jaxengine` command."""
+    if sys.argv[1:2] == ["finetune"]:
+        start_anew_with_large_pages()
     start_jax()
     app()
 

@@ -25,6 +25,7 @@ from pathlib import Path, PurePosixPath
 
 GiB = 2**30
 POOL = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
+TUNABLES = "GLIBC_TUNABLES"
 PREALLOCATE = "XLA_PJRT_GPU_HOST_MEMORY_PREALLOCATE"
 DEFAULT_POOL, PREALLOCATED_POOL = 64, 16  # GiB
 MOST_POOL = 2**33 - 1  # GiB: XLA counts the bytes in 64 bits, with a sign
@@ -90,6 +91,26 @@ def set_pool(environ: MutableMapping[str, str], ram: int) -> str | None:
         return None
     environ[POOL] = str(limit)
     return f"{POOL}={limit} is set: pinned host memory may grow to {limit} GiB, where XLA stops at {DEFAULT_POOL} GiB"
+
+
+def ask_for_large_pages(environ: MutableMapping[str, str], root: Path = ROOT) -> bool:
+    """Let malloc ask for large pages: True where that was set now, for the next process to start with, as glibc reads it once.
+
+    XLA:CPU takes a program's temporaries from malloc anew at every call, and their first touch, 4 KiB at a time, was a
+    tenth to a sixth of a step of fine-tuning (scripts/LOG.md). Asked of glibc from 2.35 on, where the system gives large
+    pages to those who ask, and no NVIDIA card computes. root: where /proc and /sys are looked for.
+    """
+    on_cpu = environ.get("JAX_PLATFORMS") == "cpu" or not (root / "proc/driver/nvidia").exists()
+    try:
+        given = (root / "sys/kernel/mm/transparent_hugepage/enabled").read_text()
+        name, _, version = (os.confstr("CS_GNU_LIBC_VERSION") or "").partition(" ")
+        new = name == "glibc" and tuple(map(int, version.split(".")[:2])) >= (2, 35)
+    except (OSError, ValueError, AttributeError):  # a system without one of them
+        return False
+    if not (on_cpu and new and "[madvise]" in given) or "glibc.malloc.hugetlb" in environ.get(TUNABLES, ""):
+        return False
+    environ[TUNABLES] = ":".join(t for t in (environ.get(TUNABLES), "glibc.malloc.hugetlb=1") if t)
+    return True
 
 
 def free_disk(path: str | os.PathLike[str]) -> int:

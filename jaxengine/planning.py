@@ -149,6 +149,18 @@ def streamed_form(architecture: Architecture, plan: Plan, card: Card, batch: int
     return "ahead" if AHEAD[0] < moved / card.link / compute < AHEAD[1] else ""
 
 
+def _worth_ahead(
+    architecture: Architecture, plan: Plan, what: tuning.Task, card: Card, *, batch: int, context: int
+) -> bool:
+    """Whether a step can fetch layers one ahead, and its copies and compute are near enough to each other for it, as
+    `streamed_form` asks of decoding."""
+    if not what.runs_ahead(plan.remat):
+        return False
+    streamed = dataclasses.replace(plan, home="host", form="", resident=0, kept=0, remat=plan.remat or "full")
+    times = tuning.seconds(architecture, streamed, what, card, batch=batch, context=context)
+    return AHEAD[0] < times["host link"] / max(times["matmuls"], times["device memory"]) < AHEAD[1]
+
+
 def candidates(
     architecture: Architecture,
     plan: Plan,
@@ -160,11 +172,13 @@ def candidates(
     context: int,
     disk_rate: float = DISK_RATE,
     task: str = "generate",
+    tile: int = 0,
 ) -> list[Candidate]:
     """The plan's variants on a card, from the nearest to the farthest."""
     if task != "generate":
-        what, rows = tuning.task(task), {"batch": batch, "context": context}
-        made = tuning.variants(architecture, plan, what, memory=memory, ram=ram, **rows)
+        what, rows = tuning.task(task, tile), {"batch": batch, "context": context}
+        ahead = _worth_ahead(architecture, plan, what, card, **rows)
+        made = tuning.variants(architecture, plan, what, memory=memory, ram=ram, ahead=ahead, **rows)
         times = [tuning.seconds(architecture, v.plan, what, card, **rows) for v in made]
         count = what.accumulate * batch * context
         return [Candidate(v.plan, v.need, v.refused, tuple(t.items()), count) for v, t in zip(made, times, strict=True)]
@@ -184,6 +198,7 @@ def changes(
     context: int,
     disk_rate: float = DISK_RATE,
     task: str = "generate",
+    tile: int = 0,
 ) -> list[tuple[str, Candidate]]:
     """What would make it fit, where nothing does: each change alone, then two together, the first three that fit, or more
     memory where there are not so many."""
@@ -211,12 +226,12 @@ def changes(
             break
         asked = {"memory": memory, "ram": ram, "batch": batch, "context": context} | sizes
         changed = dataclasses.replace(plan, **given)
-        tried = candidates(architecture, changed, card, disk_rate=disk_rate, task=task, **asked)
+        tried = candidates(architecture, changed, card, disk_rate=disk_rate, task=task, tile=tile, **asked)
         fit = [c for c in tried if c.fits]
         if fit:
             found.append((said, fit[0]))
     asked = {"memory": memory, "ram": ram, "batch": batch, "context": context}
-    tried = candidates(architecture, plan, card, disk_rate=disk_rate, task=task, **asked)
+    tried = candidates(architecture, plan, card, disk_rate=disk_rate, task=task, tile=tile, **asked)
     by_device, by_host = (sorted(tried, key=operator.attrgetter(f"need.{tier}")) for tier in ("device", "host"))
     more = [
         {"memory": c.need.device} for c in by_device if c.need.device > memory and (ram is None or c.need.host <= ram)
@@ -226,7 +241,7 @@ def changes(
     for sizes in more:
         if len(found) == 3:
             break
-        again = candidates(architecture, plan, card, disk_rate=disk_rate, task=task, **(asked | sizes))
+        again = candidates(architecture, plan, card, disk_rate=disk_rate, task=task, tile=tile, **(asked | sizes))
         fit = [c for c in again if c.fits]
         said = " and ".join(f"{name} {show_bytes(size)}" for name, size in sizes.items())
         seen = {(told, c.label()) for told, c in found}
@@ -299,6 +314,7 @@ class Outcome:
     candidates: tuple[Candidate, ...]
     changes: tuple[tuple[str, Candidate], ...]
     task: str = "generate"
+    tile: int = 0
 
     @property
     def chosen(self) -> Candidate | None:
@@ -327,7 +343,7 @@ class Outcome:
 
         chosen = self.chosen
         return {
-            "task": self.task, "mesh": self.candidates[0].plan.mesh, "card": self.card.name,
+            "task": self.task, "tile": self.tile, "mesh": self.candidates[0].plan.mesh, "card": self.card.name,
             "card_notes": self.card.notes, "memory": self.memory, "ram": self.ram,
             "batch": self.batch, "context": self.context, "chosen": None if chosen is None else one(chosen),
             "candidates": [one(c) for c in self.candidates], "short": self.short,
@@ -347,13 +363,15 @@ def plan_for(
     batch: int = 1,
     context: int | None = None,
     task: str = "generate",
+    tile: int = 0,
     disk_rate: float = DISK_RATE,
 ) -> Outcome:
     """The nearest plan that fits, every one that was looked at, and what would fit where none does.
 
     task: 'generate', or what is fine-tuned: 'lora' or 'dora' (rank 8 beside every matrix of a layer, AdamW), 'full' (every
     parameter in float32, AdamW, arithmetic in bfloat16), 'lisa', 'badam' or 'hift' (some layers at a time, as their papers
-    say, AdamW), each on `batch` rows of `context` tokens a step.
+    say, AdamW), each on `batch` rows of `context` tokens a step. tile: of these, tokens of a row that a layer's feed-forward
+    block takes at a time (0: all).
     plan: the choices that stand (dtype, weights, cache; a chunk if it has one); home, form and resident layers are chosen.
     memory: bytes of the card to use (all that a process can have, if not given); ram: bytes of host memory for layers, the
     rest being read from a disk that gives disk_rate bytes a second (no limit, and no disk, if not given); context: tokens
@@ -363,6 +381,13 @@ def plan_for(
     """
     if task not in TASKS:
         raise ValueError(f"task is {task!r}; what is planned for is {', '.join(TASKS)}")
+    if task != "generate":
+        tuning.task(task, tile)
+    elif tile:
+        raise ValueError(
+            f"tile is {tile}, and task 'generate' takes a prompt in chunks, which are chosen: leave it out, or say a task that"
+            f" trains, such as 'lora'"
+        )
     if _as_they_are(task) and (plan.weights != "dense" or plan.weight_rules):
         raise ValueError(
             f"task {task!r} trains parameters as they are, and weights is {plan.weights!r}: task 'lora' trains beside"
@@ -391,11 +416,11 @@ def plan_for(
         "memory": card.usable if memory is None else memory, "ram": ram, "batch": batch,
         "context": bucket(context, least=64) if task == "generate" else context,  # as a call pads it
     }  # fmt: skip
-    how: dict[str, Any] = {"disk_rate": disk_rate, "task": task}
+    how: dict[str, Any] = {"disk_rate": disk_rate, "task": task, "tile": tile}
     found = tuple(candidates(architecture, plan, card, **how, **asked))
     fits = any(c.fits for c in found)
     others = () if fits else tuple(changes(architecture, plan, card, **how, **asked))
-    return Outcome(architecture, card, **asked, candidates=found, changes=others, task=task)
+    return Outcome(architecture, card, **asked, candidates=found, changes=others, task=task, tile=tile)
 
 
 def plan_folder(
@@ -407,6 +432,7 @@ def plan_folder(
     batch: int = 1,
     context: int | None = None,
     task: str = "generate",
+    tile: int = 0,
     weights: str | None = None,
     dtype: str | None = None,
     kv: str = "raw",
@@ -434,7 +460,8 @@ def plan_folder(
         raise ValueError(f"weights is {weights!r}, and the folder's are stored in formats of their own: leave it out")
     named = named or (stored.dtype if stored is not None else None)
     if named not in DTYPES:
-        raise ValueError(f"dtype is {named!r} in config.json and none is given; say dtype {', '.join(DTYPES)}")
+        said = "" if dtype else " in config.json and none is given"
+        raise ValueError(f"dtype is {named!r}{said}; it can be {', '.join(DTYPES)}")
     start = Plan(weights=weights or "dense") if stored is None else stored
     named_to_stay: Any = stay if isinstance(stay, str) else tuple(stay)  # a string, which Plan refuses
     plan = Plan(
@@ -442,7 +469,7 @@ def plan_folder(
         stay=named_to_stay, attention=attention,
     )  # fmt: skip
     outcome = plan_for(
-        found, plan, card, batch=batch, context=context, task=task,
+        found, plan, card, batch=batch, context=context, task=task, tile=tile,
         memory=None if memory is None else parse_bytes(memory), ram=None if ram is None else parse_bytes(ram, "ram"),
         disk_rate=parse_bytes(disk_rate, "disk-rate"),
     )  # fmt: skip

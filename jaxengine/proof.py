@@ -64,12 +64,12 @@ class Called:
 
 
 def programs(
-    architecture: Architecture, plan: Plan, mesh: Any, *, batch: int, length: int, task: str = "generate"
+    architecture: Architecture, plan: Plan, mesh: Any, *, batch: int, length: int, task: str = "generate", tile: int = 0
 ) -> dict[str, Called]:
     """Each program that generating runs, as `Model.generate` calls it for `batch` greedy rows whose prompts fill a cache of
     `length` tokens; or the step of what is fine-tuned, on `batch` rows of `length` tokens."""
     if task != "generate":
-        what = tuning.task(task)
+        what = tuning.task(task, tile)
         return {"step": Called(*tuning.program(architecture, plan, what, mesh, batch=batch, context=length))}
     how = Engine(architecture, plan.caching, plan.dtype, plan.sharding_rules(), mesh, plan.chunk, plan.attention)
     params = placement.abstract(architecture, plan, mesh)
@@ -179,6 +179,7 @@ def prove(
     length: int,
     memory: int | None = None,
     task: str = "generate",
+    tile: int = 0,
 ) -> tuple[Proof, ...]:
     """Compile what generating, or a step of fine-tuning, runs for one such card; a program over `memory` bytes has that
     among its problems.
@@ -191,7 +192,7 @@ def prove(
             f"mesh is {plan.mesh!r}; programs are compiled ahead for the axes {', '.join(aot.AXES)}, not {further}"
         )
     with aot.target(card, **axes) as target:
-        found = programs(architecture, plan, cast(Any, target.mesh), batch=batch, length=length, task=task)
+        found = programs(architecture, plan, cast(Any, target.mesh), batch=batch, length=length, task=task, tile=tile)
         for name, called in found.items():
             start = time.perf_counter()
             compiled = target.compile(called.program.on("gpu"), *called.static, *target.place(called.abstract))

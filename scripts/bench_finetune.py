@@ -34,10 +34,10 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxengine.architecture import architecture, initialise
-from jaxengine.command import A_FILE, SETTINGS, reported, start_jax
+from jaxengine.command import A_FILE, SETTINGS, reported, start_anew_with_large_pages, start_jax
 from jaxengine.finetune.data import Batches, Documents, Packed, pack
 from jaxengine.finetune.run import Run, Settings
-from jaxengine.loading import from_arrays
+from jaxengine.loading import from_arrays, load
 from jaxengine.plan import Plan
 from jaxengine.walk import REMAT
 
@@ -59,24 +59,24 @@ def rows(vocab: int, batch: int, context: int, steps: int) -> Packed:
     return pack(Documents.of([(row.tolist(), [True] * (context + 1)) for row in made]), context)
 
 
-def model_of(shape: dict[str, Any], dtype: str, form: str) -> Any:
+def model_of(shape: dict[str, Any], dtype: str) -> Any:
     """The random model, the same each time."""
     arch = architecture(shape)
-    return from_arrays(arch, Plan(dtype=dtype, form=form), initialise(arch, 0), shape)
+    return from_arrays(arch, Plan(dtype=dtype), initialise(arch, 0), shape)
 
 
 class Ours:
-    """`Run`, without a folder."""
+    """`Run`, without a folder of its own."""
 
     def __init__(
         self, shape: dict[str, Any], folder: str, packed: Packed, batch: int, dtype: str, remat: str, form: str
     ):
-        del folder
+        del shape
         settings = Settings(
             rank=RANK, alpha=ALPHA, learning_rate=RATE, schedule="constant", warmup=0, compute=dtype, remat=remat,
             batch=batch, context=packed.context, epochs=1,
         )  # fmt: skip
-        self.run = Run(model_of(shape, dtype, form), settings, packed)
+        self.run = Run(load(folder, dtype=dtype, form=form), settings, packed)
 
     def step(self) -> float:
         return next(self.run).loss
@@ -125,6 +125,7 @@ def child(pipe: Any, side: str, *given: Any) -> None:
     before = held()
     pipe.send(before)
     while pipe.recv():
+        time.sleep(0.5)  # threads of the other side may wait for more work, by turning round
         start = time.perf_counter()
         loss = made.step()
         pipe.send((loss, time.perf_counter() - start))
@@ -146,8 +147,7 @@ def measure(
     """{side: losses, seconds of each step after the first, bytes before and at most}."""
     spawn, found = multiprocessing.get_context("spawn"), {}
     with tempfile.TemporaryDirectory() as folder:
-        if peer:
-            model_of(shape, dtype, form).save(folder, overwrite=True)
+        model_of(shape, dtype).save(folder, overwrite=True)
         given = shape, folder, rows(shape["vocab_size"], batch, context, rounds + 2), batch, dtype, remat, form
         sides = {}
         for name in ("jaxengine", "peft") if peer else ("jaxengine",):
@@ -181,7 +181,10 @@ def measure(
     "--remat", type=click.Choice([r for r in REMAT if r != "offload"]), multiple=True, default=("none", "full"),
     help="What is kept of a layer for its way back.",
 )  # fmt: skip
-@click.option("--form", type=click.Choice(["scan", "unrolled"]), default="scan", help="How our layers run.")
+@click.option(
+    "--form", "given", type=click.Choice(["scan", "unrolled"]), show_default="as `jaxengine finetune` takes it on a CPU",
+    help="How our layers run.",
+)  # fmt: skip
 @click.option(
     "--config",
     type=A_FILE,
@@ -197,7 +200,7 @@ def main(
     rounds: int,
     dtype: tuple[str, ...],
     remat: tuple[str, ...],
-    form: str,
+    given: str | None,
     config: Path | None,
 ) -> None:
     """Time and memory of a LoRA step, and beside peft's."""
@@ -216,6 +219,7 @@ def main(
     )
     for kind in dtype:
         for kept in remat:
+            form = given or ("scan" if kept == "full" else "unrolled")
             found = measure(shape, batch, context, kind, kept, form, rounds, peer is not None)
             median = {name: statistics.median(side["seconds"]) for name, side in found.items()}
             for name, side in found.items():
@@ -233,5 +237,6 @@ def main(
 
 
 if __name__ == "__main__":
+    start_anew_with_large_pages()  # both sides' processes then have them
     start_jax()
     main()

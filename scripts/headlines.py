@@ -89,7 +89,8 @@ LLAMA_2_70B = {
 class Headline:
     """One claim. Sizes in bytes.
 
-    task: what `jaxengine plan --task` takes: 'generate', or a step of fine-tuning; like: the task of `baseline`.
+    task, tile: what `jaxengine plan` takes: 'generate', or a step of fine-tuning, and the tokens of its feed-forward block
+    at a time; like: the task of `baseline`.
     model: a config.json; card: as `cards.find` knows it; machine: what the paper says of its hardware. budget: device
     memory that it must fit in (None: all that a process has of the card, or of `baseline`). baseline, share: where the
     claim is relative, the plan it is relative to, and the share of its bytes that may be used. ram: host memory of the
@@ -110,6 +111,7 @@ class Headline:
     plan: Plan
     note: str
     task: str = "generate"
+    tile: int = 0
     like: str = ""
     needs: str = ""
     budget: int | None = None
@@ -346,7 +348,8 @@ HEADLINES = (
         batch=1,
         context=500_000,
         plan=Plan(dtype="float32", home="host", remat="offload"),
-        task="full:tile=8192",
+        task="full",
+        tile=8192,
         note="What a layer makes of so many tokens while it is gone back through is {activations}: its feed-forward block and the"
         " logits are made in parts.",
     ),
@@ -424,8 +427,8 @@ class Figures:
         h = self.headline
         return {
             "name": h.name, "claim": h.claim, "paper": h.paper, "arxiv": h.arxiv, "model": h.model_name,
-            "config": dict(h.model), "task": h.task, "card": self.card.name, "machine": h.machine, "batch": h.batch,
-            "context": h.context, "plan": dataclasses.asdict(h.plan), "budget": self.budget, "ram": h.ram,
+            "config": dict(h.model), "task": h.task, "tile": h.tile, "card": self.card.name, "machine": h.machine,
+            "batch": h.batch, "context": h.context, "plan": dataclasses.asdict(h.plan), "budget": self.budget, "ram": h.ram,
             "arithmetic": dataclasses.asdict(self.need) | {"device": self.need.device},
             "compiled": [
                 {"program": p.program, "device": p.device, "host": p.host, "temporaries": p.temporaries,
@@ -438,11 +441,11 @@ class Figures:
         }  # fmt: skip
 
 
-def bytes_of(task: str, arch: Architecture, plan: Plan, batch: int, length: int) -> Need:
+def bytes_of(task: str, arch: Architecture, plan: Plan, batch: int, length: int, tile: int = 0) -> Need:
     """What a task needs, by arithmetic."""
     if task == "generate":
         return need(arch, plan, batch=batch, context=length)
-    return tuning.need(arch, plan, tuning.task(task), batch=batch, context=length)
+    return tuning.need(arch, plan, tuning.task(task, tile), batch=batch, context=length)
 
 
 def quantities(headline: Headline, arch: Architecture, needed: Need, length: int) -> dict[str, str]:
@@ -457,7 +460,7 @@ def quantities(headline: Headline, arch: Architecture, needed: Need, length: int
         "dense": weight_bytes(arch, dataclasses.replace(plan, weights="dense"))["layers"],
         "layer": weight_bytes(arch, plan)["largest_layer"], "host": needed.host, "disk": needed.disk, "outer": needed.outer,
         "cache": needed.cache, "stream": 2 * batch * length * hidden * size,
-        "least": bytes_of(headline.task, arch, on_host, batch, length).device, "resident_bytes": needed.resident,
+        "least": bytes_of(headline.task, arch, on_host, batch, length, headline.tile).device, "resident_bytes": needed.resident,
         "activations": needed.activations, "gradients": needed.gradients, "optimizer": needed.optimizer,
     }  # fmt: skip
     return {n: show_bytes(b) for n, b in found.items()} | {
@@ -473,14 +476,15 @@ def figures(headline: Headline, *, compiled: bool) -> Figures:
     length = headline.context
     if headline.task == "generate":
         length = bucket(length, least=64)  # as a call pads it
-    needed = bytes_of(headline.task, arch, headline.plan, headline.batch, length)
+    needed = bytes_of(headline.task, arch, headline.plan, headline.batch, length, headline.tile)
     baseline, proofs, baseline_proofs, like = 0, (), (), headline.like or headline.task
     if headline.baseline is not None:
         baseline = bytes_of(like, arch, headline.baseline, headline.batch, length).device
     if compiled:
-        proofs = prove(arch, headline.plan, card, batch=headline.batch, length=length, task=headline.task)
+        asked = {"batch": headline.batch, "length": length}
+        proofs = prove(arch, headline.plan, card, task=headline.task, tile=headline.tile, **asked)
         if headline.baseline is not None:
-            baseline_proofs = prove(arch, headline.baseline, card, batch=headline.batch, length=length, task=like)
+            baseline_proofs = prove(arch, headline.baseline, card, task=like, **asked)
     said = quantities(headline, arch, needed, length)
     seconds = time.perf_counter() - start
     return Figures(headline, card, needed, proofs, baseline, baseline_proofs, said, seconds)
@@ -528,7 +532,9 @@ def show(console: Console, rows: list[Figures]) -> None:
         h = f.headline
         rules = f"{h.plan.dtype}, weights {h.plan.weights}, home {h.plan.home}"
         rules += (
-            f", KV {h.plan.kv_codec}" if h.task == "generate" else f", task {h.task}, remat {h.plan.remat or 'full'}"
+            f", KV {h.plan.kv_codec}"
+            if h.task == "generate"
+            else f", task {h.task}{f' in tiles of {h.tile}' if h.tile else ''}, remat {h.plan.remat or 'full'}"
         )
         asked = f"{h.model_name}, {h.batch} x {h.context} tokens, {rules}"
         lines = [f"{h.name}: {h.paper} (arXiv:{h.arxiv})", f"  {asked}. The paper: {h.machine}.", f"  {f.note()}"]

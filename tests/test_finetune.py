@@ -14,6 +14,7 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -42,6 +43,7 @@ from jaxengine.finetune.run import Run, Settings, check_out, merge, said, with_a
 from jaxengine.loading import from_arrays
 from jaxengine.model import Model
 from jaxengine.plan import Plan
+from jaxengine.weights.base import contract
 from sharding.mesh import make_mesh
 
 ROOT = Path(__file__).parent.parent
@@ -729,3 +731,35 @@ def test_the_script_is_the_command() -> None:
     assert done.returncode == 0
     script, ours = (" ".join(text.split()) for text in (done.stdout, invoke("--help").output))
     assert script.partition("DATA...")[2] == ours.partition("DATA...")[2] != ""
+
+
+@pytest.mark.parametrize("spec", ["btd,nhd->btnh", "btnh,dnh->btd"])
+def test_ways_back_through_a_matrix_of_16_bits_are_products_of_16_bits_summed_in_float32(spec: str) -> None:
+    """Autodiff of a rounded float32 sum widens the matrix and the gradient, and multiplies them in float32."""
+    rng = np.random.default_rng(0)
+    shapes = {"btd,nhd->btnh": ((2, 3, 512), (4, 8, 512)), "btnh,dnh->btd": ((2, 3, 4, 128), (24, 4, 128))}[spec]
+    x, w = (jnp.asarray(rng.standard_normal(s), jnp.bfloat16) for s in shapes)
+    y = jax.eval_shape(lambda: contract(spec, x, w))
+    g = jnp.asarray(rng.standard_normal(y.shape), y.dtype)
+
+    def back(g: Any) -> Any:
+        return jax.vjp(lambda x, w: contract(spec, x, w), x, w)[1](g)
+
+    dots = re.findall(r"stablehlo\.dot_general .* : \((.*)\) -> (\S+)", jax.jit(back).lower(g).as_text())
+    assert len(dots) >= 2
+    for operands, result in dots:
+        assert (operands.count("xbf16>"), operands.count("xf32>")) == (2, 0)
+        assert result.endswith("xf32>")
+    left, right = spec.split("->")[0].split(",")
+    out = spec.split("->")[1]
+    wide = {n: np.asarray(a, np.float64) for n, a in (("x", x), ("w", w), ("g", g))}
+    for found, want in zip(
+        back(g),
+        (
+            np.einsum(f"{out},{right}->{left}", wide["g"], wide["w"]),
+            np.einsum(f"{out},{left}->{right}", wide["g"], wide["x"]),
+        ),
+        strict=True,
+    ):
+        # rounded once to 8 bits; the sum's own error is far below
+        np.testing.assert_allclose(np.asarray(found, np.float64), want, rtol=2**-8, atol=1e-4)

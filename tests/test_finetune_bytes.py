@@ -46,11 +46,17 @@ ROWS: list[Row] = [
     ("thin", "H200", "full", HOST, 2, 2**14, {"tile": 512}),
     ("small", "RTX 4090", "dora", HOST, 4, 1024, {}),
     ("small", "H200", "dora", {}, 4, 1024, {}),
+    ("small", "H200", "dora", {"remat": "none"}, 4, 1024, {}),
+    ("small", "H200", "lora", {}, 4, 1024, {}),
 ]
 FURTHER: list[Row] = [
     # the noise of every parameter takes long to compile
     ("thin", "RTX 3090", "mezo", HOST, 8, 512, {}),
     ("wide", "RTX 3090", "mezo", HOST, 1, 512, {}),
+    ("wide", "H200", "dora", {"remat": "none"}, 2, 1024, {}),
+    ("thin", "H200", "dora", {"remat": "none"}, 2, 1024, {}),
+    ("small", "RTX 4090", "lora", {}, 4, 1024, {}),
+    ("thin", "H200", "lora", {}, 2, 1024, {}),
     ("8B", "RTX 4090", "lora", AHEAD, 2, 2048, {}),
     ("8B", "RTX 4090", "lora", HOST, 2, 2048, {}),
     ("8B, long", "H200", "full", HOST | {"remat": "offload"}, 1, 500_000, {"tile": 8192}),

@@ -243,3 +243,33 @@ def test_free_disk_of_a_place_that_is_not_there_yet(tmp_path: Path, monkeypatch:
 def test_it_is_read_before_jax() -> None:
     code = "import sys, jaxengine.machine; heavy = {'jax', 'numpy'} & set(sys.modules); assert not heavy, heavy"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("given", "enabled", "card", "then"),
+    [
+        ({}, "always [madvise] never", False, "glibc.malloc.hugetlb=1"),
+        ({"GLIBC_TUNABLES": "glibc.malloc.arena_max=2"}, "always [madvise] never", False,
+         "glibc.malloc.arena_max=2:glibc.malloc.hugetlb=1"),
+        ({"GLIBC_TUNABLES": "glibc.malloc.hugetlb=0"}, "always [madvise] never", False, None),
+        ({}, "[always] madvise never", False, None),
+        ({}, "always madvise [never]", False, None),
+        ({}, "always [madvise] never", True, None),
+        ({"JAX_PLATFORMS": "cpu"}, "always [madvise] never", True, "glibc.malloc.hugetlb=1"),
+    ],
+)  # fmt: skip
+def test_large_pages_are_asked_for_once_where_it_helps(
+    given: dict[str, str], enabled: str, card: bool, then: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernel = tmp_path / "sys/kernel/mm/transparent_hugepage"
+    kernel.mkdir(parents=True)
+    (kernel / "enabled").write_text(enabled + "\n")
+    if card:
+        (tmp_path / "proc/driver/nvidia").mkdir(parents=True)
+    monkeypatch.setattr(os, "confstr", {"CS_GNU_LIBC_VERSION": "glibc 2.35"}.get)
+    environ = dict(given)
+    assert machine.ask_for_large_pages(environ, tmp_path) == (then is not None)
+    assert environ.get("GLIBC_TUNABLES") == (then or given.get("GLIBC_TUNABLES"))
+    assert not machine.ask_for_large_pages(environ, tmp_path)  # or a process would begin for ever
+    monkeypatch.setattr(os, "confstr", {"CS_GNU_LIBC_VERSION": "glibc 2.34"}.get)
+    assert not machine.ask_for_large_pages({}, tmp_path)

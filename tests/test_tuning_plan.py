@@ -90,6 +90,41 @@ def test_a_model_larger_than_the_card_is_tuned_beside_streamed_weights() -> None
     assert all(c.need.device <= 25 * 10**8 or said.startswith("memory") for said, c in short.changes)
 
 
+def test_a_plan_in_tiles_keeps_nothing_of_a_layer_and_needs_less() -> None:
+    arch, card = architecture(LLAMA_3_8B | {"max_position_embeddings": 2**17}), find("H100 SXM")
+    asked: dict[str, Any] = {"context": 2**17, "task": "full"}
+    tiled, plain = plan_for(arch, BF16, card, tile=8192, **asked), plan_for(arch, BF16, card, **asked)
+    assert {c.plan.remat for c in tiled.candidates} == {"full", "offload"}
+    assert tiled.to_dict()["tile"] == 8192
+    for c in tiled.candidates:
+        same = [p for p in plain.candidates if p.plan == c.plan]
+        assert all(c.need.activations < p.need.activations for p in same)
+    # both halves of the feed-forward block, and their gradients, of all tokens but a tile's
+    host, whole = (next(c for c in o.candidates if c.plan.home == "host") for o in (tiled, plain))
+    assert whole.need.activations - host.need.activations > 2 * 2**17 * 14336 * 2
+
+
+def test_layers_are_fetched_one_ahead_where_a_step_can_and_copies_are_worth_hiding() -> None:
+    asked: dict[str, Any] = {"memory": 8 * 10**9, "context": 512}
+    card = find("rtx4090")
+
+    def forms(task: str, **more: Any) -> set[tuple[str, str]]:
+        return {
+            (c.plan.form, c.plan.remat) for c in plan_for(ARCH_8B, BF16, card, task=task, **(asked | more)).candidates
+        }
+
+    assert {("ahead", "full"), ("ahead", "offload"), ("", "dots")} <= forms("lora")
+    assert ("ahead", "dots") not in forms("lora")  # of whose layers more is kept than what comes into them
+    for task in ("full", "lisa", "mezo"):  # loops of their own over layers in host memory
+        assert "ahead" not in {form for form, _ in forms(task)}
+    # 16 rows of 2048 compute for longer than three copies take
+    assert "ahead" not in {form for form, _ in forms("lora", batch=16, context=2048)}
+    chosen = plan_for(ARCH_8B, BF16, card, task="lora", **asked).chosen
+    assert chosen is not None
+    assert (chosen.plan.home, chosen.plan.form) in (("split", "ahead"), ("split", ""))
+    assert chosen.fits
+
+
 @pytest.mark.parametrize("family", ["gpt2", "opt_350m_like", "gemma2", "phi3"])
 def test_every_family_and_task_is_planned_for(family: str) -> None:
     """Whatever a family's config calls its sizes."""
@@ -112,6 +147,10 @@ def test_every_family_and_task_is_planned_for(family: str) -> None:
             "weights is 'int8': task 'lora' trains beside",
         ),
         ({"task": "lora", "plan": Plan(dtype="bfloat16", kv_codec="int8")}, "keeps no cache"),
+        ({"task": "generate", "tile": 512}, "tile is 512, and task 'generate' takes a prompt in chunks"),
+        ({"task": "mezo", "tile": 512}, "tile is 512; bytes of task 'mezo'"),
+        ({"task": "full", "tile": -1}, "tile is -1; it is so many tokens of a row, or 0 for all"),
+        ({"task": "full:tile=8192"}, "task is 'full:tile=8192'; what is planned for is generate, lora"),
     ],
 )
 def test_what_is_not_done_is_refused(given: dict[str, Any], said: str) -> None:

@@ -263,6 +263,8 @@ def chosen_plan(folder: str, given: dict[str, Any]) -> tuple[Architecture, Plan,
     """
     import dataclasses
 
+    import jax
+
     from jaxengine.architecture import architecture
     from jaxengine.export import one_dtype
     from jaxengine.finetune.planning import variants
@@ -306,7 +308,10 @@ def chosen_plan(folder: str, given: dict[str, Any]) -> tuple[Architecture, Plan,
     budget, room = parse_bytes(memory), available_ram() if given["ram"] is None else parse_bytes(given["ram"], "ram")
     plan = dataclasses.replace(plan, home="device", form="", resident=0, kept=0, remat=given["remat"] or "")
     check(settings, arch, plan, make_mesh(None))
-    found = variants(arch, plan, settings.task, memory=budget, ram=room, batch=settings.batch, context=settings.context)
+    found = variants(
+        arch, plan, settings.task, memory=budget, ram=room, batch=settings.batch, context=settings.context,
+        ahead=jax.default_backend() != "cpu",  # where a copy is none
+    )  # fmt: skip
     fits = next((v for v in found if not v.refused), None)
     if fits is None:
         least = min(found, key=lambda v: (v.need.device > budget, v.need.device))

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jaxengine import placement
 from jaxengine.architecture import Architecture
 from jaxengine.engine import Engine, Program
-from jaxengine.finetune import layered, mezo, sampled
+from jaxengine.finetune import layered, mezo, sampled, tiles
 from jaxengine.finetune import step as whole
 from jaxengine.finetune.optimizers.base import Matrix, Optimizer
 from jaxengine.finetune.optimizers.base import optimizer as find_optimizer
@@ -31,7 +31,20 @@ from jaxengine.finetune.trained._lowrank import LowRank
 from jaxengine.finetune.trained.all import Options as Every
 from jaxengine.finetune.trained.base import targets, trained
 from jaxengine.homes.base import home
-from jaxengine.plan import Need, Plan, Variant, layer_bytes, show_bytes, streamed_bytes, tier_bytes, weight_bytes, width
+from jaxengine.plan import (
+    Need,
+    Plan,
+    Variant,
+    abstract_leaf,
+    layer_bytes,
+    show_bytes,
+    streamed_bytes,
+    tier_bytes,
+    weight_bytes,
+    width,
+)  # fmt: skip
+from jaxengine.weights.base import Weight
+from pallas_kernels.quant_matmul.xla import chunk_bytes
 
 GAPS = 0.05  # between buffers of unlike sizes that copies hold for a while, of their bytes
 
@@ -63,6 +76,10 @@ class Task:
         device."""
         return self.train == "all" and plan.home != "device" and self.optimizer.order > 0
 
+    def runs_ahead(self, remat: str) -> bool:
+        """Whether its step can fetch each streamed layer while the one before it is computed."""
+        return self.beside and self.optimizer.order > 0 and remat != "dots"
+
     @property
     def beside(self) -> bool:
         """Whether what is trained stands beside weights, of any format, and not in their place."""
@@ -83,15 +100,17 @@ TASKS = {
 }
 
 
-def task(name: str) -> Task:
-    """The task of this name as users say it, 'full' or 'full:tile=8192'; ValueError names those there are."""
-    kind, _, tile = name.partition(":tile=")
-    if kind not in TASKS or (":tile=" in name and not (tile.isascii() and tile.isdecimal() and int(tile))):
+def task(name: str, tile: int = 0) -> Task:
+    """The task of this name, with `tile` tokens of a row at a time in a feed-forward block (0: all); ValueError names those
+    there are."""
+    if name not in TASKS:
+        raise ValueError(f"task is {name!r}; what is planned for is generate, {', '.join(TASKS)}")
+    tiles.check(tile, "full")
+    if tile and not TASKS[name].optimizer.order:
         raise ValueError(
-            f"task is {name!r}; what is planned for is generate, {', '.join(TASKS)}, and of those with so many tokens of a row in"
-            f" a tile 'full:tile=8192'"
+            f"tile is {tile}; bytes of task {name!r}, which makes no gradient, are not counted in tiles: leave it out"
         )
-    return dataclasses.replace(TASKS[kind], tile=int(tile or 0))
+    return dataclasses.replace(TASKS[name], tile=tile)
 
 
 def abstract_trained(architecture: Architecture, plan: Plan, task: Task, params: Any) -> Any:
@@ -172,9 +191,13 @@ def need(architecture: Architecture, plan: Plan, task: Task, *, batch: int, cont
     loss = loss_activations(architecture, task, parts * batch, context, dtype.itemsize)
     # what a layer's matrices gave is there already where it is kept; so is x, which tiles take as it is
     back = one.within - (one.dots if remat == "dots" or (remat == "none" and not streamed) else 0)
-    back -= entering // parts if tiled and remat == "full" else 0
+    written_out = task.train == "lora" and not streamed and all(p.form == "unrolled" for p in plan.parts(architecture))
+    back -= entering // parts if (tiled or written_out) and remat == "full" else 0
+    back += _chunk_bytes(architecture, plan, batch * context, dtype.itemsize)
     # a magnitude's gradient asks for what each matrix gave before it
     back += one.dots if task.train == "dora" and remat in ("full", "offload") else 0
+    if task.train == "dora" and remat == "none":  # which is there already, but for one of the two that are multiplied
+        kept += (L - streamed) * (one.between - 3 * entering // parts)
     host = tiers["host"] + (L * entering if remat == "offload" else 0)
     if task.train != "all":
         adapters = adapter_bytes(architecture, task)
@@ -451,6 +474,19 @@ def layer_activations(architecture: Architecture, rows: int, itemsize: int, tile
     return OneLayer(*max(found))
 
 
+@functools.cache
+def _chunk_bytes(architecture: Architecture, plan: Plan, rows: int, itemsize: int) -> int:
+    """The most that products make at a time of one of the layers' matrices that are held in a format."""
+    found = [0]
+    for name, spec in architecture.specs().items():
+        if spec.out is not None and name.startswith("layers."):
+            leaf = abstract_leaf(plan.format_of(name, spec), spec.shape, spec.out, plan.dtype)
+            if isinstance(leaf, Weight):
+                N, K = math.prod(spec.shape[: spec.out]), math.prod(spec.shape[spec.out :])
+                found.append(chunk_bytes(N, K, rows, itemsize))
+    return max(found)
+
+
 def loss_pieces(architecture: Architecture, task: Task, batch: int, context: int) -> int:
     """In how many pieces the loss is made."""
     most = max(1, whole.LOGITS // (4 * batch * architecture.config.vocab_size))
@@ -460,17 +496,24 @@ def loss_pieces(architecture: Architecture, task: Task, batch: int, context: int
 def loss_activations(architecture: Architecture, task: Task, batch: int, context: int, itemsize: int) -> int:
     """Bytes while the loss is made: some tokens' logits in float32, their gradient, and the gradient of what comes in."""
     V, D = architecture.config.vocab_size, width(architecture)
-    pieces = loss_pieces(architecture, task, batch, context)
-    # in one piece the logits' gradient is made apart from them, before it is narrowed
-    each = 4 + (4 if pieces == 1 else itemsize)
+    each = 4 + itemsize  # float32 logits, and their gradient as the head's way back takes it
     chunk = task.loss_chunk or max(1, min(context, whole.LOGITS // (4 * batch * V)))
     return batch * min(chunk, context) * V * each + 2 * batch * context * D * itemsize
 
 
 def variants(
-    architecture: Architecture, plan: Plan, task: Task, *, memory: int, ram: int | None, batch: int, context: int
+    architecture: Architecture,
+    plan: Plan,
+    task: Task,
+    *,
+    memory: int,
+    ram: int | None,
+    batch: int,
+    context: int,
+    ahead: bool = True,
 ) -> list[Variant]:
-    """A plan with its layers in other homes and more or less kept for the way back, from the nearest to the farthest."""
+    """A plan with its layers in other homes and more or less kept for the way back, from the nearest to the farthest. ahead:
+    whether streamed layers are listed as fetched one ahead too, before the plain scan, where a step can run that."""
     found = []
 
     def of(**given: Any) -> Variant:
@@ -489,6 +532,8 @@ def variants(
 
     L = architecture.num_layers
     nearest, farther = ("full",) if task.sampled else ("none", "dots", "full"), ("dots", "full", "offload")
+    if task.tile:  # of which nothing is kept
+        nearest, farther = ("full",), ("full", "offload")
     # what goes forward alone keeps nothing; unrolled, the noise of every layer's parameters would be kernels of its own
     listed = {}
     if not task.optimizer.order:
@@ -499,15 +544,18 @@ def variants(
         again = task.sampled or task.layered(dataclasses.replace(plan, home="host"))
         if again and remat in ("none", "dots"):
             continue  # each layer is run again anyway
-        low, high = 1, L - 1
-        while low < high:
-            middle = (low + high + 1) // 2
-            fits = of(home="split", resident=middle, remat=remat).need.device <= memory
-            low, high = (middle, high) if fits else (low, middle - 1)
-        if L > 1:
-            found.append(of(home="split", resident=low, remat=remat))
-        found.append(of(home="host", remat=remat))
-    return found
+        forms = ("ahead", "") if ahead and task.runs_ahead(remat) else ("",)
+        for form in forms if L > 1 else ():
+            low, high = 1, L - 1
+            while low < high:
+                middle = (low + high + 1) // 2
+                fits = of(home="split", resident=middle, remat=remat, form=form).need.device <= memory
+                low, high = (middle, high) if fits else (low, middle - 1)
+            found.append(of(home="split", resident=low, remat=remat, form=form))
+        found += [of(home="host", remat=remat, form=form) for form in forms]
+    # too few streamed layers run otherwise, whatever is said
+    kept = [v for v in found if v.plan.form != "ahead" or "ahead" in {p.form for p in v.plan.parts(architecture)}]
+    return kept
 
 
 def seconds(

@@ -28,6 +28,7 @@ import abc
 import math
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
@@ -122,17 +123,42 @@ def split_spec(spec: str) -> tuple[str, str, str]:
     return batch, ins, outs
 
 
+@jax.custom_vjp
+def _narrow(x: Float[Array, "B I"], w: Float[Array, "O I"]) -> Float[Array, "B O"]:
+    """x W^T of 16 bits, and ways back of 16 bits, each summed in float32. (Autodiff would go back from the sum before it is
+    rounded: with float32 copies of g and W, at a float32 dot's speed.)"""
+    return _rounded("bi,oi->bo", x, w)
+
+
+def _narrow_forward(x: Array, w: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _rounded("bi,oi->bo", x, w), (x, w)
+
+
+def _narrow_backward(kept: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+    x, w = kept
+    return _rounded("bo,oi->bi", g, w), _rounded("bo,bi->oi", g, x)
+
+
+_narrow.defvjp(_narrow_forward, _narrow_backward)
+
+
+def _rounded(spec: str, x: Array, y: Array) -> Array:
+    return jnp.einsum(spec, x, y, preferred_element_type=jnp.float32).astype(x.dtype)
+
+
 def einsum(spec: str, x: Array, w: Array, dtype: Any = None) -> Array:
     """einsum of x and a dense matrix of its dtype; accumulates in float32, the result in `dtype` (None: x's)."""
     batch, _, outs = split_spec(spec)
     rows = math.prod(x.shape[: len(batch)])
-    dtype = x.dtype if dtype is None else dtype
+    dtype = jnp.dtype(x.dtype if dtype is None else dtype)
     wanted = x.shape[: len(batch)] + w.shape[: len(outs)]
     # as two-dimensional matrices: left with more dims, XLA:CPU transposes the whole weight at every call
     x_bi = x.reshape(rows, -1)
     w_oi = w.reshape(-1, x_bi.shape[1])
 
     def plain(x_bi: Array, w_oi: Array) -> Array:
+        if x_bi.dtype == w_oi.dtype == dtype and dtype.itemsize == 2:
+            return _narrow(x_bi, w_oi)
         return jnp.einsum("bi,oi->bo", x_bi, w_oi, preferred_element_type=jnp.float32).astype(dtype)
 
     def columns(x_bi: Array, w_oi: Array) -> Array:
