@@ -379,6 +379,15 @@ def check_mesh(architecture: Architecture, plan: Plan) -> None:
             f"sharding is {plan.sharding!r} and there is one device in the mesh: say mesh='tensor=4' or the like"
         )
     if mesh is not None:
+        rules = (r.mesh for r in plan.sharding_rules().effective() if r.mesh is not None)
+        used = sorted({axis for axes in rules for axis in ((axes,) if isinstance(axes, str) else axes)})
+        if idle := [axis for axis, n in mesh.shape.items() if n > 1 and axis not in used]:
+            near = difflib.get_close_matches(idle[0], used, n=1, cutoff=0.0)
+            said = f"it splits over {', '.join(used)}. Did you mean {near[0]!r}?" if near else "it splits nothing"
+            raise ValueError(
+                f"mesh is {plan.mesh!r}, and the table {plan.sharding!r} splits nothing over {idle[0]!r}, so that"
+                f" {mesh.shape[idle[0]]} devices would do the same: {said}"
+            )
         specs = architecture.specs().items()
         check(plan.sharding_rules(), mesh, {name: (s.shape, s.axes) for name, s in specs})
 

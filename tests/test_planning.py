@@ -112,6 +112,8 @@ def test_what_fits_neither_memory_is_read_from_disk() -> None:
         ({"plan": Plan(dtype="bfloat16", sharding="tensor", mesh="tensor=2"), "task": "lora"}, "planned for one card"),
         ({"plan": Plan(dtype="bfloat16", sharding="tensor", mesh="tensor=3")}, "does not divide"),
         ({"plan": Plan(dtype="bfloat16", mesh="tensor=2")}, "a whole copy on each of 2"),
+        ({"plan": Plan(dtype="bfloat16", sharding="tensor", mesh="tensro=2")}, "over 'tensro'.*mean 'tensor'"),
+        ({"plan": Plan(dtype="bfloat16", sharding="tensor", mesh="tensor=2,fsdp=2")}, "splits nothing over 'fsdp'"),
     ],
 )  # fmt: skip
 def test_refused(given: dict[str, Any], said: str) -> None:
@@ -259,6 +261,23 @@ OTHER = SMALL | {
     "hidden_size": 3072, "intermediate_size": 8192, "num_attention_heads": 24, "num_key_value_heads": 8,
     "num_hidden_layers": 5,
 }  # fmt: skip
+
+
+@pytest.mark.aot
+@pytest.mark.skipif(aot.missing() is not None, reason=str(aot.missing()))
+def test_one_ahead_brings_the_first_layer_of_a_bank_beside_the_layers_before_it() -> None:
+    """After resident layers, and after streamed ones that other formats make another bank: its copies, which are no
+    slices of a stack, have matrix products beside them."""
+    from jaxengine.proof import prove
+
+    rules = tuple((f"layers.{i}.*", "int8") for i in range(4))
+    for given in ({"home": "split", "resident": 2}, {"home": "host", "weight_rules": rules}):
+        arch, plan = architecture(SMALL | {"num_hidden_layers": 8}), dataclasses.replace(BF16, form="ahead", **given)
+        for proof in prove(arch, plan, find("rtx4090"), batch=64, length=64):
+            # of the block's three matrices, in bfloat16; the model's own first layer is in int8, half of that
+            large = [c for c in proof.report.copies if not c.stride and c.bytes == 2 * 2048 * 5632]
+            assert len(large) == 3
+            assert all(c.matmuls for c in large)
 
 
 @pytest.mark.aot
