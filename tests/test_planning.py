@@ -43,6 +43,7 @@ def test_bytes_of_a_published_model() -> None:
     assert weights / 2 == pytest.approx(8.03e9, rel=1e-3)
     assert need.cache == 2 * 32 * 8 * 128 * 2 * 8192 * 4  # keys and values, layers, heads, dims, bytes, tokens, rows
     assert found.candidates[0].fits
+    assert found.chosen is not None
     assert found.chosen is found.candidates[0]
     # every weight but the embedding's rows once a step, and the whole cache, at the memory's rate
     read = weights - 128256 * 4096 * 2 + need.cache
