@@ -289,11 +289,6 @@ def traps(architecture: Architecture, candidate: Candidate, card: Card) -> list[
             "XLA's latency-hiding scheduler is off by default on this card, and without it no copy runs beside compute;"
             " jaxengine's programs turn it on"
         )
-    if candidate.need.trained and candidate.plan.weights not in ("dense", "int8"):
-        said.append(
-            f"many rows times {candidate.plan.weights} go through float32 chunks, which this does not count: XLA took"
-            f" 1.2 to 2.1 times these bytes; compile the step (with the two wheels) before you trust that it fits"
-        )
     if candidate.need.activations > candidate.need.device / 10:
         said.append(
             f"temporaries are one block of {show_bytes(candidate.need.activations)}: it must be free in one piece"

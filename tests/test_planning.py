@@ -421,10 +421,3 @@ def test_what_is_brought_ahead_is_brought_beside_compute(card: str) -> None:
     assert [p.report.problems for p in ahead] == [(), ()]
     scan = prove(small, dataclasses.replace(BF16, home="host"), find(card), batch=512, length=64)
     assert exposed(scan[1].report)
-
-
-@pytest.mark.parametrize(("weights", "told"), [("nf4", True), ("dense", False)])
-def test_a_step_beside_codes_says_what_is_not_counted(weights: str, told: bool) -> None:
-    plan = dataclasses.replace(BF16, weights=weights)
-    outcome = plan_for(architecture(SMALL), plan, find("rtx4090"), batch=1, context=512, task="lora")
-    assert any("does not count" in said for said in outcome.to_dict()["traps"]) is told

@@ -268,19 +268,38 @@ ON_GPU = {
 
 @each(*ON_GPU)
 def test_the_form_for_gpus(case: Case) -> None:
-    """The arm of the other platform, run here: the matrix is rounded to x's dtype, whatever its magnitude is."""
-    dtype = ON_GPU[case]
-    m, x, g = matrix(case, 25, size=1e-9), rows(3, 192, dtype), rows(3, 25, dtype, seed=2)
+    """The arm of the other platform, run here, in chunks and with what is beyond the last: the matrix is rounded to x's
+    dtype, whatever its magnitude is."""
+    dtype, K = ON_GPU[case], 456 if case.kind == "fp8_block" else 192
+    m, x, g = matrix(case, 25, K, size=1e-9), rows(3, K, dtype), rows(3, 25, dtype, seed=2)
 
     @jax.jit
     def both(x: Any, g: Any, *w: Any) -> tuple[Any, Any]:
         w = xla._matrix(w, case.kind, case.group_size)
-        return xla._chunked(x, *w, 8 * 192, xla._joined, jnp.float32), xla._transposed(g, *w, 8 * 192, xla._joined)
+        return xla._by_outputs(x, *w, 8 * K, jnp.float32), xla._by_inputs(g, *w, 8 * K, jnp.float32)
 
-    y, dx = both(x, g, m.codes, m.scale, *xla._present(m.zero))
+    traced = both.trace(x, g, m.codes, m.scale, *xla._present(m.zero))
+    assert str(traced.jaxpr).count("scan[") == 2
+    y, dx = traced.lower().compile()(x, g, m.codes, m.scale, *xla._present(m.zero))
     for found, a, w in ((y, x, m.dense), (dx, g, m.dense.T)):
         bound = (roundoff(a.dtype) + (w.shape[1] + 8) * U) * (abs(f64(a)) @ abs(w.T)) * (1 + roundoff(a.dtype))
         assert (abs(f64(found) - f64(a) @ w.T) <= bound).all()
+
+
+@each(*ON_GPU)
+def test_the_form_for_gpus_rounds_once(case: Case) -> None:
+    """To the dtype that is asked for, inside the dot where that is x's own."""
+    dtype = ON_GPU[case]
+    m, x, g = matrix(case, 25), rows(3, 192, dtype), rows(3, 25, dtype, seed=2)
+
+    @jax.jit
+    def both(x: Any, g: Any, *w: Any) -> tuple[Any, Any]:
+        w = xla._matrix(w, case.kind, case.group_size)
+        return xla._by_outputs(x, *w, 8 * 192, x.dtype), xla._by_inputs(g, *w, 2**20, g.dtype)
+
+    y, dx = both(x, g, m.codes, m.scale, *xla._present(m.zero))
+    assert_near(y, x, m.dense, dtype=dtype)
+    assert_near(dx, g, m.dense.T, dtype=dtype)
 
 
 @each(Case("int8"), Case("int4", 64), Case("mxfp4", 32, scale="uint8"), Case("fp8", codes="float8_e5m2"))

@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import aot, disassembly, dispatch
-from pallas_kernels.quant_matmul import triton
+from pallas_kernels.quant_matmul import triton, xla
 from pallas_kernels.quant_matmul.config import CODES, Config, config
 
 pytestmark = [pytest.mark.aot, pytest.mark.skipif(aot.missing() is not None, reason=str(aot.missing()))]
@@ -163,6 +163,49 @@ def test_split_over_two_cards(way: str) -> None:
     assert told == (set() if way == "outputs" else {"all-reduce"})
     half = (N // 2, K // 4) if way == "outputs" else (N, K // 8)
     assert re.search(rf"= u16\[{half[0]},{half[1]}\]\S* parameter", text)
+
+
+@pytest.mark.parametrize("way", ["forward", "back"])
+@pytest.mark.parametrize(
+    ("kind", "group_size", "N", "K", "card"),
+    [("nf4", 64, 14336, 4096, "RTX 4090"), ("int4", 32, 4096, 14336, "H200"), ("fp8_block", 128, 14336, 4096, "A100")],
+    ids=str,
+)
+def test_many_rows_hold_one_chunk(kind: str, group_size: int, N: int, K: int, card: str, way: str) -> None:
+    """Beside the result stand one chunk of the matrix, in 16 bits, and what it gives: no float32 of all rows or of a chunk."""
+    M, dtype = 2048, jnp.bfloat16
+    x, *w = arguments(kind, M, N, K, group_size, False, dtype)
+    x, op = (x, xla.quant_matmul) if way == "forward" else (jax.ShapeDtypeStruct((M, N), dtype), xla.transposed)
+    program = jax.jit(lambda x, *w: op(x, *w, kind=kind, group_size=group_size, dtype=dtype))
+    with aot.target(aot.CARDS[card]) as target:
+        compiled = target.compile(program, *target.place((x, *w)))
+    chunks, columns = N * K // xla.GPU_CHUNK + 1, N if way == "forward" else K
+    assert chunks == 4  # a power of two
+    chunk, gave = 2 * N * K // chunks, 2 * M * columns // chunks
+    scales = 4 * N * K // group_size  # float32
+    assert compiled.memory_analysis().temp_size_in_bytes <= chunk + gave + scales + 2**16
+
+
+@pytest.mark.parametrize("way", ["outputs", "inputs"])
+def test_many_rows_split_over_two_cards(way: str) -> None:
+    """Codes stay where they are, forward and back; what is summed over cards is what a split dim asks for."""
+    M, N, K, dtype = 2048, 4096, 14336, jnp.bfloat16
+    split = P("tensor", None) if way == "outputs" else P(None, "tensor")
+    _, *w = arguments("nf4", M, N, K, 64, False, dtype)
+    for op, columns, given in ((xla.quant_matmul, K, P(None, split[1])), (xla.transposed, N, P(None, split[0]))):
+        with aot.target(aot.CARDS["H200"], tensor=2) as target:
+            program = jax.jit(lambda x, *w, op=op: op(x, *w, kind="nf4", group_size=64, dtype=dtype))
+            x = jax.ShapeDtypeStruct((M, columns), dtype)
+            placed = [
+                jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(target.mesh, s))
+                for a, s in zip((x, *w), (given, split, split), strict=True)
+            ]
+            text = target.compile(program, *target.place(placed)).as_text()
+        told = set(
+            re.findall(r"(all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(", text)
+        )
+        assert told == ({"all-reduce"} if given == P(None, "tensor") else set())
+        assert f"u16[{N},{K // 4}]" not in text
 
 
 def test_the_kernels_facts_are_those_of_the_program() -> None:

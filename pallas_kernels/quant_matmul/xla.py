@@ -14,8 +14,12 @@ operation in it: one row is therefore written out as C sums. And C units must co
 above that, the loop over c is the innermost one, and nothing is a vector (5 to 10 times slower; jax 0.10.2 and 0.12.0.1).
 Partial sums are 4 M / (C J) bytes for each weight, so that few rows are few.
 
-More rows, and on GPU: a loop over chunks of the outputs; one chunk is dequantised, and goes into plain dots. A chunk is
+More rows on CPU: a loop over chunks of the outputs; one chunk is dequantised, and goes into plain dots. A chunk is
 every n-th output, so that outputs which are split over devices are split in each chunk.
+
+On GPU: a loop over chunks of what the result has in its columns, outputs going forward and inputs going back. One kernel
+writes a chunk in the dtype of the dot, whose result goes to its place at once: beside the result stand one chunk of the
+matrix and one of the columns, and no float32 of all rows.
 
 A sum is float32, and a scale for each output is applied to it, not to the codes.
 
@@ -25,7 +29,7 @@ M rows, N outputs, K inputs, G group size.
 from __future__ import annotations
 
 import dataclasses
-import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -77,7 +81,7 @@ def quant_matmul(
     def gpu(x: Array, *w: Any) -> Array:
         if kind == "int8" and not group_size:  # which XLA:GPU reads inside the dot
             return (_dot("mk,nk->mn", x, w[0]) * w[1].astype(jnp.float32)[None]).astype(dtype)
-        return _chunked(x, *_matrix(w, kind, group_size), GPU_CHUNK, _joined, dtype)
+        return _by_outputs(x, *_matrix(w, kind, group_size), GPU_CHUNK, dtype)
 
     M, K = x.shape
     cpu = few if _few(M, K, _How(kind, group_size)) else many
@@ -104,7 +108,7 @@ def transposed(
         if kind == "int8" and not group_size and g.dtype != jnp.float16:  # whose range g s may leave
             scaled = (g.astype(jnp.float32) * w[1].astype(jnp.float32)[None]).astype(g.dtype)
             return _dot("mn,nk->mk", scaled, w[0]).astype(dtype)
-        return _transposed(g, *_matrix(w, kind, group_size), GPU_CHUNK, _joined).astype(dtype)
+        return _by_inputs(g, *_matrix(w, kind, group_size), GPU_CHUNK, dtype)
 
     return lax.platform_dependent(g, codes, scale, *_present(zero), cpu=cpu, default=gpu)
 
@@ -281,7 +285,7 @@ def _added(a: tuple[Array, ...], b: tuple[Array, ...]) -> tuple[Array, ...]:
     return tuple(i + j for i, j in zip(a, b, strict=True))
 
 
-# --- more rows --------------------------------------------------------------------------------------------------------
+# --- more rows, on CPU -------------------------------------------------------------------------------------------------
 
 Matrices = Callable[[Any, Array | None, Array | None, _How], list[Array]]
 
@@ -330,9 +334,9 @@ def _vectors(x: Array, n: int, how: _How) -> list[Array]:
     return [x_MgJr[:, :, j].reshape(M, K // n) for j in range(n)]
 
 
-def _loop(N: int, K: int, limit: int) -> tuple[int, int]:
+def _loop(N: int, K: int, limit: int, least: int = 1) -> tuple[int, int]:
     """(chunks, outputs of each), of about `limit` weights at most; a power of two, which divides most N."""
-    chunks = 1
+    chunks = least
     while chunks * limit < N * K and 2 * chunks <= N:
         chunks *= 2
     return chunks, N // chunks
@@ -359,11 +363,8 @@ def _chunked(
     def product(operands: Any) -> Float[Array, "n M"]:
         codes, scale, zero = operands
         parts = matrices(codes, scale if how.G else None, zero, how)
-        factor = None if how.G else scale[:, None]
-        if x.dtype == jnp.float16 and how.G:
-            parts, factor = _within_half(parts, (1,))
         y = _total([_dot("mk,nk->nm", v, w) for v, w in zip(_vectors(x, len(parts), how), parts, strict=True)])
-        return (y if factor is None else y * factor).astype(dtype)
+        return (y if how.G else y * scale[:, None]).astype(dtype)
 
     operands = (codes, scale, zero)
     if chunks == 1:
@@ -372,14 +373,6 @@ def _chunked(
     y = lax.map(lambda i: product(_at(main, i)), jnp.arange(chunks))
     y = y.transpose(2, 1, 0).reshape(len(x), chunks * each)
     return y if chunks * each == N else jnp.concatenate([y, product(rest).T], 1)
-
-
-def _within_half(parts: list[Array], dims: tuple[int, ...]) -> tuple[list[Array], Array]:
-    """A matrix over powers of two, so that float16 holds it, and the powers: of the largest magnitudes over `dims`."""
-    largest = functools.reduce(jnp.maximum, (jnp.abs(w).max(dims, keepdims=True) for w in parts))
-    exponent = lax.bitcast_convert_type(jnp.maximum(largest, 2.0**-100), jnp.uint32) & jnp.uint32(0x7F800000)
-    power = lax.bitcast_convert_type(exponent, jnp.float32)
-    return [w / power for w in parts], power
 
 
 def _dot(spec: str, a: Array, w: Array) -> Array:
@@ -402,9 +395,6 @@ def _transposed(
         parts = matrices(codes, scale if how.G else None, zero, how)
         if not how.G:
             parts = [w * scale[:, None] for w in parts]
-        if g.dtype == jnp.float16:
-            parts, power = _within_half(parts, (0, 1))
-            return [_dot("mn,nk->mk", g, w) * power for w in parts]
         return [_dot("mn,nk->mk", g, w) for w in parts]
 
     operands = (codes, scale, zero)
@@ -424,3 +414,139 @@ def _transposed(
 
 def _sum_of(a: list[Array], b: list[Array]) -> list[Array]:
     return [i + j for i, j in zip(a, b, strict=True)]
+
+
+# --- more rows, on GPU ------------------------------------------------------------------------------------------------
+
+SMALL = 2**20  # weights of a matrix that is one chunk: 2 MiB in 16 bits
+BLOCKS = 8  # a chunk is a part of each, so that what is split over so many devices is split in each chunk
+
+
+def chunk_bytes(N: int, K: int, M: int, itemsize: int) -> int:
+    """What stands on a GPU beside M rows, their result and the codes, going forward or back: one chunk of the matrix, and the
+    columns that it gives, both in the dtype of the rows."""
+    by_outputs, by_inputs = _loop(N, K, GPU_CHUNK, _least(N, K)), _loop(K, N, GPU_CHUNK, _least(K, N))
+    return itemsize * max(
+        each * (other + M * (chunks > 1)) for (chunks, each), other in ((by_outputs, K), (by_inputs, N))
+    )
+
+
+def _by_outputs(
+    x: Array, codes: Any, scale: Array, zero: Array | None, how: _How, limit: int, dtype: Any
+) -> Float[Array, "M N"]:
+    """x times the transpose, chunk after chunk of the outputs."""
+    N, K = layout.outputs(codes), x.shape[1]
+
+    def product(operands: Any) -> Float[Array, "M n"]:
+        codes, scale, zero = operands
+        w = _dense(codes, scale if how.G else None, zero, how)
+        factor = None if how.G else scale[None]
+        if x.dtype == jnp.float16 and how.G:
+            w, factor = _within_half(w, (1,))
+            factor = factor.T
+        return _rounded("mk,nk->mn", x, w, factor, dtype)
+
+    operands = (codes, scale, zero)
+    return _in_place(product, x, operands, jax.tree.map(lambda _: 1, operands), 0, *_loop(N, K, limit, _least(N, K)))
+
+
+def _by_inputs(
+    g: Array, codes: Any, scale: Array, zero: Array | None, how: _How, limit: int, dtype: Any
+) -> Float[Array, "M K"]:
+    """g times the matrix, chunk after chunk of its inputs: no sums that wait for the next chunk, as by outputs."""
+    N, plane = layout.outputs(codes), jax.tree.leaves(codes)[0]
+    K = plane.shape[1] * (1 if how.kind in BYTES else 16 // how.bits)
+    unit = how.G or (1 if how.kind in BYTES else how.J * how.r)
+
+    def product(operands: Any) -> Float[Array, "M k"]:
+        codes, of_groups = operands
+        w = _dense(codes, *(of_groups or (None, None)), how)
+        w, factor = w if how.G else w * scale[:, None], None
+        if g.dtype == jnp.float16:
+            w, factor = _within_half(w, (0, 1))
+        return _rounded("mn,nk->mk", g, w, factor, dtype)
+
+    operands = (codes, (scale, zero) if how.G else ())
+    of_codes = jax.tree.map(lambda a: a.shape[1] * unit // K, codes)
+    per = (of_codes, jax.tree.map(lambda _: 1, operands[1]))
+    return _in_place(product, g, operands, per, 1, *_loop(K // unit, N * unit, limit, _least(K // unit, N * unit)))
+
+
+def _least(N: int, K: int) -> int:
+    """Chunks at least: XLA writes a matrix that needs no loop long before the rows are there, as many as there are of them."""
+    return 2 if N > 1 and N * K > SMALL else 1
+
+
+def _dense(codes: Any, scale: Array | None, zero: Array | None, how: _How) -> Float[Array, "N K"]:
+    """The matrix, float32, by operations of one element each: XLA:GPU writes what a dot reads in one kernel, narrowed."""
+    if how.kind in BYTES:
+        w = _number(codes, how)
+    else:
+        planes = zip(codes if isinstance(codes, tuple) else (codes,), layout.planes(how.kind), strict=True)
+        low, *high = (layout.unpack(words, bits, how.G or how.J * how.r) for words, bits in planes)
+        q = (low | high[0] << how.bits if high else low).astype(jnp.int32)
+        if how.kind == "nf4":  # looked up: XLA moves the constants of choices out of a loop, and each is a whole chunk
+            w = jnp.array(layout.NF4, jnp.float32).at[q].get(mode="promise_in_bounds")
+        else:
+            w = _number(q, how)
+        if how.kind in layout.MIDDLE and zero is None:
+            w = w - layout.MIDDLE[how.kind]
+    if zero is not None:
+        w = w - _repeated(zero.astype(jnp.float32), how.G, w.shape[1])
+    return w if scale is None else w * _repeated(scale, how.G, w.shape[1])
+
+
+def _repeated(a: Float[Array, "N groups"], G: int, K: int) -> Float[Array, "N K"]:
+    return jnp.broadcast_to(a[:, :, None], (*a.shape, G)).reshape(len(a), -1)[:, :K]
+
+
+def _within_half(w: Array, dims: tuple[int, ...]) -> tuple[Array, Array]:
+    """A matrix over powers of two, so that float16 holds it, and the powers: of the largest magnitudes over `dims`."""
+    largest = jnp.maximum(jnp.abs(w).max(dims, keepdims=True), 2.0**-100)
+    exponent = lax.bitcast_convert_type(largest, jnp.uint32) & jnp.uint32(0x7F800000)
+    power = lax.bitcast_convert_type(exponent, jnp.float32)
+    return w / power, power
+
+
+def _rounded(spec: str, a: Array, w: Array, factor: Array | None, dtype: Any) -> Array:
+    """In `dtype`, rounded once. Asked for in float32, a dot writes float32 of all rows before they are rounded."""
+    if factor is not None or a.dtype != dtype:
+        y = _dot(spec, a, w)
+        return (y if factor is None else y * factor).astype(dtype)
+    exact = "highest" if dtype == jnp.float32 else None
+    return jnp.einsum(spec, a, w.astype(dtype), precision=exact, preferred_element_type=dtype)
+
+
+def _in_place(
+    product: Callable[[Any], Array], rows: Array, operands: Any, per: Any, dim: int, chunks: int, each: int
+) -> Float[Array, "M n"]:
+    """What `product` makes of operands, whose dim `dim` is units of so many elements (`per`), as is the last of the result:
+    `each` units at a time, every chunk written to its place; and of what is beyond the last whole chunk."""
+    if chunks == 1:
+        return product(operands)
+    B = math.gcd(each, BLOCKS)
+    beyond = jax.tree.map(lambda n: n * chunks * each, per)
+    main = jax.tree.map(lambda a, n: lax.slice_in_dim(a, 0, n, axis=dim), operands, beyond)
+    apart = jax.tree.map(lambda a: a.reshape(*a.shape[:dim], B, chunks, -1, *a.shape[dim + 1 :]), main)
+
+    def chunk(i: Any) -> Float[Array, "M B n"]:
+        def at(a: Array, of: Array) -> Array:
+            part = lax.dynamic_index_in_dim(of, i, dim + 1, keepdims=False)
+            return part.reshape(*a.shape[:dim], -1, *a.shape[dim + 1 :])
+
+        y = product(jax.tree.map(at, main, apart))
+        return y.reshape(len(y), B, -1)
+
+    made = jax.eval_shape(chunk, 0)
+    M, _, n = made.shape
+    # what it begins with is of no account, but constants would be written long before the rows are there
+    y = lax.fori_loop(
+        0,
+        chunks,
+        lambda i, y: lax.dynamic_update_index_in_dim(y, chunk(i), i, 2),
+        jnp.broadcast_to(rows[:, :1, None, None].astype(made.dtype), (M, B, chunks, n)),
+    ).reshape(M, -1)
+    rest = jax.tree.map(lambda a, n: lax.slice_in_dim(a, n, a.shape[dim], axis=dim), operands, beyond)
+    if not jax.tree.leaves(rest)[0].size:
+        return y
+    return jnp.concatenate([y, product(rest)], 1)
