@@ -460,7 +460,8 @@ def _by_inputs(
 
     def product(operands: Any) -> Float[Array, "M k"]:
         codes, of_groups = operands
-        w = _dense(codes, *(of_groups or (None, None)), how)
+        of_group, zero = of_groups or (None, None)
+        w = _dense(codes, of_group, zero, how)
         w, factor = w if how.G else w * scale[:, None], None
         if g.dtype == jnp.float16:
             w, factor = _within_half(w, (0, 1))
