@@ -385,7 +385,7 @@ def _ended(folder: Path) -> bool:
         return False
     try:
         owner = json.loads((folder / "owner").read_bytes())
-        if (here := _process(os.getpid())) and all(owner[n] == here[n] for n in ("boot", "namespace")):
+        if (here := _process(os.getpid())) and all(owner[n] == here[n] for n in ("boot", "namespace", "host")):
             return _process(int(owner["pid"])).get("began") != owner["began"]
     except (OSError, ValueError, TypeError, KeyError):  # as a kill or a full disk left it
         pass
@@ -673,12 +673,22 @@ def _used(path: Path, kind: int = fcntl.LOCK_EX) -> bool:
         return not mine
 
 
+def _opened(path: Path) -> int:
+    """To be locked: NFS locks alone only what is open for writing (flock(2))."""
+    try:
+        return os.open(path, os.O_RDWR)
+    except FileNotFoundError:
+        raise
+    except OSError:  # a file or a disk that is only read
+        return os.open(path, os.O_RDONLY)
+
+
 @contextlib.contextmanager
 def _alone(path: Path, kind: int = fcntl.LOCK_EX) -> Iterator[bool]:
     """Whether nobody else holds a lock on this file (of a shared kind: none that is not), nor gets one before the block
     ends. (Of a file that is not there nobody does.)"""
     try:
-        held = os.open(path, os.O_RDONLY)
+        held = _opened(path)
     except FileNotFoundError:
         yield True
         return

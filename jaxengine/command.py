@@ -61,13 +61,24 @@ def start_jax() -> None:
         machine.set_pool(os.environ, machine.available_ram())  # said where it is used: loading.py
 
 
+ANEW = "jaxengine_started_anew"  # an option of the interpreter, which outlives launchers that clear the environment
+
+
 def start_anew_with_large_pages() -> None:
     """Before `start_jax`, in a process that we start for long steps: where malloc could ask for large pages and does not, the
     process begins again, under its own number, and does."""
-    if machine.ask_for_large_pages(os.environ):
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    before = os.environ.get(machine.TUNABLES)
+    read_from_stdin = sys.argv[0] in ("", "-")  # which would be at its end
+    if read_from_stdin or not sys.executable or ANEW in sys._xoptions or not machine.ask_for_large_pages(os.environ):
+        return
+    sys.stdout.flush()
+    sys.stderr.flush()
+    with contextlib.suppress(OSError):  # no interpreter of that name any more: the pages stay small
+        os.execv(sys.executable, [sys.executable, "-X", ANEW, *sys.orig_argv[1:]])
+    if before is None:
+        del os.environ[machine.TUNABLES]
+    else:
+        os.environ[machine.TUNABLES] = before
 
 
 class reported(contextlib.ContextDecorator):  # noqa: N801  (used as a statement)
@@ -408,7 +419,7 @@ def from_stdin() -> str:
     metavar="N",
     type=click.IntRange(1),
     show_default="all",
-    help="Training: tokens of a row that a layer's feed-forward block takes at a time.",
+    help="Training: tokens of a row that a layer's MLP takes at a time.",
 )
 @click.option(
     "--context", metavar="N", type=click.IntRange(1), show_default="2048", help="Tokens of a row, prompt included."

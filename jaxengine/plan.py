@@ -366,6 +366,12 @@ def mesh_of(plan: Plan) -> AbstractMesh | None:
     return abstract_mesh(plan.mesh) if plan.mesh else None
 
 
+def _split_over(rules: Rules) -> list[str]:
+    """The mesh axes that a table splits something over."""
+    said = (r.mesh for r in rules.effective() if r.mesh is not None)
+    return sorted({axis for axes in said for axis in ((axes,) if isinstance(axes, str) else axes)})
+
+
 def check_mesh(architecture: Architecture, plan: Plan) -> None:
     """Refuse, before anything is read, a mesh that the plan's rules do not go with or do not divide the model over."""
     mesh = mesh_of(plan)
@@ -379,11 +385,13 @@ def check_mesh(architecture: Architecture, plan: Plan) -> None:
             f"sharding is {plan.sharding!r} and there is one device in the mesh: say mesh='tensor=4' or the like"
         )
     if mesh is not None:
-        rules = (r.mesh for r in plan.sharding_rules().effective() if r.mesh is not None)
-        used = sorted({axis for axes in rules for axis in ((axes,) if isinstance(axes, str) else axes)})
+        used, many = _split_over(plan.sharding_rules()), {axis for axis, n in mesh.shape.items() if n > 1}
         if idle := [axis for axis, n in mesh.shape.items() if n > 1 and axis not in used]:
-            near = difflib.get_close_matches(idle[0], used, n=1, cutoff=0.0)
-            said = f"it splits over {', '.join(used)}. Did you mean {near[0]!r}?" if near else "it splits nothing"
+            near = difflib.get_close_matches(idle[0], sorted(set(used) - many), n=1)
+            tables = [name for name, rules in RULES.items() if many <= set(_split_over(rules))]
+            said = f"it splits over {', '.join(used)}" if used else "it splits nothing"
+            if near or tables:
+                said += f". Did you mean {near[0]!r}?" if near else f"; sharding={tables[0]!r} splits over them all"
             raise ValueError(
                 f"mesh is {plan.mesh!r}, and the table {plan.sharding!r} splits nothing over {idle[0]!r}, so that"
                 f" {mesh.shape[idle[0]]} devices would do the same: {said}"

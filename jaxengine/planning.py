@@ -149,7 +149,7 @@ def streamed_form(architecture: Architecture, plan: Plan, card: Card, batch: int
     return "ahead" if AHEAD[0] < moved / card.link / compute < AHEAD[1] else ""
 
 
-def _worth_ahead(
+def worth_ahead(
     architecture: Architecture, plan: Plan, what: tuning.Task, card: Card, *, batch: int, context: int
 ) -> bool:
     """Whether a step can fetch layers one ahead, and its copies and compute are near enough to each other for it, as
@@ -177,7 +177,7 @@ def candidates(
     """The plan's variants on a card, from the nearest to the farthest."""
     if task != "generate":
         what, rows = tuning.task(task, tile), {"batch": batch, "context": context}
-        ahead = _worth_ahead(architecture, plan, what, card, **rows)
+        ahead = worth_ahead(architecture, plan, what, card, **rows)
         made = tuning.variants(architecture, plan, what, memory=memory, ram=ram, ahead=ahead, **rows)
         times = [tuning.seconds(architecture, v.plan, what, card, **rows) for v in made]
         count = what.accumulate * batch * context
@@ -407,6 +407,7 @@ def plan_for(
         raise ValueError(
             f"batch {batch} and context {context}; they are at least 1, and this model's context at most {most}"
         )
+    tile = tile if tile < context else 0  # all of a row, as without
     asked: dict[str, Any] = {
         "memory": card.usable if memory is None else memory, "ram": ram, "batch": batch,
         "context": bucket(context, least=64) if task == "generate" else context,  # as a call pads it

@@ -135,7 +135,7 @@ def write_table(card: str, rows: Sequence[Mapping[str, Any]]) -> Path:
     cases = [_case(r) for r in new]
     rest = [r for r in _read(file) if _case(r) not in cases] if file.exists() else []
     file.parent.mkdir(parents=True, exist_ok=True)
-    beside = file.with_suffix(".writing")
+    beside = file.with_suffix(f".{os.getpid()}.writing")
     beside.write_text(json.dumps({"card": card, "jax": jax.__version__, "rows": rest + new}, indent=1) + "\n")
     beside.replace(file)
     measured.cache_clear()

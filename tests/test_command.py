@@ -552,3 +552,39 @@ def test_the_bar_is_silent_where_there_is_no_terminal(capsys: pytest.CaptureFixt
         bar("first", 5, 10)
         bar("last", 10, 10)
     assert capsys.readouterr() == ("", "")
+
+
+STARTED = """
+import os, sys
+from jaxengine import command, machine
+asked = []
+machine.ask_for_large_pages = lambda environ: not asked.append(environ.update({machine.TUNABLES: "x"}))
+command.start_anew_with_large_pages()
+anew = command.ANEW in sys._xoptions
+print(len(asked), sys.flags.utf8_mode, anew, sys.argv[1:], os.environ.get(machine.TUNABLES))
+"""
+
+
+@pytest.mark.parametrize("way", ["file", "-c", "stdin", "no interpreter", "cleared"])
+def test_a_process_starts_anew_once(way: str, tmp_path: Path) -> None:
+    """Whatever the environment then is; with its own arguments and interpreter's options; not where its text would be lost."""
+    file = tmp_path / "program.py"
+    text = (
+        STARTED if way != "no interpreter" else STARTED.replace("command.start", "sys.executable = None; command.start")
+    )
+    file.write_text(text)
+    python = Path(sys.executable)
+    if way == "cleared":  # a launcher that hands nothing on
+        python = tmp_path / "python"
+        python.write_text(f'#!/bin/sh\nunset GLIBC_TUNABLES\nexec {sys.executable} "$@"\n')
+        python.chmod(0o755)
+        file.write_text(text.replace("command.start", f"sys.executable = {str(python)!r}; command.start"))
+    what = {"-c": ["-c", text], "stdin": ["-"]}.get(way, [str(file)])
+    environ = {n: v for n, v in os.environ.items() if n != "GLIBC_TUNABLES"}
+    done = subprocess.run(
+        [str(python), "-X", "utf8", *what, "a", "b"], input=text if way == "stdin" else None, env=environ,
+        capture_output=True, text=True, timeout=300, check=True,
+    )  # fmt: skip
+    again = way in ("file", "-c", "cleared")
+    told = "x" if way in ("file", "-c") else None
+    assert done.stdout.split("\n")[-2] == f"0 1 {again} ['a', 'b'] {told}"

@@ -31,7 +31,7 @@ def test_questions_of_training_and_held_out_ones_are_apart() -> None:
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("way", ["full", "lora"])
+@pytest.mark.parametrize("way", ["full", "lora", "qlora (nf4)", "lisa"])
 def test_the_stated_accuracy_is_reached(way: str, tmp_path: Path) -> None:
     file = tmp_path / "reverse.jsonl"
     rows = ({"prompt": p, "completion": a} for p, a in demo.questions("train", 20_000))

@@ -605,6 +605,7 @@ def test_what_a_killed_writer_leaves_on_a_disk_without_locks(tmp_path: Path, mon
         ({"began": "1"}, 0, True),  # its number is another process's now
         ({"boot": "another machine's"}, 0, False), ({"boot": "another machine's"}, 86300, False),
         ({"boot": "another machine's"}, 86500, True), ({"namespace": "another container's"}, 0, False),
+        ({"host": "a twin, woken from the same image", "began": "1"}, 0, False),
         ({"pid": "?"}, 0, False), (None, 0, False), (None, 86500, True),
     ],
 )  # fmt: skip

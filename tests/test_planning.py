@@ -114,6 +114,10 @@ def test_what_fits_neither_memory_is_read_from_disk() -> None:
         ({"plan": Plan(dtype="bfloat16", sharding="tensor", mesh="tensor=3")}, "does not divide"),
         ({"plan": Plan(dtype="bfloat16", mesh="tensor=2")}, "a whole copy on each of 2"),
         ({"plan": Plan(dtype="bfloat16", sharding="tensor", mesh="tensro=2")}, "over 'tensro'.*mean 'tensor'"),
+        (
+            {"plan": Plan(dtype="bfloat16", sharding="tensor", mesh="tensor=2,fsdp=2")},
+            "over 'fsdp'.*sharding='fsdp\\+tensor' splits over them all",
+        ),
         ({"plan": Plan(dtype="bfloat16", sharding="tensor", mesh="tensor=2,fsdp=2")}, "splits nothing over 'fsdp'"),
     ],
 )  # fmt: skip
@@ -290,10 +294,14 @@ def test_one_ahead_brings_the_first_layer_of_a_bank_beside_the_layers_before_it(
         (OTHER, "h200", "fsdp=2", {"home": "host"}),  # a streamed layer's shards go one by one
         (OTHER, "h200", "fsdp=4", {"home": "split", "resident": 2}),
         (OTHER, "rtx4090", "tensor=4", {"home": "host"}),
+        pytest.param(  # the scheduler has 1.5 of the two gathered layers at a time on this card, and two on an H200
+            SMALL, "rtx4090", "fsdp=4", {},
+            marks=pytest.mark.xfail(raises=AssertionError, strict=True, reason="two gathered layers are counted"),
+        ),
     ],
     ids=str,
-)
-def test_meshes_that_nothing_was_fitted_to(raw: dict[str, Any], card: str, mesh: str, given: dict[str, Any]) -> None:
+)  # fmt: skip
+def test_over_several_cards(raw: dict[str, Any], card: str, mesh: str, given: dict[str, Any]) -> None:
     from jaxengine.plan import need
     from jaxengine.proof import prove
 

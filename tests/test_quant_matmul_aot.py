@@ -6,6 +6,7 @@ What cannot be seen here: whether inline PTX computes what its numpy double does
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from typing import Any
@@ -24,6 +25,7 @@ from pallas_kernels.quant_matmul.config import CODES, Config, config
 pytestmark = [pytest.mark.aot, pytest.mark.skipif(aot.missing() is not None, reason=str(aot.missing()))]
 
 GENERATIONS = ["A100", "RTX 3090", "RTX 4090", "H200", "B200", "RTX 5090"]  # sm_80, 86, 89, 90, 100, 120
+SUMMED = r"= [( ]*(\w+)\[([\d,]+)\].* all-reduce(?:-start)?\("
 NO_SPILL = {"xla_gpu_fail_ptx_compilation_on_register_spilling": True}
 
 
@@ -194,7 +196,7 @@ def test_many_rows_split_over_two_cards(way: str) -> None:
     _, *w = arguments("nf4", M, N, K, 64, False, dtype)
     for op, columns, given in ((xla.quant_matmul, K, P(None, split[1])), (xla.transposed, N, P(None, split[0]))):
         with aot.target(aot.CARDS["H200"], tensor=2) as target:
-            program = jax.jit(lambda x, *w, op=op: op(x, *w, kind="nf4", group_size=64, dtype=dtype))
+            program = jax.jit(functools.partial(op, kind="nf4", group_size=64, dtype=dtype))
             x = jax.ShapeDtypeStruct((M, columns), dtype)
             placed = [
                 jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(target.mesh, s))
@@ -205,6 +207,10 @@ def test_many_rows_split_over_two_cards(way: str) -> None:
             re.findall(r"(all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(", text)
         )
         assert told == ({"all-reduce"} if given == P(None, "tensor") else set())
+        summed = {(of, math.prod(map(int, dims.split(",")))) for of, dims in re.findall(SUMMED, text)}
+        # chunks are added up before they are rounded; one number a row is of no account (xla.py)
+        assert {of for of, size in summed if size > M} <= {"f32"}
+        assert bool(summed) == bool(told)
         assert f"u16[{N},{K // 4}]" not in text
 
 

@@ -126,9 +126,13 @@ def test_a_name_goes_before_the_table(asked: Any) -> None:
     assert asked(1, implementation="triton") == ["triton"]
 
 
-def test_what_is_empty_is_not_looked_up(asked: Any) -> None:
-    dispatch.write_table(CARD, [row({"xla": 1.0, "triton": 2.0}, 1)])
-    assert asked(0) == asked(1, N=0) == [op.ORDER[0]]
+@pytest.mark.parametrize(("M", "N", "K"), [(0, 16, 64), (3, 0, 64), (3, 16, 0)])
+def test_what_is_empty_is_zeros(M: int, N: int, K: int) -> None:
+    """Nothing is asked for it, which has no ratio to what was measured."""
+    words, scale = jnp.ones((N, K // 4), jnp.uint16), jnp.ones((N, K // 32))
+    y = op.quant_matmul(jnp.ones((M, K)), words, scale, kind="int4", group_size=32, dtype="float32")
+    assert y.shape == (M, N)
+    assert not y.any()
 
 
 @pytest.mark.parametrize("text", ["", '{"rows": [{"op": "quant_matmul"}]}', '{"card": "NVIDIA A100", "rows": []}'])

@@ -271,7 +271,9 @@ def chosen_plan(folder: str, given: dict[str, Any]) -> tuple[Architecture, Plan,
     from jaxengine.finetune.run import Settings, check
     from jaxengine.machine import available_ram
     from jaxengine.plan import Plan, parse_bytes, show_bytes
+    from jaxengine.planning import worth_ahead
     from jaxengine.sources import open_source, read_config
+    from pallas_kernels.cards import CARDS
     from sharding.mesh import make_mesh
 
     loading = {n: given[n] for n in ("weights", "dtype", "home", "form", "resident", "attention", "mesh", "sharding")}
@@ -308,10 +310,11 @@ def chosen_plan(folder: str, given: dict[str, Any]) -> tuple[Architecture, Plan,
     budget, room = parse_bytes(memory), available_ram() if given["ram"] is None else parse_bytes(given["ram"], "ram")
     plan = dataclasses.replace(plan, home="device", form="", resident=0, kept=0, remat=given["remat"] or "")
     check(settings, arch, plan, make_mesh(None))
-    found = variants(
-        arch, plan, settings.task, memory=budget, ram=room, batch=settings.batch, context=settings.context,
-        ahead=jax.default_backend() != "cpu",  # where a copy is none
-    )  # fmt: skip
+    rows = {"batch": settings.batch, "context": settings.context}
+    card = next((c for c in CARDS.values() if c.kind == jax.devices()[0].device_kind), None)
+    # as `jaxengine plan` asks of that card; of one that is not in its table, and on a CPU, nothing is known or gained
+    ahead = card is not None and worth_ahead(arch, plan, settings.task, card, **rows)
+    found = variants(arch, plan, settings.task, memory=budget, ram=room, ahead=ahead, **rows)
     fits = next((v for v in found if not v.refused), None)
     if fits is None:
         least = min(found, key=lambda v: (v.need.device > budget, v.need.device))

@@ -237,7 +237,9 @@ def _forward(how: _How, q: Array, k: Array, v: Array, sinks: Array | None, place
                 x, factor = _scores(how, places_b, q_i, k_j, i, j)[0], 1.0
             else:  # the scale goes with the exponential, and what is seen by all is not gone over to hide nothing
                 x, factor = _dot("bkrh,bksh->bkrs", q_i, k_j), how.scale
-                hide = functools.partial(_hidden, how, places_b, i, j, NEVER / factor)
+                hide = functools.partial(
+                    _hidden, how, places_b, i, j, max(NEVER / factor, float(jnp.finfo(jnp.float32).min))
+                )
                 x = lax.fori_loop(0, jnp.where(whole[i, j], 0, 1), lambda _, x: hide(x), x)
             m_new = jnp.maximum(m, x.max(-1) * factor)
             p, shrunk = jnp.exp(x * factor - m_new[..., None]), jnp.exp(m - m_new)

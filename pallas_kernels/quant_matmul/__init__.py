@@ -51,6 +51,9 @@ def quant_matmul(
     that was asked for by name cannot serve.
     """
     _check(x, codes, scale, zero, kind, group_size, dtype)
+    M, N = len(x), layout.outputs(codes)
+    if 0 in (*x.shape, N):  # no implementation is to think of it
+        return jnp.zeros((M, N), dtype)
     return _quant_matmul(kind, group_size, jnp.dtype(dtype), implementation, x, codes, scale, zero)
 
 
@@ -98,9 +101,7 @@ def _quant_matmul(
     scale: Array,
     zero: Array | None,
 ) -> Array:
-    order = ORDER
-    if min(x.shape) > 0 < layout.outputs(codes):  # what is empty has no ratio to what was measured
-        order = dispatch.by_measure("quant_matmul", ORDER, IMPLEMENTATIONS, **case(x, codes, zero, kind, group_size))
+    order = dispatch.by_measure("quant_matmul", ORDER, IMPLEMENTATIONS, **case(x, codes, zero, kind, group_size))
     return dispatch.choose(
         "quant_matmul",
         IMPLEMENTATIONS,

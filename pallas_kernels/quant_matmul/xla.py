@@ -444,7 +444,7 @@ def _by_outputs(
         if x.dtype == jnp.float16 and how.G:
             w, factor = _within_half(w, (1,))
             factor = factor.T
-        return _rounded("mk,nk->mn", x, w, factor, dtype)
+        return _narrowed(_dot("mk,nk->mn", x, w), factor, dtype)
 
     operands = (codes, scale, zero)
     return _in_place(product, x, operands, jax.tree.map(lambda _: 1, operands), 0, *_loop(N, K, limit, _least(N, K)))
@@ -465,7 +465,7 @@ def _by_inputs(
         w, factor = w if how.G else w * scale[:, None], None
         if g.dtype == jnp.float16:
             w, factor = _within_half(w, (0, 1))
-        return _rounded("mn,nk->mk", g, w, factor, dtype)
+        return _narrowed(_dot("mn,nk->mk", g, w), factor, dtype)
 
     operands = (codes, (scale, zero) if how.G else ())
     of_codes = jax.tree.map(lambda a: a.shape[1] * unit // K, codes)
@@ -509,13 +509,9 @@ def _within_half(w: Array, dims: tuple[int, ...]) -> tuple[Array, Array]:
     return w / power, power
 
 
-def _rounded(spec: str, a: Array, w: Array, factor: Array | None, dtype: Any) -> Array:
-    """In `dtype`, rounded once. Asked for in float32, a dot writes float32 of all rows before they are rounded."""
-    if factor is not None or a.dtype != dtype:
-        y = _dot(spec, a, w)
-        return (y if factor is None else y * factor).astype(dtype)
-    exact = "highest" if dtype == jnp.float32 else None
-    return jnp.einsum(spec, a, w.astype(dtype), precision=exact, preferred_element_type=dtype)
+def _narrowed(y: Array, factor: Array | None, dtype: Any) -> Array:
+    """Rounded once: over a mesh, sums of several devices are added before."""
+    return (y if factor is None else y * factor).astype(dtype)
 
 
 def _in_place(
@@ -540,7 +536,8 @@ def _in_place(
 
     made = jax.eval_shape(chunk, 0)
     M, _, n = made.shape
-    # what it begins with is of no account, but constants would be written long before the rows are there
+    # what it begins with is of no account, but constants would be written long before the rows are there (one number a row
+    # goes between devices where they split the inputs)
     y = lax.fori_loop(
         0,
         chunks,
