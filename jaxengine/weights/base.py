@@ -123,11 +123,6 @@ def split_spec(spec: str) -> tuple[str, str, str]:
     return batch, ins, outs
 
 
-# XLA:CPU of jax 0.10 sees to it that it can run each dot of 16 bits, and takes transpositions into them afterwards: some of those
-# it cannot run
-OLD_DOTS = jax.__version_info__ < (0, 11)
-
-
 @jax.custom_vjp
 def _narrow(x: Float[Array, "B I"], w: Float[Array, "O I"]) -> Float[Array, "B O"]:
     """x W^T of 16 bits, and ways back of 16 bits, each summed in float32. (Autodiff would go back from the sum before it is
@@ -141,8 +136,8 @@ def _narrow_forward(x: Array, w: Array) -> tuple[Array, tuple[Array, Array]]:
 
 def _narrow_backward(kept: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
     x, w = kept
-    if OLD_DOTS:
-        x, w, g = lax.optimization_barrier((x, w, g))
+    # XLA:CPU sees to it that it can run each dot of 16 bits, and takes transpositions into them afterwards: some it cannot run
+    x, w, g = lax.platform_dependent(x, w, g, cpu=lambda *a: lax.optimization_barrier(a), default=lambda *a: a)
     return _rounded("bo,oi->bi", g, w), _rounded("bo,bi->oi", g, x)
 
 
