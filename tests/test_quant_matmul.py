@@ -225,6 +225,20 @@ def test_inputs_that_are_no_multiple_of_anything(K: int) -> None:
             assert_near(y, x, m.dense, dtype="float32", err_msg=f"{case.name}, {M} rows")
 
 
+@pytest.mark.parametrize(("M", "N", "K"), [(0, 3, 8), (2, 0, 8), (2, 3, 0)])
+@pytest.mark.parametrize("implementation", [None, "reference", "xla", "mosaic_gpu"])
+def test_sums_of_nothing(M: int, N: int, K: int, implementation: str | None) -> None:
+    """No implementation is asked, so that one that could not run here gives the same."""
+    x, codes, scale = jnp.ones((M, K)), jnp.ones((N, K), jnp.int8), jnp.ones((N,))
+
+    def product(x: jax.Array) -> jax.Array:
+        return quant_matmul(x, codes, scale, kind="int8", group_size=0, dtype="float32", implementation=implementation)
+
+    y, back = jax.vjp(product, x)
+    np.testing.assert_array_equal(y, np.zeros((M, N)))
+    np.testing.assert_array_equal(back(y)[0], np.zeros((M, K)))
+
+
 def test_a_number_of_groups_that_nothing_divides() -> None:
     case = Case("int4", 16)
     m = matrix(case, 3, 7 * 16)

@@ -225,18 +225,22 @@ def weight_gradients(
     arch = tuning.engine.architecture
     dtype = jax.tree.leaves(banks[0].weights)[0].dtype
     kinds = list(dict.fromkeys(arch.kinds))
+    matrices = {n for kind in kinds for n, spec in arch.block(kind)[1].items() if spec.out is not None}
+    # a product takes its matrix in 16 bits, and gives its gradient so: float32 of them would stand for nothing
+    narrow = matrices if dtype.itemsize < 4 and dtype == tuning.engine.dtype else set()
 
     def of(s: Array) -> Any:
-        weights = jax.tree.map(lambda w: as_stored(w, dtype), at(masters, s))
+        weights = {n: as_stored(w, dtype) for n, w in at(masters, s).items()}
+        weights = {n: w.astype(dtype) if n in narrow else w for n, w in weights.items()}
 
         def part(total: Any, row: Any) -> tuple[Any, None]:
             x, g, attend = row
             found = [lambda w, kind=kind: jax.vjp(lambda w: layer(kind, w, x, attend), w)[1](g)[0] for kind in kinds]
             gradient = found[0](weights) if len(kinds) == 1 else lax.switch(chosen["kind"][s], found, weights)
-            return jax.tree.map(jnp.add, total, gradient), None
+            return jax.tree.map(lambda t, g: t + g.astype(t.dtype), total, gradient), None
 
         x, g = (at(a, s) for a in saved)
-        zeros = jax.tree.map(jnp.zeros_like, weights)
+        zeros = jax.tree.map(lambda w: jnp.zeros_like(w, jnp.float32), weights)
         if x.shape[0] == 1:
             gradient = part(zeros, jax.tree.map(lambda a: a[0], (x, g, attends)))[0]
         else:
