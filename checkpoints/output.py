@@ -21,6 +21,8 @@ from pathlib import Path
 
 from checkpoints.errors import CheckpointError
 
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # on a disk, in a quota, under a limit on files
+
 
 @contextlib.contextmanager
 def output_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
@@ -114,17 +116,31 @@ def _working(target: Path) -> Iterator[Path]:
         with contextlib.suppress(OSError):  # some network disks have no locks
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield work
+    except OSError as error:
+        if error.errno in NO_ROOM:  # of what is to be written, and not of a file on the way
+            raise OSError(error.errno, f"{os.strerror(error.errno)}; nothing of it was left", str(target)) from error
+        raise
     finally:
         # after success it is `target`, or the emptied folder of a file
         shutil.rmtree(work, ignore_errors=True)
         os.close(lock)
 
 
+def _partial(target: Path) -> re.Pattern[str]:
+    """The name of a folder in which what is for this place is made, and its host and process."""
+    return re.compile(rf"\.{re.escape(target.name)}\.([A-Za-z0-9_-]+)\.([0-9]+)\.partial")
+
+
+def in_the_making(entry: Path, path: str | os.PathLike[str]) -> bool:
+    """Whether an entry beside `path` is where what is for it is made, or was when a process ended."""
+    return _partial(Path(path)).fullmatch(entry.name) is not None
+
+
 def _clear_leftovers(target: Path) -> None:
     """Remove what dead runs left for this target; refuse when a run for it may be alive."""
     if not target.parent.is_dir():
         return
-    pattern = re.compile(rf"\.{re.escape(target.name)}\.([A-Za-z0-9_-]+)\.([0-9]+)\.partial")
+    pattern = _partial(target)
     for entry in list(target.parent.iterdir()):
         found = pattern.fullmatch(entry.name)
         if not found or entry.is_symlink() or not entry.is_dir():

@@ -56,9 +56,15 @@ def start_jax() -> None:
             if "jax" in sys.modules:  # it reads its environment when it is imported
                 sys.modules["jax"].config.update(name, float(value) if name.endswith("secs") else value)
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
-    logging.getLogger("jaxengine").setLevel(logging.INFO)  # what takes long, or is done for the user, is said
+    for name in ("jaxengine", "pallas_kernels"):  # what takes long, or is done for the user, is said
+        logging.getLogger(name).setLevel(logging.INFO)
+    given = machine.POOL in os.environ
     with contextlib.suppress(ValueError):  # a system that does not say how much memory it has
-        machine.set_pool(os.environ, machine.available_ram())  # said where it is used: loading.py
+        said = machine.set_pool(
+            os.environ, machine.available_ram()
+        )  # what was set is said where it is used: loading.py
+        if given and said:
+            logging.getLogger("jaxengine").warning(said)
 
 
 ANEW = "jaxengine_started_anew"  # an option of the interpreter, which outlives launchers that clear the environment
@@ -102,7 +108,9 @@ class reported(contextlib.ContextDecorator):  # noqa: N801  (used as a statement
 
 def is_the_users(error: BaseException) -> bool:
     """Whether what an error says is for the user to mend: a file, a checkpoint, a value that our code refused."""
-    if isinstance(error, MENDED_OUTSIDE):
+    from checkpoints.output import NO_ROOM
+
+    if isinstance(error, MENDED_OUTSIDE) or (isinstance(error, OSError) and error.errno in NO_ROOM):
         return True
     if not isinstance(error, ValueError):
         return False
@@ -210,6 +218,10 @@ LOADING = (
         help="Format of the weights: int8, int4, nf4, fp8, mxfp4, int4:group_size=64.",
     ),
     click.option(
+        "--rule", "weight_rules", metavar="PATTERN=FORMAT", multiple=True, show_default="--weights alone",
+        help="Format of some weights, e.g. lm_head=int8 or 'layers.*.down=dense'; several times.",
+    ),
+    click.option(
         "--dtype", metavar="DTYPE", show_default="the checkpoint's", help="Compute in float32, bfloat16 or float16."
     ),
     click.option("--home", metavar="HOME", show_default="device", help="Where layers live: device, host, split, disk."),
@@ -255,7 +267,8 @@ def load(folder: str, *, plan: Path | None = None, **chosen: Any) -> Model:
     import jaxengine
 
     given = None if plan is None else read_plan(plan)
-    chosen["stay"] = chosen.get("stay") or None  # click has () where nothing is said
+    for several in ("stay", "weight_rules"):
+        chosen[several] = chosen.get(several) or None  # click has () where nothing is said
     with Reading() as bar:
         return jaxengine.load(resolve(folder), plan=given, progress=bar, **chosen)
 
@@ -431,6 +444,14 @@ def from_stdin() -> str:
     show_default="the checkpoint's",
     help="Format of the weights: int8, int4, nf4, fp8, ...",
 )
+@click.option(
+    "--rule",
+    "weight_rules",
+    metavar="PATTERN=FORMAT",
+    multiple=True,
+    show_default="--weights alone",
+    help="Format of some weights, e.g. lm_head=int8 or 'layers.*.down=dense'; several times.",
+)
 @click.option("--dtype", metavar="DTYPE", show_default="the config's", help="Plan for float32, bfloat16 or float16.")
 @click.option("--kv", metavar="CODEC", default="raw", help="How the KV cache is stored: raw, int8, int4.")
 @click.option(
@@ -467,6 +488,7 @@ def plan(
     context: int | None,
     batch: int,
     weights: str | None,
+    weight_rules: tuple[str, ...],
     dtype: str | None,
     kv: str,
     stay: tuple[str, ...],
@@ -493,23 +515,19 @@ def plan(
         picture.check(plot)
     outcome = plan_folder(
         resolve(folder), gpu=gpu, memory=memory, ram=ram, batch=batch, context=context, task=task, tile=tile or 0,
-        weights=weights, dtype=dtype, kv=kv, stay=stay, attention=attention, mesh=mesh, sharding=sharding,
-        disk_rate=disk_rate,
+        weights=weights, weight_rules=weight_rules, dtype=dtype, kv=kv, stay=stay, attention=attention, mesh=mesh,
+        sharding=sharding, disk_rate=disk_rate,
     )  # fmt: skip
     if plot is not None:
         picture.draw(outcome, plot)
     # what is compiled for another machine cannot be loaded here
     jax.config.update("jax_enable_compilation_cache", False)
-    proofs, why = (), aot.missing()
+    proofs, why, refuted = (), aot.missing(), []
     if outcome.chosen is not None and proved and why is None:
-        from jaxengine.proof import prove
         from pallas_kernels.attention.cudnn import NotHere
 
         try:
-            proofs = prove(
-                outcome.architecture, outcome.chosen.plan, outcome.card, batch=batch, length=outcome.context,
-                memory=outcome.memory, task=outcome.task, tile=outcome.tile,
-            )  # fmt: skip
+            outcome, proofs, refuted = _proved(outcome)
         except NotHere as e:
             why = f"for attention 'cudnn' jax asks this machine's cuDNN and GPU: {e}"
     if as_json:
@@ -519,11 +537,35 @@ def plan(
              "seconds": p.seconds, "problems": list(p.report.problems)}
             for p in proofs
         ]  # fmt: skip
+        found["refuted"] = [{"plan": c.label(), "problems": problems} for c, problems in refuted]
         print(json.dumps(found, indent=2))
     else:
-        _show_outcome(outcome, proofs, why if proved else None)
+        _show_outcome(outcome, proofs, why if proved else None, refuted)
     if outcome.chosen is None or any(p.report.problems for p in proofs):
         raise SystemExit(1)
+
+
+def _proved(outcome: Any) -> tuple[Any, Any, list[tuple[Any, list[str]]]]:
+    """The nearest candidate that fits compiled too, of the first three: (outcome, its proofs, those refuted before it and by
+    what). If there is none, the first of them as it is."""
+    from jaxengine.proof import prove
+
+    first, refuted = None, []
+    for _ in range(3):
+        proofs = prove(
+            outcome.architecture, outcome.chosen.plan, outcome.card, batch=outcome.batch, length=outcome.context,
+            memory=outcome.memory, task=outcome.task, tile=outcome.tile,
+        )  # fmt: skip
+        problems = [problem for p in proofs for problem in p.report.problems]
+        if not problems:
+            return outcome, proofs, refuted
+        first = first or (outcome, proofs)
+        refuted.append((outcome.chosen, problems))
+        outcome = outcome.refuted()
+        if outcome.chosen is None:
+            break
+    assert first is not None
+    return *first, refuted[1:]
 
 
 def _rate(x: float) -> str:
@@ -531,7 +573,7 @@ def _rate(x: float) -> str:
     return f"{float(f'{x:.3g}'):,.10g}"
 
 
-def _show_outcome(outcome: Any, proofs: Any, why: str | None) -> None:
+def _show_outcome(outcome: Any, proofs: Any, why: str | None, refuted: Any = ()) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
@@ -572,9 +614,16 @@ def _show_outcome(outcome: Any, proofs: Any, why: str | None) -> None:
     }  # fmt: skip
     held = ", ".join(f"{show_bytes(x)} {what}" for what, x in parts.items() if x)
     console.print(f"on the device: {held}", highlight=False)
-    what = "decoding" if o.task == "generate" else f"a step of {c.tokens} tokens"
+    parts = {
+        "weights": n.host_weights, "optimizer state": n.host_optimizer, "kept of layers for their way back": n.host_kept,
+        "buffers that the disk is read into": n.host_buffers,
+    }  # fmt: skip
+    if n.host:
+        held = ", ".join(f"{show_bytes(x)} {what}" for what, x in parts.items() if x)
+        console.print(f"in host memory: {held}", highlight=False)
+    what = "decoding steps" if o.task == "generate" else f"a step of {c.tokens} tokens"
     console.print(
-        f"{what}: at most {_rate(c.tokens_per_second)} tokens/s, by the {c.limit}:"
+        f"{what}: at most {_rate(c.passes_per_second)} a second, {_rate(c.tokens_per_second)} tokens/s, by the {c.limit}:"
         f" {', '.join(f'{what} {_rate(s * 1000)} ms' for what, s in c.seconds)} a step",
         highlight=False,
     )
@@ -588,6 +637,16 @@ def _show_outcome(outcome: Any, proofs: Any, why: str | None) -> None:
         )  # fmt: skip
         for problem in p.report.problems:
             console.print(f"  {problem}", highlight=False)
+    if proofs:
+        most = max(p.device for p in proofs)
+        off = 100 * (n.device / most - 1)
+        said = "" if abs(off) <= 5 else ", which is more than the 5 % that it is held to: what was compiled holds"
+        console.print(
+            f"arithmetic: {show_bytes(n.device)}, {abs(off):.1f} % {'over' if off > 0 else 'under'} XLA's{said}",
+            highlight=False,
+        )
+    for other, problems in refuted:
+        console.print(f"refuted by compiling: {other.label()}: {problems[0]}", highlight=False)
     if why is not None:
         console.print(f"not compiled: {why}", highlight=False)
 
@@ -608,6 +667,7 @@ def _show_outcome(outcome: Any, proofs: Any, why: str | None) -> None:
     help="For compressed-tensors: int8, int4, int4:group_size=64, ...",
 )
 @click.option("--dtype", metavar="DTYPE", show_default="as it is", help="Cast to float32, bfloat16 or float16.")
+@click.option("--adapter", metavar="FOLDER", help="A PEFT folder, LoRA or DoRA, to merge into the weights.")
 @click.option("--overwrite", is_flag=True, help="Replace a target that is there.")
 @click.option(
     "--max-shard-size",
@@ -622,6 +682,7 @@ def convert(
     to: str,
     weights: str | None,
     dtype: str | None,
+    adapter: str | None,
     overwrite: bool,
     max_shard_size: str | None,
 ) -> None:
@@ -636,8 +697,8 @@ def convert(
     size = None if max_shard_size is None else parse_bytes(max_shard_size, "max-shard-size")
     with Reading("converting") as bar:
         export.convert(
-            resolve(source), target, to=to, weights=weights, dtype=dtype, overwrite=overwrite, max_shard_bytes=size,
-            track=bar,
+            resolve(source), target, to=to, weights=weights, dtype=dtype, adapter=adapter, overwrite=overwrite,
+            max_shard_bytes=size, track=bar,
         )  # fmt: skip
     print(f"wrote {target}", flush=True)
 

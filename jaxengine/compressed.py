@@ -17,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from checkpoints.quantized import Matrix
 from checkpoints.safetensors import plan_shards, write_file, write_index
 from jaxengine import formats
 from jaxengine.architecture import Architecture, Spec
-from jaxengine.export import MAX_SHARD_BYTES, DtypeOf, Get, Track, dense, named_dtype, write_beside
+from jaxengine.export import MAX_SHARD_BYTES, DtypeOf, Get, Track, dense, encoded, named_dtype, write_beside
 from jaxengine.plan import Plan
 from jaxengine.sources import Origin, Source
 from jaxengine.weights.base import Integers, Weight
@@ -39,10 +39,11 @@ from jaxengine.weights.base import Integers, Weight
 WEIGHT = ".weight"
 
 
-def prepared(source: Source, chosen: Plan | None, dtype: str) -> tuple[Plan, Get]:
+def prepared(source: Source, chosen: Plan | None, dtype: str, read: Get) -> tuple[Plan, Get]:
     """The plan of what is written of this source, and its parameters in the plan's formats.
 
-    chosen: for a plain source, its formats; encoded in `dtype`, as `load` would. Raises ValueError for a source that is plain
+    chosen: for a plain source, its formats; encoded in `dtype`, as `load` would; read: its parameters, or those that something
+    was merged into. Raises ValueError for a source that is plain
     and none chosen, or in formats already and others chosen.
     """
     arch, own = source.architecture, source.plan
@@ -57,24 +58,16 @@ def prepared(source: Source, chosen: Plan | None, dtype: str) -> tuple[Plan, Get
                 f"convert: the source's weights are {own.weights!r} already, and weights={chosen.weights!r}: leave weights out,"
                 f" or start from the checkpoint that it was made from"
             )
-        return own, source.read
+        return own, read
     assert chosen is not None
     plan, specs = dataclasses.replace(chosen, dtype=dtype), arch.specs()
 
     def get(name: str) -> Any:
-        array, text, out = source.read(name), plan.format_of(name, specs[name]), specs[name].out
-        if out is None or text == "dense":
-            return array
-        leaf = _encoder(text, out, dtype)(array)
-        formats.find(text).check(name, leaf)
-        return leaf
+        array, spec = read(name), specs[name]
+        plain = spec.out is None or plan.format_of(name, spec) == "dense"
+        return array if plain else encoded(plan, name, spec, array)
 
     return plan, get
-
-
-@functools.cache
-def _encoder(text: str, out: int, dtype: str) -> Callable[[np.ndarray], Any]:
-    return jax.jit(lambda raw: formats.find(text).encode(raw.astype(dtype), out=out))
 
 
 def write(

@@ -9,7 +9,9 @@ dtype, in the same file, a tied head that was written out written out again. Whe
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,7 +22,8 @@ import numpy as np
 
 from checkpoints.output import output_folder
 from checkpoints.safetensors import plan_shards, write_file, write_index
-from jaxengine.architecture import Architecture, architecture
+from jaxengine import formats
+from jaxengine.architecture import Architecture, Spec, architecture
 from jaxengine.plan import DTYPES, Plan
 from jaxengine.sources import (
     ORBAX,
@@ -54,6 +57,35 @@ def dense(leaf: Any, dtype: np.dtype) -> np.ndarray:
         # a matrix in host memory and what is trained beside it may stand apart
         leaf = jax.tree.map(lambda x: jax.device_put(x, jax.memory.Space.Device), leaf).dense()
     return np.asarray(jax.device_get(leaf)).astype(dtype, copy=False)
+
+
+def encoded(plan: Plan, name: str, spec: Spec, w: Any) -> Any:
+    """A matrix in its plan's format and dtype; ValueError for numbers that the format does not hold."""
+    assert spec.out is not None
+    text = plan.format_of(name, spec)
+    leaf = _encoder(text, spec.out, plan.dtype)(w)
+    formats.find(text).check(name, leaf)
+    return leaf
+
+
+@functools.cache
+def _encoder(text: str, out: int, dtype: str) -> Callable[[Any], Any]:
+    return jax.jit(lambda w: formats.find(text).encode(w.astype(dtype), out=out))
+
+
+def merged(plan: Plan, arch: Architecture, get: Get) -> Get:
+    """`get`, where a matrix with an adapter beside it becomes one matrix, in the format that its plan says (W + s B A, rounded
+    anew to that; float32 where it is dense)."""
+    specs = arch.specs()
+
+    def one(name: str) -> Any:
+        leaf = get(name)
+        if not isinstance(leaf, Weight) or leaf.beneath is None:
+            return leaf
+        w, spec = dense(leaf, np.dtype("float32")), specs[name]
+        return w if plan.format_of(name, spec) == "dense" else encoded(plan, name, spec, w)
+
+    return one
 
 
 def write_hf(
@@ -175,6 +207,7 @@ def convert(
     to: str,
     weights: str | None = None,
     dtype: str | None = None,
+    adapter: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
     max_shard_bytes: int | None = None,
     track: Track | None = None,
@@ -183,7 +216,8 @@ def convert(
 
     to: 'hf', 'orbax', or 'compressed-tensors', a Hugging Face folder whose integer weights stay packed. weights: the format
     that a plain source is encoded in for it, e.g. 'int4:group_size=32'; the codes are those of `load` with these weights.
-    dtype: cast all parameters (each keeps its own if not given). max_shard_bytes: split what is
+    dtype: cast all parameters (each keeps its own if not given). adapter: a PEFT folder of LoRA or DoRA to merge into them;
+    what the source holds in a format is rounded to it anew. max_shard_bytes: split what is
     written to safetensors into files of at most this size (if not given, as the source is split, or 5 GB where it is not).
     Raises, before anything is written: ValueError for a choice there is not and for layers that orbax cannot stack,
     CheckpointError for a target that is not empty or a source that cannot be read, ConfigError for a model that is not
@@ -209,15 +243,22 @@ def convert(
         def dtype_of(name: str) -> np.dtype:
             return np.dtype(dtype) if dtype else parameters.dtype(name)
 
+        read = parameters.read
+        if adapter is not None:
+            from jaxengine.finetune.run import adapted  # which loads models itself
+
+            read = merged(plan or Plan(dtype="float32"), arch, adapted(arch, parameters.read, adapter))
         if to == "hf":
             write_hf(
-                folder, arch, parameters.read, dtype_of, origin, max_shard_bytes=max_shard_bytes, track=track
+                folder, arch, read, dtype_of, origin, max_shard_bytes=max_shard_bytes, track=track
             )  # fmt: skip
             return
         if to == "compressed-tensors":
             from jaxengine import compressed
 
-            plan, get = compressed.prepared(parameters, chosen, dtype or one_dtype(arch, parameters.dtype, raw))
+            plan, get = compressed.prepared(
+                parameters, chosen, dtype or one_dtype(arch, parameters.dtype, raw), read
+            )  # fmt: skip
             compressed.write(
                 folder, arch, plan, get, dtype_of, origin, max_shard_bytes=max_shard_bytes, track=track
             )  # fmt: skip
@@ -230,7 +271,7 @@ def convert(
                     f"convert: {source} holds weights of a plan in {plan.dtype}; go through to='hf' to cast them"
                 )
             plan = dataclasses.replace(plan, dtype=dtype)
-        write_orbax(folder, arch, plan, parameters.read, dtype_of, origin, track=track)
+        write_orbax(folder, arch, plan, read, dtype_of, origin, track=track)
 
 
 def one_dtype(arch: Architecture, dtype_of: DtypeOf, raw: Mapping[str, Any]) -> str:

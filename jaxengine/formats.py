@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import functools
 import inspect
+from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -83,3 +84,23 @@ def find(text: str) -> Format:
             raise ValueError(f"weights={text!r}: {option} is {value!r}; it can be {', '.join(found)}")
         given[option] = found[value.lower()]
     return Format(name, tuple((n, given[n]) for n in known if n in given and given[n] != defaults[n]))
+
+
+def rules(given: Mapping[str, str] | Sequence[str | tuple[str, str]]) -> tuple[tuple[str, str], ...]:
+    """(name pattern, format) pairs as a Plan has them, of {'lm_head': 'int8'}, of such pairs, or of texts 'lm_head=int8'.
+
+    Raises ValueError for what is none of these, and for a format that there is not, naming the nearest.
+    """
+    if isinstance(given, str):
+        raise ValueError(f"weight_rules is {given!r}; it is a mapping or a list, e.g. {{'lm_head': 'int8'}}")
+    found = []
+    for one in given.items() if isinstance(given, Mapping) else given:
+        pair = tuple(s.strip() for s in one.split("=", 1)) if isinstance(one, str) else tuple(one)
+        if len(pair) != 2 or not all(isinstance(s, str) and s for s in pair):
+            said = repr(one) if isinstance(one, str) else f"{pair!r}"
+            raise ValueError(f"rule {said}: it is PATTERN=FORMAT, a parameter's name and a format, e.g. 'lm_head=int8'")
+        try:
+            found.append((pair[0], str(find(pair[1]))))
+        except ValueError as error:
+            raise ValueError(f"rule {'='.join(pair)!r}: {error}") from None
+    return tuple(found)

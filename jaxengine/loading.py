@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import fnmatch
 import logging
 import math
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,11 +14,11 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from checkpoints.errors import CheckpointError
 from checkpoints.peft import read_adapter
 from jaxengine import formats, placement
 from jaxengine.architecture import Architecture, architecture
 from jaxengine.export import one_dtype
+from jaxengine.homes.base import check_platform
 from jaxengine.homes.base import home as find_home
 from jaxengine.machine import POOL, POOL_SHARE, available_ram, pool_limit_bytes
 from jaxengine.model import Model
@@ -30,19 +27,22 @@ from jaxengine.paths import cache_folder
 from jaxengine.plan import (
     Plan,
     check_attention,
+    check_formats,
     check_mesh,
+    check_rules,
     check_stay,
     choose,
     parameter_bytes,
     parse_bytes,
     show_bytes,
+    with_rules,
 )
 from jaxengine.planning import streamed_form
 from jaxengine.selftest import check_streaming
 from jaxengine.sources import Origin, Source, open_source, read_config
 from jaxengine.text import Tokenizer
 from pallas_kernels.cards import CARDS
-from pallas_kernels.dispatch import Refused
+from pallas_kernels.dispatch import Refused, below_ampere
 from sharding.mesh import make_mesh
 
 log = logging.getLogger("jaxengine")
@@ -56,6 +56,7 @@ def load(
     batch: int | None = None,
     context: int | None = None,
     weights: str | None = None,
+    weight_rules: Mapping[str, str] | Sequence[str | tuple[str, str]] | None = None,
     dtype: str | None = None,
     mesh: str | Mesh | None = None,
     sharding: str | None = None,
@@ -78,16 +79,17 @@ def load(
     '16GB' (of each device of a mesh), which chooses the home for `batch` rows (1) of up to `context` tokens each (2048, or
     what the model can at most); a call that would need more is refused. ram: host memory for layers that do not
     fit there (what is free, if not given); what fits neither is read from disk in every pass. disk: the folder for such
-    layers, packed once (~/.cache/jaxengine/layers). weights: the format of matrices ('dense', 'int8', ...). dtype: 'float32',
-    'bfloat16' or 'float16' (the checkpoint's own if not given). mesh: e.g. 'data=2,tensor=4' over all devices, or a jax Mesh;
-    sharding: the table of rules. home: 'device', 'host', 'split', of which the first `resident` layers are on the device,
-    or 'disk', of which the first `resident` are there and the next `kept` in host memory; form: 'unrolled', 'scan',
-    'ahead' or 'python'. stay: name patterns of parameters ('k', 'layers.*.v') that stand on the device though their layers are
-    streamed from host memory, as vectors always do. kv: the cache's codec ('raw', 'int8', 'int4'); kv_layout: the layout of
-    sliding-window layers ('window', 'full'). attention: the implementation by name ('auto', 'xla', 'triton', 'cudnn',
-    'mosaic_gpu', 'tokamax', 'reference'). adapter: a PEFT folder, whose LoRA or DoRA stands beside the weights, in
-    whatever format and home they are but on disk. progress: called with (name, bytes read, bytes in all),
-    and for layers that are packed first in the same way, from zero.
+    layers, packed once (~/.cache/jaxengine/layers). weights: the format of matrices ('dense', 'int8', ...); weight_rules: of
+    some by the pattern of their names, {'lm_head': 'int8', 'layers.*.down': 'dense'}, the first that matches, before the
+    plan's own. dtype: 'float32', 'bfloat16' or 'float16' (the checkpoint's own if not given). mesh: e.g. 'data=2,tensor=4'
+    over all devices, or a jax Mesh; sharding: the table of rules. home: 'device', 'host', 'split', of which the first
+    `resident` layers are on the device, or 'disk', of which the first `resident` are there and the next `kept` in host
+    memory; form: 'unrolled', 'scan', 'ahead' or 'python'. stay: name patterns of parameters ('k', 'layers.*.v') that stand
+    on the device though their layers are streamed from host memory, as vectors always do. kv: the cache's codec ('raw',
+    'int8', 'int4'); kv_layout: the layout of sliding-window layers ('window', 'full'). attention: the implementation by
+    name ('auto', 'xla', 'triton', 'cudnn', 'mosaic_gpu', 'tokamax', 'reference'). adapter: a PEFT folder, whose LoRA or
+    DoRA stands beside the weights, in whatever format and home they are but on disk. progress: called with (name, bytes
+    read, bytes in all), and for layers that are packed first in the same way, from zero.
 
     Of the plan that an orbax folder was saved with, only what its bytes are decides here too, where no plan is given:
     weights, weight_rules and dtype. Home, form, cache, sharding and mesh were that machine's; here they are the defaults
@@ -112,6 +114,8 @@ def load(
         chosen = dataclasses.replace(start, **{k: v for k, v in given.items() if v is not None})
         if not chosen.dtype:
             chosen = dataclasses.replace(chosen, dtype=one_dtype(arch, source.dtype, raw))
+        if weight_rules is not None:
+            chosen = with_rules(arch, chosen, weight_rules)
         over = mesh if isinstance(mesh, Mesh) else make_mesh(chosen.mesh or None)
         chosen = _counted(chosen, over)
         check_mesh(arch, chosen)
@@ -143,8 +147,9 @@ def load(
             card = next((c for c in CARDS.values() if c.kind == device.device_kind), None)
             streamed = "" if card is None else streamed_form(arch, chosen, card, rows)
             chosen = choose(
-                arch, chosen, memory if not beside else budget, batch=rows, length=longest, ram=room, form=streamed
-            )
+                arch, chosen, memory if not beside else budget, batch=rows, length=longest, ram=room, form=streamed,
+                wide=below_ampere(),
+            )  # fmt: skip
         elif context is not None or batch is not None or ram is not None:
             raise ValueError(
                 "batch, context and ram say what memory= is to hold and where the rest may stand, and no memory is given;"
@@ -159,10 +164,12 @@ def load(
                 f"adapter is {os.fspath(adapter)!r} and home {chosen.home!r}: layers read from disk have nothing beside them;"
                 f" say home='host' or 'split', or merge the adapter into the model once"
             )
+        if chosen.dtype == "bfloat16" and below_ampere():
+            log.warning("this GPU multiplies no bfloat16: XLA widens each matrix to float32 first. Say dtype='float16'")
         _check_attention(arch, chosen)
         _check_host(arch, chosen, over)
-        _check_rules(arch, chosen)
-        _check_formats(arch, source.plan, chosen)
+        check_rules(arch, chosen.weight_rules)
+        check_formats(arch, source.plan, chosen)
         _check_numbers(arch, source, chosen)
         done, total = 0, source.nbytes - _left_on_disk(arch, chosen, source)
 
@@ -213,7 +220,10 @@ def _room(memory: int, devices: int = 1) -> int:
 
 
 def _check_host(arch: Architecture, plan: Plan, mesh: Mesh) -> None:
-    """Refuse more pinned memory than XLA will give, and a card on which streaming goes wrong; say where memory lacks."""
+    """Refuse more pinned memory than XLA will give, a jax that streams wrongly on GPUs, and a card on which streaming goes
+    wrong; say where memory lacks."""
+    for where in {part.home for part in plan.parts(arch)}:
+        check_platform(where, mesh.devices.flat[0].platform)
     leaves, device = jax.tree.leaves(placement.abstract(arch, plan, mesh)), mesh.devices.flat[0]
     pinned = sum(  # each device has a pool of its own
         math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
@@ -285,42 +295,6 @@ def _as_stored(plan: Plan | None) -> Plan:
     return Plan() if plan is None else Plan(dtype=plan.dtype, weights=plan.weights, weight_rules=plan.weight_rules)
 
 
-def _check_rules(arch: Architecture, plan: Plan) -> None:
-    """Refuse a weight rule that chooses no matrix's format: it is a slip of the pen."""
-    specs = arch.specs()
-    every = lambda names: sorted({re.sub(r"^layers\.\d+\.", "layers.*.", n) for n in names})  # noqa: E731
-    for pattern, _ in plan.weight_rules:
-        found = fnmatch.filter(specs, pattern)
-        if any(specs[name].out is not None for name in found):
-            continue
-        matrices = every(name for name, spec in specs.items() if spec.out is not None)
-        if found:
-            said = f"matches only {', '.join(every(found))}: vectors, which are never quantised"
-        elif fnmatch.fnmatchcase("lm_head", pattern):
-            said = "matches no parameter: the head is tied, and is 'embedding'"
-        else:
-            said = "matches no parameter"
-        near = difflib.get_close_matches(re.sub(r"^layers\.\d+\.", "layers.*.", pattern), matrices, n=3, cutoff=0.0)
-        raise ValueError(
-            f"weight_rules: {pattern!r} {said}. Nearest of this {arch.family} of {arch.num_layers} layers (0 to"
-            f" {arch.num_layers - 1}): {', '.join(near)}"
-        )
-
-
-def _check_formats(arch: Architecture, stored: Plan | None, chosen: Plan) -> None:
-    """Weights that were stored quantised stay in their format; refuse another one by name."""
-    if stored is None:
-        return
-    for name, spec in arch.specs().items():
-        was, wanted = stored.format_of(name, spec), chosen.format_of(name, spec)
-        if was not in ("dense", wanted):
-            raise CheckpointError(
-                f"{name} is stored as {was!r} and the plan asks for {wanted!r}: load it as it is stored (give no weights"
-                f" argument, and a plan only with the same weights and weight_rules), or start from the checkpoint that it"
-                f" was made from"
-            )
-
-
 def _check_numbers(arch: Architecture, source: Source, plan: Plan) -> None:
     """Refuse a format for a checkpoint whose numbers it does not hold."""
     for name, spec in arch.specs().items():
@@ -350,7 +324,7 @@ def from_arrays(
         raise ValueError(
             "from_arrays: the plan names no dtype, and there is no checkpoint to take it from: Plan(dtype='float32')"
         )
-    _check_rules(arch, plan)
+    check_rules(arch, plan.weight_rules)
     check_stay(arch, plan)
     over = make_mesh(plan.mesh or None)
     plan = _counted(plan, over)

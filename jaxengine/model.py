@@ -29,6 +29,7 @@ from jaxengine.architecture import Architecture
 from jaxengine.plan import DTYPES, Plan, activation_bytes, cache_bytes, device_bytes, need, show_bytes, weight_bytes
 from jaxengine.sources import Origin
 from jaxengine.text import Detokenizer, StopStrings, Tokenizer
+from pallas_kernels.dispatch import below_ampere
 
 log = logging.getLogger("jaxengine")
 
@@ -219,14 +220,14 @@ class Model:
         if self.budget is None:
             return
 
-        arch, plan, at = self.architecture, self.plan, self.architecture.reread_at
+        arch, plan, at, wide = self.architecture, self.plan, self.architecture.reread_at, below_ampere()
 
         def needs(prompts: int, rows: int, tokens: int, length: int) -> int:
-            working = activation_bytes(arch, plan, batch=prompts, tokens=tokens, length=length)
+            working = activation_bytes(arch, plan, batch=prompts, tokens=tokens, length=length, wide=wide)
             if rows > prompts:  # the prompts' cache stands until each has been copied to its samples
                 working += cache_bytes(arch, plan, batch=prompts, length=length)
             if at is not None and length > at:  # every row read anew, in one piece
-                again = activation_bytes(arch, plan, batch=rows, tokens=engine.bucket(at + 1), length=length)
+                again = activation_bytes(arch, plan, batch=rows, tokens=engine.bucket(at + 1), length=length, wide=wide)
                 working = max(working, again)
             return device_bytes(arch, plan, batch=rows, length=length) + working
 
@@ -247,7 +248,9 @@ class Model:
             return
         whole = dataclasses.replace(self.plan, chunk=0)
         standing = device_bytes(self.architecture, self.plan, batch=0, length=1)
-        working = activation_bytes(self.architecture, whole, batch=rows, tokens=tokens, length=tokens)
+        working = activation_bytes(
+            self.architecture, whole, batch=rows, tokens=tokens, length=tokens, wide=below_ampere()
+        )
         asked = standing + working + 8 * rows * tokens * self.config.vocab_size
         if asked > self.budget:
             raise ValueError(
@@ -272,7 +275,8 @@ class Model:
         decoded, in files of at most `max_shard_bytes` (if not given, split as the folder it came from, or by 5 GB).
         'orbax': one chunk per layer, weights in the formats they are in, to be loaded by `load` or by plain orbax, with
         the plan beside them. 'compressed-tensors': as 'hf', with weights in integer formats (int8, int4, int3, int2) packed as
-        they are, for transformers and vLLM. Config and tokenizer go along.
+        they are, for transformers and vLLM. An adapter beside a matrix is merged into it: in 'hf' into the decoded matrix, in
+        the others the sum is rounded to the matrix's format. Config and tokenizer go along.
 
         What is written is what is in memory. `load` has cast it to the plan's dtype: parameters that were stored wider
         (float32 norms beside bfloat16 matrices) have lost those digits for good, and a warning says so.
@@ -293,6 +297,7 @@ class Model:
             raise ValueError("save: this model was made without a config.json; give from_arrays its fields")
         lost = [name for name, was in self.origin.dtypes.items() if export.loses(was, self.plan.dtype)]
         parts, stored = placement.stored(self.architecture, self.plan, self.params), np.dtype(dtype or self.plan.dtype)
+        one = export.merged(self.plan, self.architecture, lambda n: parts[n]())
         with output_folder(folder, overwrite=overwrite) as temporary:
             if lost:
                 log.warning(
@@ -301,12 +306,10 @@ class Model:
                     len(lost), len(parts), self.plan.dtype, lost[0], self.origin.dtypes[lost[0]],
                 )  # fmt: skip
             if format == "orbax":
-                export.write_orbax(
-                    temporary, self.architecture, self.plan, lambda n: parts[n](), lambda n: stored, self.origin
-                )
+                export.write_orbax(temporary, self.architecture, self.plan, one, lambda n: stored, self.origin)
             elif format == "compressed-tensors":
                 compressed.write(
-                    temporary, self.architecture, self.plan, lambda n: parts[n](), lambda n: stored, self.origin,
+                    temporary, self.architecture, self.plan, one, lambda n: stored, self.origin,
                     max_shard_bytes=max_shard_bytes,
                 )  # fmt: skip
             else:

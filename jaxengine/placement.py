@@ -8,6 +8,7 @@ scanned stand in stacks (homes/base.py: `Bank`); a stack is made once, empty, an
 
 from __future__ import annotations
 
+import ctypes
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -50,14 +51,17 @@ def place(
     for where in {part.home for part in plan.parts(architecture)}:
         check_platform(where, mesh.devices.flat[0].platform)
     check_sharding(architecture, plan, mesh)
-    rules, parts = plan.sharding_rules(), plan.parts(architecture)
+    rules, parts, read = plan.sharding_rules(), plan.parts(architecture), _trimmed(read)
+    last: Any = ()
 
     def one(name: str, spec: Spec, memory: str | None) -> Any:
+        nonlocal last
         array = read(name)
         size = sum(a.nbytes for a in jax.tree.leaves(array))
-        leaf = _encoded(plan, name, array, spec, rules, mesh, memory)
+        jax.block_until_ready(last)  # a copy to a card may still have been reading the array before this one
+        last = _encoded(plan, name, array, spec, rules, mesh, memory)
         track(name, size)
-        return leaf
+        return last
 
     layers = _on_disk(architecture, plan, mesh, read, parts, disk)
     outer = {name: one(name, spec, None) for name, spec in architecture.outer()[1].items()}
@@ -86,8 +90,10 @@ def place(
                     lambda x, where, count=count: _empty_stack((count, *x.shape), x.dtype, where), leaf, places
                 )
             into[name] = jax.block_until_ready(jax.tree.map(lambda s, x, at=at: _put(s, x, at), into[name], leaf))
-            del leaf  # or it, and those whose turn has not come, stand beside the next one
+            leaf = last = ()  # or it, and those whose turn has not come, stand beside the next one
         banks.append(Bank(tuple(weights), part.kinds, part.repeats, part.home, part.form))
+    last = jax.block_until_ready(last)
+    _malloc_trim()(0)
     return {"outer": outer, "banks": tuple(banks)}
 
 
@@ -114,6 +120,27 @@ def _on_disk(
         return layer_shardings(architecture, plan, mesh, i)
 
     return packing.open_layers(architecture, plan, mesh, first, disk, encoded, shardings)
+
+
+def _trimmed(read: Read) -> Read:
+    """`read` after what was freed is given back: glibc keeps blocks of up to 32 MiB for the next one who asks, so that tensors of
+    many sizes leave several times the largest of them behind."""
+    trim = _malloc_trim()
+
+    def trimmed(name: str) -> Any:
+        trim(0)  # one or two milliseconds
+        return read(name)
+
+    return trimmed
+
+
+@functools.cache
+def _malloc_trim() -> Callable[[int], int]:
+    """glibc's malloc_trim; elsewhere nothing is done."""
+    try:
+        return ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError, TypeError):  # musl, macOS, Windows
+        return lambda _: 0
 
 
 def layer_shardings(architecture: Architecture, plan: Plan, mesh: Mesh, i: int) -> dict[str, Any]:
@@ -205,7 +232,8 @@ def _encoded(plan: Plan, name: str, array: Any, spec: Spec, rules: Rules, mesh: 
     leaf = _encoder(format_name, spec.out, dtype, jax.tree.structure(on_device), tuple(jax.tree.leaves(on_device)))(raw)
     if not plain:
         formats.find(format_name).check(name, leaf)
-    return leaf if memory is None else jax.device_put(leaf, places)
+    # a program that is still running holds what it reads: the next tensor would be read beside it, and the one after
+    return jax.block_until_ready(leaf if memory is None else jax.device_put(leaf, places))
 
 
 @functools.cache

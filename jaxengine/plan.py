@@ -15,13 +15,14 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
+from checkpoints.errors import CheckpointError
 from jaxengine import formats
 from jaxengine.architecture import Architecture, Spec, segments
 from jaxengine.cache.base import ATTENTION, CachedAttend, Caching, PlainAttend, empty, split_alike
@@ -33,6 +34,7 @@ from jaxengine.weights.base import Weight
 from pallas_kernels.attention.cudnn import NotHere
 from pallas_kernels.attention.reference import CountsTokens
 from pallas_kernels.dispatch import Refused
+from pallas_kernels.quant_matmul.xla import chunk_bytes
 from sharding.mesh import abstract_mesh
 from sharding.rules import RULES, Rules, check, named_sharding
 
@@ -280,6 +282,61 @@ def check_stay(architecture: Architecture, plan: Plan) -> None:
         raise ValueError(f"stay is {plan.stay!r}, and {why}: leave it out, or say kept= or home='host'")
 
 
+def with_rules(
+    architecture: Architecture, plan: Plan, given: Mapping[str, str] | Sequence[str | tuple[str, str]]
+) -> Plan:
+    """The plan with weight rules (`formats.rules`) before its own. Refuses those that choose nothing."""
+    rules = formats.rules(given)
+    check_rules(architecture, rules)
+    taken, specs = set(), architecture.specs()
+    for pattern, _ in rules:
+        names = {n for n in fnmatch.filter(specs, pattern) if specs[n].out is not None}
+        if names <= taken:
+            first = next(p for p, _ in rules if names & set(fnmatch.filter(specs, p)))
+            raise ValueError(
+                f"weight_rules: {pattern!r} changes nothing: the first rule that matches counts, and {first!r} stands before it."
+                f" Give {pattern!r} first, or leave it out"
+            )
+        taken |= names
+    return dataclasses.replace(plan, weight_rules=(*rules, *plan.weight_rules))
+
+
+def check_rules(architecture: Architecture, rules: Sequence[tuple[str, str]]) -> None:
+    """Refuse a weight rule that chooses no matrix's format: it is a slip of the pen."""
+    specs = architecture.specs()
+    every = lambda names: sorted({re.sub(r"^layers\.\d+\.", "layers.*.", n) for n in names})  # noqa: E731
+    for pattern, _ in rules:
+        found = fnmatch.filter(specs, pattern)
+        if any(specs[name].out is not None for name in found):
+            continue
+        matrices = every(name for name, spec in specs.items() if spec.out is not None)
+        if found:
+            said = f"matches only {', '.join(every(found))}: vectors, which are never quantised"
+        elif fnmatch.fnmatchcase("lm_head", pattern):
+            said = "matches no parameter: the head is tied, and is 'embedding'"
+        else:
+            said = "matches no parameter"
+        near = difflib.get_close_matches(re.sub(r"^layers\.\d+\.", "layers.*.", pattern), matrices, n=3, cutoff=0.0)
+        raise ValueError(
+            f"weight_rules: {pattern!r} {said}. Nearest of this {architecture.family} of {architecture.num_layers} layers (0 to"
+            f" {architecture.num_layers - 1}): {', '.join(near)}"
+        )
+
+
+def check_formats(architecture: Architecture, stored: Plan | None, chosen: Plan) -> None:
+    """Weights that were stored quantised stay in their format; refuse another one by name."""
+    if stored is None:
+        return
+    for name, spec in architecture.specs().items():
+        was, wanted = stored.format_of(name, spec), chosen.format_of(name, spec)
+        if was not in ("dense", wanted):
+            raise CheckpointError(
+                f"{name} is stored as {was!r} and the plan asks for {wanted!r}: load it as it is stored (give no weights"
+                f" argument, and a plan only with the same weights and weight_rules), or start from the checkpoint that it"
+                f" was made from"
+            )
+
+
 def check_attention(architecture: Architecture, plan: Plan, *, training: bool = False, dtype: str = "") -> None:
     """Refuse an implementation of attention that cannot serve this model on this device, or over this mesh: for reading
     prompts and decoding as the plan does both, or for training on packed rows. dtype: of the arithmetic ('': the plan's).
@@ -523,15 +580,20 @@ def streamed_bytes(architecture: Architecture, plan: Plan) -> int:
     return most
 
 
-def activation_bytes(architecture: Architecture, plan: Plan, *, batch: int, tokens: int, length: int) -> int:
+def activation_bytes(
+    architecture: Architecture, plan: Plan, *, batch: int, tokens: int, length: int, wide: bool = False
+) -> int:
     """Bytes of temporaries while `batch` prompts of `tokens` tokens are read into a cache of `length`.
 
     What one layer holds at its widest: queries, keys, values and what attention makes of them, or the two halves of the
     feed-forward block; the residual stream twice. A matrix that is scanned goes when it has been used, so that attention's are
     not there beside the halves. Attention keeps no scores but those of some blocks where it runs in XLA
     (float32; a card below sm_80). Under a chunk, T is the chunk. The compiler's own figure differs with the card.
+
+    wide: whether a product's result is written in float32 before it is narrowed, as on cards below sm_80.
     """
     size = jnp.dtype(plan.dtype).itemsize
+    made = 4 if wide else size
     chunk = architecture.chunk(plan.chunk, tokens)
     T, widest = chunk or tokens, 0
     batch = on_one(plan, ("batch",), (batch,))[0]
@@ -552,9 +614,9 @@ def activation_bytes(architecture: Architecture, plan: Plan, *, batch: int, toke
         if chunk and not layout.holds(T, S, attention.window):
             S += T
         read_again = batch * S * 2 * K * H * size if chunk else 0  # slots as attention takes them
-        few, scores = rows * N <= 32 * K * batch, (4 + size) * rows * S * N
+        scores = (4 + size) * rows * S * N
         if plan.attention != "reference":  # which writes all of them
-            in_blocks = plan.dtype == "float32" or few or plan.attention == "xla"
+            in_blocks = plan.dtype == "float32" or plan.attention == "xla"
             scores = min(scores, SCORES) if in_blocks else 0
         attending = scores + read_again + rows * (3 * N + 2 * K) * H * size
         if _scanned_alone(architecture, plan):
@@ -567,13 +629,17 @@ def activation_bytes(architecture: Architecture, plan: Plan, *, batch: int, toke
                 attending = max(turning, min(least, rows * (3 * N + 2 * K) * H * size - sum(gone)))
             attending += 4 * rows * H
         # of layers that are written out more stands than one needs: XLA runs one's products beside another's
-        halves = max(_halves_bytes(architecture, plan, kind, rows), 4 * rows * F * size - beside if listed else 0)
+        halves = max(
+            _halves_bytes(architecture, plan, kind, rows, made), 2 * rows * F * (size + made) - beside if listed else 0
+        )
         # partial products of a matrix that is split along what it contracts, summed over devices in float32
         sums = (1 if beside else 3) * rows * D * 4 if dims["mlp"] > F else 0
         widest = max(widest, 2 * batch * tokens * D * size + max(attending, halves) + sums)
     prompt, step = _gathered_bytes(architecture, plan)
-    made = _made_bytes(architecture, _formats_alone(plan))
-    return max(widest + 16 * batch * tokens + prompt, step) + made  # ids, positions
+    anew = _made_bytes(architecture, _formats_alone(plan))
+    if wide:  # where no kernel reads codes
+        anew = max(anew, decoded_bytes(architecture, plan, rows, size))
+    return max(widest + 16 * batch * tokens + prompt, step) + anew  # ids, positions
 
 
 @functools.cache
@@ -587,21 +653,36 @@ def _made_bytes(architecture: Architecture, plan: Plan) -> int:
     return max((w.made_bytes for w in leaves if isinstance(w, Weight)), default=0)
 
 
+@functools.cache
+def decoded_bytes(architecture: Architecture, plan: Plan, rows: int, itemsize: int) -> int:
+    """The most that products of so many rows make at a time of one of the layers' matrices that are held in a format, where
+    XLA decodes it."""
+    found = [0]
+    for name, spec in architecture.specs().items():
+        if spec.out is not None and name.startswith("layers."):
+            leaf = abstract_leaf(plan.format_of(name, spec), spec.shape, spec.out, plan.dtype)
+            if isinstance(leaf, Weight):
+                N, K = math.prod(spec.shape[: spec.out]), math.prod(spec.shape[spec.out :])
+                found.append(chunk_bytes(N, K, rows, itemsize))
+    return max(found)
+
+
 def width(architecture: Architecture) -> int:
     """Of the residual stream, D: a family's config may have another name for it."""
     specs = architecture.block(architecture.kinds[0])[1].values()
     return next(n for s in specs for a, n in zip(s.axes, s.shape, strict=True) if a == "embed")
 
 
-def _halves_bytes(architecture: Architecture, plan: Plan, kind: Any, rows: int) -> int:
-    """Bytes at the widest of a feed-forward block, beyond those of its streamed layer (`streamed_bytes`).
+def _halves_bytes(architecture: Architecture, plan: Plan, kind: Any, rows: int, made: int) -> int:
+    """Bytes at the widest of a feed-forward block, beyond those of its streamed layer (`streamed_bytes`). made: of a number
+    that a product gives.
 
     Both halves, the matrices being all there; or, where like layers are scanned, read in one piece and in no format, the
     block's matrices and one half, and then its last two and both halves, with the normed stream that they are made of.
     """
     specs, size = architecture.block(kind)[1], jnp.dtype(plan.dtype).itemsize
     F = next(n for s in specs.values() for a, n in zip(s.axes, s.shape, strict=True) if a == "mlp")
-    half = rows * on_one(plan, ("mlp",), (F,))[0] * size
+    half = rows * on_one(plan, ("mlp",), (F,))[0] * made
     if not _scanned_alone(architecture, plan):
         return 2 * half
     ins, outs = _matrices_bytes(architecture, plan, kind, "mlp")
@@ -685,6 +766,8 @@ def _turned_bytes(plan: Plan, name: str, spec: Spec) -> int:
 
 def parse_bytes(size: str | int, name: str = "memory") -> int:
     """'16GB' -> 16 * 10**9, '16GiB' -> 16 * 2**30; an int is bytes. name: what an error calls it."""
+    if isinstance(size, bool):
+        raise ValueError(f"{name} is {size}; it is bytes, or a size such as '16GB'")
     if isinstance(size, int):
         if size <= 0:
             raise ValueError(f"{name} is {size}; it must be more than 0 bytes")
@@ -709,11 +792,11 @@ def show_bytes(n: int) -> str:
 @dataclasses.dataclass(frozen=True)
 class Need:
     """Bytes by what they are for. Device (each of a mesh): embeddings and head, resident layers and what stays of streamed
-    ones, streamed layers while they are there, KV cache, activations (of reading a prompt, or of a step). Host: streamed
-    layers, pinned, and the buffers that a disk is read into. Disk: the layers that are read from it.
+    ones, streamed layers while they are there, KV cache, activations (of reading a prompt, or of a step). Host: weights of
+    streamed layers, pinned, and the buffers that a disk is read into. Disk: the layers that are read from it.
 
     When fine-tuning, also on the device: what is trained beside those, its gradient, the optimizer's state, and what is
-    kept of each layer for its way back; and in host memory what of these stands there.
+    kept of each layer for its way back; and of the last two what stands in host memory.
     """
 
     outer: int
@@ -721,21 +804,34 @@ class Need:
     streaming: int
     cache: int
     activations: int
-    host: int
+    host_weights: int
     disk: int
     trained: int = 0
     gradients: int = 0
     optimizer: int = 0
     kept: int = 0
+    host_buffers: int = 0
+    host_optimizer: int = 0
+    host_kept: int = 0
 
     @property
     def device(self) -> int:
         standing = self.outer + self.resident + self.streaming + self.cache
         return standing + self.activations + self.trained + self.gradients + self.optimizer + self.kept
 
+    @property
+    def pinned(self) -> int:
+        """Of host memory, what a GPU's copies go to and from: all but what a disk is read into, which is not XLA's."""
+        return self.host_weights + self.host_optimizer + self.host_kept
 
-def need(architecture: Architecture, plan: Plan, *, batch: int, context: int) -> Need:
-    """What a plan needs to generate: `batch` rows of up to `context` tokens, their prompts as long as that.
+    @property
+    def host(self) -> int:
+        return self.pinned + self.host_buffers
+
+
+def need(architecture: Architecture, plan: Plan, *, batch: int, context: int, wide: bool = False) -> Need:
+    """What a plan needs to generate: `batch` rows of up to `context` tokens, their prompts as long as that. wide: see
+    `activation_bytes`.
 
     Over a mesh the device is each of its devices, and host memory and disk are those of the one machine that they are in,
     where each device has its share in pinned memory of its own.
@@ -749,9 +845,10 @@ def need(architecture: Architecture, plan: Plan, *, batch: int, context: int) ->
         resident=tiers["device"],
         streaming=streamed_bytes(architecture, plan),
         cache=cache_bytes(architecture, plan, batch=batch, length=context),
-        activations=activation_bytes(architecture, plan, batch=batch, tokens=context, length=context),
-        host=tiers["host"] * (1 if mesh is None else mesh.size) + ring,
+        activations=activation_bytes(architecture, plan, batch=batch, tokens=context, length=context, wide=wide),
+        host_weights=tiers["host"] * (1 if mesh is None else mesh.size),
         disk=disk,
+        host_buffers=ring,
     )
 
 
@@ -765,7 +862,15 @@ class Variant:
 
 
 def variants(
-    architecture: Architecture, plan: Plan, *, memory: int, ram: int | None, batch: int, context: int, form: str = ""
+    architecture: Architecture,
+    plan: Plan,
+    *,
+    memory: int,
+    ram: int | None,
+    batch: int,
+    context: int,
+    form: str = "",
+    wide: bool = False,
 ) -> list[Variant]:
     """A plan with its layers in other homes, from the nearest to the farthest: all on the device, as many as fit, all
     streamed from host memory and, under a limit on that, from disk what does not fit there; each with prompts read in one
@@ -777,7 +882,7 @@ def variants(
 
     def of(**given: Any) -> Variant:
         made = dataclasses.replace(plan, **({"form": "", "resident": 0, "kept": 0} | given))
-        n = need(architecture, made, batch=batch, context=context)
+        n = need(architecture, made, batch=batch, context=context, wide=wide)
         refused = _idle_stay(made)
         if n.device > memory:
             refused = f"{show_bytes(n.device - memory)} over on the device"
@@ -817,15 +922,18 @@ def choose(
     length: int = 2048,
     ram: int | None = None,
     form: str = "",
+    wide: bool = False,
 ) -> Plan:
     """The nearest of a plan's `variants` that fits `memory` bytes of the device and `ram` bytes of the host (None: any),
     streamed in this form ('': the home's own).
 
-    Counts parameters, streamed layers, the cache (`device_bytes`) and what reading a prompt of `length` tokens holds.
+    Counts parameters, streamed layers, the cache (`device_bytes`) and what reading a prompt of `length` tokens holds; wide:
+    see `activation_bytes`.
     Raises ValueError, before anything is allocated, if nothing fits, with the bytes that are short and what would help.
     """
     budget, length = parse_bytes(memory), bucket(length, least=64)  # as a call pads it
-    found = variants(architecture, plan, memory=budget, ram=ram, batch=batch, context=length, form=form)
+    rows: Any = {"batch": batch, "context": length, "form": form, "wide": wide}
+    found = variants(architecture, plan, memory=budget, ram=ram, **rows)
     for variant in found:
         if not variant.refused:
             return variant.plan
@@ -833,7 +941,7 @@ def choose(
     n = least.need
     if plan.stay:
         bare = dataclasses.replace(plan, stay=())
-        others = variants(architecture, bare, memory=budget, ram=ram, batch=batch, context=length, form=form)
+        others = variants(architecture, bare, memory=budget, ram=ram, **rows)
         if (fits := next((v for v in others if not v.refused), None)) is not None:
             least = next((v for v in sorted(found, key=lambda v: v.need.device) if v.plan.home != "device"), least)
             raise ValueError(
@@ -841,6 +949,7 @@ def choose(
                 f" {least.refused}. Without stay, home {fits.plan.home!r} fits, with {show_bytes(fits.need.device)} on the"
                 f" device and {show_bytes(fits.need.host)} in host memory"
             )
+    nearest = _nearest(architecture, plan, memory=budget, ram=ram, batch=batch, context=length, wide=wide)
     if n.device <= budget and ram is not None:
         streamed = min((v for v in found if v.need.device <= budget), key=lambda v: v.need.host)
         disk = min((v for v in found if v.plan.home == "disk"), key=lambda v: v.need.device)
@@ -852,13 +961,37 @@ def choose(
                 f" {show_bytes(disk.need.device - budget)} more than memory={memory!r}"
             )
         raise ValueError(
-            f"Layers that do not fit {show_bytes(budget)} of device memory are streamed: {said}. Give more memory of either"
-            f" kind, or weights='int8'"
+            f"Layers that do not fit {show_bytes(budget)} of device memory are streamed: {said}. Nearest: {nearest}, or more"
+            f" memory of either kind"
         )
     raise ValueError(
         f"memory={memory!r} is {show_bytes(budget)}; the smallest plan, home {least.plan.home!r}, needs"
         f" {show_bytes(n.device)}: {show_bytes(n.outer)} of embeddings and head, {show_bytes(n.resident + n.streaming)} for"
         f" layers as they are streamed, {show_bytes(n.cache)} of KV cache for {batch} x {length} tokens and"
         f" {show_bytes(n.activations)} to read so many at once. {show_bytes(n.device - budget)} short. Nearest:"
-        f" weights='int8', kv='int8', a smaller context or batch, or memory={show_bytes(n.device).replace(' ', '')!r}"
+        f" {nearest}, or memory={show_bytes(n.device).replace(' ', '')!r}"
     )
+
+
+def _nearest(
+    architecture: Architecture, plan: Plan, *, memory: int, ram: int | None, batch: int, context: int, wide: bool
+) -> str:
+    """What would make a plan fit that does not, each alone; what no single change does is said so."""
+    tries: list[tuple[str, dict[str, Any], int, int]] = []
+    if plan.weights == "dense" and not plan.weight_rules:
+        tries += [(f"weights={name!r}", {"weights": name}, batch, context) for name in ("int8", "int4")]
+    if plan.kv_codec == "raw":
+        tries.append(("kv='int8'", {"kv_codec": "int8"}, batch, context))
+    halves = [2**i for i in range(1, 12)]
+    tries += [(f"batch={batch // d}", {}, batch // d, context) for d in halves if batch // d]
+    tries += [(f"context={context // d}", {}, batch, context // d) for d in halves if context // d >= 64]
+    found: dict[str, str] = {}
+    for said, given, rows, length in tries:
+        kind = said.partition("=")[0]
+        if kind in found:
+            continue
+        made = dataclasses.replace(plan, **given)
+        tried = variants(architecture, made, memory=memory, ram=ram, batch=rows, context=length, wide=wide)
+        if any(not v.refused for v in tried):
+            found[kind] = said
+    return ", ".join(found.values()) or "no single one of weights, kv, batch and context fits it"

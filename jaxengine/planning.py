@@ -13,7 +13,7 @@ import dataclasses
 import math
 import operator
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from jaxengine.plan import (
     Variant,
     brought_bytes,
     check_attention,
+    check_formats,
     check_mesh,
     check_stay,
     gathered,
@@ -42,6 +43,7 @@ from jaxengine.plan import (
     tier_bytes,
     variants,
     weight_bytes,
+    with_rules,
 )
 from jaxengine.sources import ORBAX, gguf_file, open_source, read_config
 from pallas_kernels.cards import Card, find
@@ -183,7 +185,9 @@ def candidates(
         count = what.accumulate * batch * context
         return [Candidate(v.plan, v.need, v.refused, tuple(t.items()), count) for v, t in zip(made, times, strict=True)]
     form = streamed_form(architecture, plan, card, batch)
-    found = variants(architecture, plan, memory=memory, ram=ram, batch=batch, context=context, form=form)
+    found = variants(
+        architecture, plan, memory=memory, ram=ram, batch=batch, context=context, form=form, wide=card.wide
+    )
     return [judge(architecture, v, card, batch=batch, disk_rate=disk_rate) for v in found]
 
 
@@ -218,7 +222,7 @@ def changes(
         (f"{a[0]} and {b[0]}", a[1] | b[1], a[2] | b[2])
         for i, a in enumerate(single)
         for b in single[i + 1 :]
-        if not a[2].keys() & b[2].keys()
+        if not (a[1].keys() & b[1].keys() or a[2].keys() & b[2].keys())
     ]
     found = []
     for said, given, sizes in (*single, *pairs):
@@ -269,10 +273,11 @@ def traps(architecture: Architecture, candidate: Candidate, card: Card) -> list[
             "attention 'cudnn' needs the cuDNN library where this runs ('jax[cuda13]' brings it); whether it is there was not"
             " looked at, and without it loading the model is refused"
         )
-    if tiers["host"] > machine.pool_limit_bytes({}):
+    pinned = -(-candidate.need.pinned // devices(candidate.plan))  # a pool is one card's
+    if pinned > machine.pool_limit_bytes({}):
         said.append(
-            f"{show_bytes(tiers['host'])} of pinned host memory: XLA's pool stops at 64 GiB unless"
-            f" {machine.POOL}={-(-tiers['host'] * 5 // 4 // 2**30)} (GiB) is set before jax starts; the `jaxengine` command"
+            f"{show_bytes(pinned)} of pinned host memory: XLA's pool stops at 64 GiB unless"
+            f" {machine.POOL}={-(-pinned * 5 // 4 // 2**30)} (GiB) is set before jax starts; the `jaxengine` command"
             f" sets four fifths of the machine's memory where it is not"
         )
     if tiers["disk"]:
@@ -281,9 +286,10 @@ def traps(architecture: Architecture, candidate: Candidate, card: Card) -> list[
             f" {show_bytes(candidate.need.disk)} of them"
         )
     with contextlib.suppress(ValueError):  # a system that does not say
-        name, least = machine.ram_limits()[0]
-        if candidate.need.host > least and "control group" in name:
-            said.append(f"here host memory ends at {show_bytes(least)}: {name}")
+        groups = [(name, left) for name, left in machine.ram_limits() if "control group" in name]
+        if groups and candidate.need.host > groups[0][1]:
+            name, left = groups[0]
+            said.append(f"here host memory ends at {show_bytes(left)}: {name}")
     if candidate.need.host and card.capability not in ((9, 0), (10, 0)):
         said.append(
             "XLA's latency-hiding scheduler is off by default on this card, and without it no copy runs beside compute;"
@@ -315,6 +321,13 @@ class Outcome:
     def chosen(self) -> Candidate | None:
         return next((c for c in self.candidates if c.fits), None)
 
+    def refuted(self) -> Outcome:
+        """The same without the candidate that was chosen: compiled, it was not what it was to be."""
+        without = dataclasses.replace(self.chosen, refused="refuted by compiling it") if self.chosen else None
+        return dataclasses.replace(
+            self, candidates=tuple(without if without and c is self.chosen else c for c in self.candidates)
+        )
+
     @property
     def short(self) -> int:
         """Bytes of device memory that the smallest candidate lacks; 0 where something fits."""
@@ -331,7 +344,8 @@ class Outcome:
 
         def one(c: Candidate) -> dict[str, Any]:
             return {
-                "plan": dataclasses.asdict(c.plan), "bytes": dataclasses.asdict(c.need) | {"device": c.need.device},
+                "plan": dataclasses.asdict(c.plan),
+                "bytes": dataclasses.asdict(c.need) | {"device": c.need.device, "host": c.need.host},
                 "fits": c.fits, "refused": c.refused, "seconds_per_step": dict(c.seconds), "limit": c.limit,
                 "steps_per_second": c.passes_per_second, "tokens_per_second": c.tokens_per_second,
             }  # fmt: skip
@@ -385,8 +399,8 @@ def plan_for(
         )
     if _as_they_are(task) and (plan.weights != "dense" or plan.weight_rules):
         raise ValueError(
-            f"task {task!r} trains parameters as they are, and weights is {plan.weights!r}: task 'lora' trains beside"
-            f" quantised ones"
+            f"task {task!r} trains parameters as they are, and weights is {plan.weights!r}"
+            f"{' with rules for some' if plan.weight_rules else ''}: task 'lora' trains beside quantised ones"
         )
     if task == "full":
         plan = dataclasses.replace(plan, dtype="float32")
@@ -396,6 +410,14 @@ def plan_for(
         raise ValueError(f"mesh is {plan.mesh!r}; task {task!r} is planned for one card, and 'generate' for several")
     check_mesh(architecture, plan)
     check_stay(architecture, plan)
+    computed = plan.dtype if task == "generate" else tuning.task(task).compute or plan.dtype
+    if card.wide and computed == "bfloat16":
+        own = computed == plan.dtype
+        raise ValueError(
+            f"{'dtype is' if own else f'task {task!r} computes in'} 'bfloat16', which a {card.name} does not multiply: XLA widens"
+            f" each matrix to float32 first, and no count of bytes here holds. {'Say' if own else 'Task lora computes in'}"
+            f" --dtype float16"
+        )
     if memory is not None and memory > card.usable:
         raise ValueError(
             f"memory is {show_bytes(memory)}, and a process can have {show_bytes(card.usable)} of a {card.name}: give that"
@@ -430,6 +452,7 @@ def plan_folder(
     task: str = "generate",
     tile: int = 0,
     weights: str | None = None,
+    weight_rules: Mapping[str, str] | Sequence[str | tuple[str, str]] = (),
     dtype: str | None = None,
     kv: str = "raw",
     stay: Sequence[str] = (),
@@ -441,10 +464,10 @@ def plan_folder(
     """`plan_for` a checkpoint folder and a card by its name or numbers ('rtx4090').
 
     Of the folder config.json is read, and where its weights are stored quantised their formats. Sizes as `jaxengine.load`
-    takes them, and `stay`; weights: the format of the others (dense); dtype: the config's, if not given; mesh: 'tensor=2' for
-    two such cards, split as the table `sharding` says; attention: its implementation by name, refused where it does not
-    serve on the card. `picture.figure` draws the outcome, and `proof.prove` compiles what was chosen. Raises ValueError for
-    what `plan_for` refuses and for an unknown card.
+    takes them, and `stay` and weight_rules; weights: the format of the others (dense); dtype: the config's, if not given;
+    mesh: 'tensor=2' for two such cards, split as the table `sharding` says; attention: its implementation by name, refused
+    where it does not serve on the card. `picture.figure` draws the outcome, and `proof.prove` compiles what was chosen.
+    Raises ValueError for what `plan_for` refuses and for an unknown card.
     """
     at, card = Path(folder), find(gpu)
     raw = read_config(at)
@@ -464,6 +487,8 @@ def plan_folder(
         dtype=named, weights=start.weights, weight_rules=start.weight_rules, kv_codec=kv, mesh=mesh, sharding=sharding,
         stay=named_to_stay, attention=attention,
     )  # fmt: skip
+    plan = with_rules(found, plan, weight_rules)
+    check_formats(found, stored, plan)
     outcome = plan_for(
         found, plan, card, batch=batch, context=context, task=task, tile=tile,
         memory=None if memory is None else parse_bytes(memory), ram=None if ram is None else parse_bytes(ram, "ram"),

@@ -38,6 +38,8 @@ OPTIONS = {
     "xla_gpu_experimental_parallel_async_compute_limit": 16,
     # or it makes one matrix product of two (gate and up) by writing their weights side by side, for all layers at once
     "xla_gpu_dot_merger_threshold_mb": 0,
+    # copies are placed by the program; XLA's own pipelining adds a layer and reads from kernels
+    "xla_gpu_enable_pipelined_host_offloading": False,
 }
 
 

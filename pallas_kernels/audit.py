@@ -131,7 +131,8 @@ def audit(
     """Read a program compiled for a GPU: a jax.stages.Compiled, or the text of one (without bytes then).
 
     Always a problem: a host slice at other addresses than its index says; a kernel that reads or writes host memory in a
-    loop; a whole stack copied, to the device to be sliced there or from host to host; compute on the host.
+    loop, or reads a layer of a stack outside one; a whole stack copied, to the device to be sliced there or from host to
+    host; compute on the host.
     device_limit: bytes on each device that the program must not pass.
     in_place: host memory beside the arguments is a problem.
     overlap: a host copy in a loop with no matrix product beside it is a problem.
@@ -640,6 +641,11 @@ class _Reader:
             said.append(
                 f"{where} {verb} {_size(moved)} of host memory from a kernel, not by DMA: index the stack by the loop's own"
                 f" counter alone (the xs of a scan, or i, i + k, n - 1 - i of a fori_loop), not by an array, a clamp or a modulo"
+            )
+        elif slice_ is not None and source == HOST and not dma:
+            said.append(
+                f"{where} reads {_size(moved)} of a stack in host memory from a kernel, not by DMA: outside a loop keep each"
+                f" layer in an array of its own"
             )
         matmuls = self._matmuls_between(frame, i, done)
         if self.overlap and frame.loops and matmuls == 0:

@@ -99,7 +99,12 @@ class Card:
 
     @property
     def tensor_dtype(self) -> str:
-        return "bfloat16" if self.capability >= (8, 0) else "float16"
+        return "float16" if self.wide else "bfloat16"
+
+    @property
+    def wide(self) -> bool:
+        """Whether XLA writes products of 16 bits in float32 before it narrows them, and widens bfloat16 first: below sm_80."""
+        return self.capability < (8, 0)
 
     def target_config(self) -> str:
         """The text form of XLA's GpuTargetConfigProto."""

@@ -66,6 +66,12 @@ def gpu() -> Gpu | None:
     return Gpu((int(major), int(minor or 0)), here.core_count, here.device_kind)
 
 
+def below_ampere() -> bool:
+    """Whether a call traced here is compiled for a GPU of before sm_80, which multiplies no bfloat16 (cards.Card.wide)."""
+    found = gpu()
+    return found is not None and found.capability < (8, 0)
+
+
 def choose(
     op: str,
     implementations: Mapping[str, Callable[..., Any]],
@@ -157,19 +163,39 @@ def measured(card: str) -> tuple[Mapping[str, Any], ...]:
 def by_measure(op: str, order: Sequence[str], there: Collection[str], **case: str | int) -> tuple[str, ...]:
     """Implementations, fastest first where the card was measured on such a case, then the rest of the derived `order`.
 
-    there: all that can be asked for. case: text must be the same as a row's; of the rows left, the nearest by the ratio of
-    numbers, the first named first, decides.
+    there: all that can be asked for. case: of the rows that are comparable (`_apart`) the nearest decides, by what is named
+    first, and among those that are as near by the next.
     """
-    card, text = gpu(), {n: v for n, v in case.items() if isinstance(v, str)}
+    card = gpu()
     rows = [] if card is None or not card.name else [r for r in measured(card.name) if r["op"] == op]
-    sizes = [(n, v) for n, v in case.items() if not isinstance(v, str)]
-    rows = [r for r in rows if case.keys() <= r.keys() and all(r[n] == v for n, v in text.items())]
-    rows = [r for r in rows if all(isinstance(r[n], int | float) for n, _ in sizes)]
-    if not rows:
+    distances = [([_apart(v, r.get(n)) for n, v in case.items()], r["milliseconds"]) for r in rows]
+    near = [(d, times) for d, times in distances if None not in d]
+    if not near:
         return tuple(order)
-    best = min(rows, key=lambda r: [abs(math.log2(r[n] / v)) for n, v in sizes])["milliseconds"]
+    best = min(near, key=lambda row: row[0])[1]
     fastest = sorted((n for n in best if n in there), key=lambda n: best[n])
     return (*fastest, *(n for n in order if n not in fastest))
+
+
+def _apart(asked: str | int, row: Any) -> float | None:
+    """How far what was measured is from what is asked for; None where one says nothing of the other.
+
+    Numbers: their ratio, in powers of two; so too a number at the end of text that is the same before it ('int8, pages of 32').
+    float16 and bfloat16 take the same bytes and as many operations: they stand for each other where the one itself is not
+    there. Other text is the same or of another case.
+    """
+    if isinstance(asked, str) != isinstance(row, str) or row is None:
+        return None
+    if asked == row:
+        return 0.0
+    if isinstance(asked, int | float):
+        return abs(math.log2(row / asked)) if isinstance(row, int | float) else None
+    if {asked, row} == {"float16", "bfloat16"}:
+        return 1.0
+    ends = [re.fullmatch(r"(.* )(\d+)", x) for x in (asked, row)]
+    if ends[0] is None or ends[1] is None or ends[0][1] != ends[1][1]:
+        return None
+    return abs(math.log2(int(ends[0][2]) / int(ends[1][2])))
 
 
 def _case(row: Mapping[str, Any]) -> dict[str, Any]:

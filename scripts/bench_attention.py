@@ -7,19 +7,28 @@
     python scripts/bench_attention.py --model-prompt 32768         a Llama of 125 M parameters reads a prompt, alone
 
 On a CPU: a causal prompt of 2k and 8k tokens forwards, and one token over 8k slots, raw and coded. On a GPU: prompts from 1k
-to 32k tokens with heads of 64, 128 and 256, forwards and with gradients, 16k tokens at a time (the benchmark of
-FlashAttention-3, arXiv:2407.08608, section 4.1), in TFLOP/s; one token over 8k to 128k slots, contiguous, in pages and coded, in
-bytes/s of codes and scales and as a fraction of the read bandwidth measured in the same run.
+to 32k tokens with heads of 64, 128 and 256, forwards and backwards, 16k tokens at a time (the benchmark of FlashAttention-3,
+arXiv:2407.08608, section 4.1), in FLOP/s; prompts that cuDNN refuses, or jax does not hand to it: a soft-cap, sinks, packed
+texts, a window over grouped heads; one token over 8k to 128k slots, contiguous, in pages and coded, in bytes/s of codes and
+scales. Each as a fraction of what the same run measures: a large matrix product of the same dtype for prompts, reads of memory
+for caches.
+
+`backward` is the pullback alone, of what a forward before it kept, with 2.5 of its products; `with forward` adds that forward,
+timed beside it.
 
 On a GPU each of our implementations is asked for by name, too. With --table their times become the card's table, by which
-pallas_kernels/dispatch.py orders them from then on (`ours` was taken in the order that there was before).
+pallas_kernels/dispatch.py orders them from then on (`ours` was taken in the order that there was before). Ours are held against
+our form in XLA, row by row (`alike`): one with other numbers is told and left out, and of a case in which XLA's did not run
+nothing is written to the table. What each implementation is to reach of an H200 stands beside it (KERNELS.md, section 4).
 
 Beside ours, in the same run: jax.nn.dot_product_attention (xla; on a GPU cudnn) and, where it is installed, torch's
 scaled_dot_product_attention on the CPU. For coded caches jax's has the whole cache decoded first, which is the alternative. Sides
-take turns, round by round, and medians are compared; `beside ours` is a side's time over ours: above 1 ours is faster.
-Times on a CPU are of all its cores together (CPU time), which other processes disturb least. Peak: on a CPU how far the process
-grew during a call, its arguments and what is compiled apart; on a GPU temporaries and results of the compiled program.
-A GPU's decode goes over several caches in one program, of enough to exceed four times the largest L2.
+take turns, round by round, and medians are compared; `beside ours` is a side's time over ours: above 1 ours is faster. `to cudnn`
+is the time of jax's cuDNN over a side's, `to xla` the least of XLA's other forms, `to raw` that of the same side over the raw
+cache: above 1 the side is faster. Times on a CPU are of all its cores together (CPU time), which other processes disturb least;
+on a GPU a short program is called several times before it is waited for, so that launches from Python do not count. Peak: on a
+CPU how far the process grew during a call, its arguments and what is compiled apart; on a GPU temporaries and results of the
+compiled program. A GPU's decode goes over several caches in one program, of enough to exceed four times the largest L2.
 
 The prompt of a model: prefill as `Model.generate` calls it, in float32 with dense weights, one row, random weights and ids; how
 far the process grew, beside the most that it may (temporaries and results of the compiled program, and what glibc may keep of
@@ -39,7 +48,8 @@ import math
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -68,43 +78,96 @@ from pallas_kernels.decode_attention import decode_attention, tiles
 GPU_BYTES = 4 * (64 << 20)  # four times the largest L2
 TOKENS = 16384  # of all prompts of a call on a GPU
 KINDS = ("raw", "raw, pages of 64", "raw, pages of 16", "int8", "int8, pages of 64", "int4")
+LONG, MOST = 5e-3, 30  # seconds that calls of a GPU take before they are waited for, and how many they are at most
+DIRECTIONS = ("forward", "backward")
+KEPT = 32 * 2**20  # bytes: glibc's DEFAULT_MMAP_THRESHOLD_MAX. Larger blocks go back to the system when they are freed
+OURS = "ours, "  # and an implementation's name: a side of a case
+XLA = "ours, xla"  # what the others are held against
+
+
+class Aim(NamedTuple):
+    """What a side is to reach, on an H200: at least so much of a row's field."""
+
+    least: float
+    of: str
+
+
+# of heads of 128 and prompts from 4k on; of caches; of what cuDNN refuses
+AIMS = {
+    "forward": {"ours, mosaic_gpu": Aim(0.92, "to_cudnn"), "ours, triton": Aim(0.55, "to_cudnn")},
+    "backward": {"ours, triton": Aim(330, "teraflops")},
+    "raw": Aim(0.80, "fraction"), "raw, pages of 64": Aim(0.78, "fraction"), "raw, pages of 16": Aim(0.72, "fraction"),
+    "int8": Aim(1.5, "to_raw"), "int8, pages of 64": Aim(1.5, "to_raw"),
+    "refused": {"ours": Aim(1.0, "to_xla")},
+}  # fmt: skip
 
 
 class Row(NamedTuple):
-    """One measurement, as it is printed and stored."""
+    """One measurement, as it is printed and stored; None where a field says nothing of it."""
 
     what: str
     shape: str
     by: str
     ms: float
-    beside_ours: float
+    both_ms: float | None  # with the forward before it
+    beside_ours: float | None
     teraflops: float | None
     gigabytes: float | None
-    fraction: float | None
+    fraction: float | None  # of the limit, measured in the same run
+    to_cudnn: float | None
+    to_xla: float | None
+    to_raw: float | None
+    aim: float | None
+    aim_of: str | None
+    reached: bool | None
+    off: float | None  # the largest error over its bound, beside our form in XLA
     peak: int | None
 
 
-KEPT = 32 * 2**20  # bytes: glibc's DEFAULT_MMAP_THRESHOLD_MAX. Larger blocks go back to the system when they are freed
-OURS = "ours, "  # and an implementation's name: a side of a case
-
-
 class Side(NamedTuple):
-    """One implementation of a case: a call that waits for its result, how many cases it is, and the bytes it needs."""
+    """One implementation of a case: a call whose result is not waited for, how many cases it is, and the bytes it needs.
+
+    before: the forward that keeps what a pullback needs. floors: what errors of a gradient's rows may be beside rounding.
+    """
 
     run: Callable[[], Any]
     count: int
     temporary: int | None
+    before: Callable[[], Any] | None = None
+    floors: Callable[[], Any] | None = None
 
 
 class Case(NamedTuple):
-    """What is measured, with the work of it; ours is the first of the sides."""
+    """What is measured, with the work of it; ours is the first of the sides, each of which is traced, and then compiled."""
 
     what: str
     shape: str
-    sides: dict[str, Callable[[], Side]]
+    sides: dict[str, Callable[[], Callable[[], Side]]]
     flops: float | None
     bytes: float | None
-    key: dict[str, Any]  # what the dispatcher tells cases by: see `dispatch.by_measure`
+    key: dict[str, Any] | None  # what the dispatcher tells cases by (`dispatch.by_measure`); None: of no table
+    lengths: tuple[int, int]  # what products are summed over: H, slots
+    aims: dict[str, Aim]
+
+
+class Limits(NamedTuple):
+    """Measured in this run: bytes/s of memory and FLOP/s of a matrix product; None where nothing is held against them."""
+
+    memory: float | None
+    matmul: float | None
+
+
+class Found(NamedTuple):
+    """What was measured of a case.
+
+    wrong: sides of ours with other numbers than XLA's, and their largest error over its bound. left_out: sides that did not
+    run, and why. unchecked: why nothing was held against anything; then no row is for a table.
+    """
+
+    rows: list[Row]
+    wrong: dict[str, float]
+    left_out: dict[str, str]
+    unchecked: str
 
 
 def on_gpu() -> bool:
@@ -119,7 +182,17 @@ def normal(seed: int, shape: tuple[int, ...], dtype: Any) -> jax.Array:
     return jax.random.normal(jax.random.key(seed), shape, dtype)
 
 
-def compiled(function: Callable[..., Any], inputs: list[tuple[Any, ...]]) -> Side:
+def room() -> int | None:
+    """Bytes that programs may have of a GPU; None where nobody says."""
+    return (jax.devices()[0].memory_stats() or {}).get("bytes_limit") if on_gpu() else None
+
+
+def needed(program: Any) -> int | None:
+    memory = program.memory_analysis()
+    return None if memory is None else memory.temp_size_in_bytes + memory.output_size_in_bytes
+
+
+def compiled(function: Callable[..., Any], inputs: list[tuple[Any, ...]]) -> Callable[[], Side]:
     """function over all inputs, one after another in one program."""
 
     def all_of_them(inputs: Any) -> Any:
@@ -128,58 +201,180 @@ def compiled(function: Callable[..., Any], inputs: list[tuple[Any, ...]]) -> Sid
             out = function(q if out is None else lax.optimization_barrier((q, out))[0], *rest)
         return out
 
-    program = jax.jit(all_of_them).lower(inputs).compile()
-    memory = program.memory_analysis()
-    need = None if memory is None else memory.temp_size_in_bytes + memory.output_size_in_bytes
-    return Side(lambda: jax.block_until_ready(program(inputs)), len(inputs), need)
+    lowered = jax.jit(all_of_them).lower(inputs)
+
+    def finish() -> Side:
+        program = lowered.compile()
+        return Side(lambda: program(inputs), len(inputs), needed(program))
+
+    return finish
+
+
+def loosely(make: Callable[[], Any]) -> Any:
+    """Traced as jax is by itself: its own attention mixes dtypes, which tests do not let pass."""
+    with jax.numpy_dtype_promotion("standard"):
+        return make()
+
+
+def pulled_back(function: Callable[..., Any], q: Any, k: Any, v: Any, more: Any, do: Any, scale: float) -> Any:
+    """The gradients of function(q, k, v, more) from what its forward kept, in a program of their own."""
+    forward = jax.jit(lambda q, k, v, more: jax.vjp(lambda *a: function(*a, more), q, k, v)).lower(q, k, v, more)
+    backward = jax.jit(lambda pull, do: pull(do)).lower(forward.out_info[1], do)
+
+    def finish() -> Side:
+        there, back, kept = forward.compile(), backward.compile(), []
+
+        def first() -> Any:
+            return there(q, k, v, more)
+
+        def after() -> Any:
+            if not kept:
+                kept.append(first())
+            return kept[0]
+
+        def floors() -> Any:
+            """What rounding the result does to its product with `do`, and so to rows of dq and dk: each number by half an
+            epsilon at most, in each of two implementations. Rows in which the rest cancels have no more than this."""
+            out, pull = after()
+            wide = [a.astype(jnp.float32) for a in (q, k, do, out)]
+            e = float(jnp.finfo(q.dtype).eps) * jnp.linalg.norm(wide[2] * wide[3], axis=-1)  # [B, T, N]
+            longest = [jnp.linalg.norm(a, axis=-1).max() for a in wide[:2]]
+            # over queries, of signs by chance: the root of sum_t w^2 e^2, which is at most that of sum_t w e^2, a gradient of v
+            top = jnp.maximum(jnp.square(e).max(), 1e-30)
+            squares = jnp.broadcast_to((jnp.square(e) / top)[..., None], do.shape).astype(do.dtype)
+            summed = back(pull, squares)[2][..., 0].astype(jnp.float32)  # [B, T, K]
+            of_keys = scale * longest[0] * jnp.sqrt(top * jnp.maximum(summed, 0.0))
+            return scale * longest[1] * e, of_keys, jnp.zeros_like(of_keys)
+
+        return Side(lambda: back(after()[1], do), 1, needed(back), first, floors)
+
+    return finish
 
 
 # -- cases
 
 
-def prefills(lengths: list[int], widths: list[int], dtype: Any) -> Iterator[Case]:
-    """Causal, all heads with keys of their own, 2048 wide together (on a CPU 8 heads)."""
+class Mask(NamedTuple):
+    """What bends and hides scores of a causal prompt. texts: that are packed in a row. grouped: query heads of a kv head."""
+
+    softcap: float | None = None
+    window: int | None = None
+    sinks: bool = False
+    texts: int = 1
+    grouped: int = 1
+
+
+def by_name(names: Sequence[str] | None, every: Sequence[str]) -> list[str]:
+    """Implementations to ask for by name: where nothing is said all of them on a GPU, and none elsewhere."""
+    return list(names if names is not None else [n for n in every if n != "reference"] if on_gpu() else ())
+
+
+def prefills(
+    lengths: Sequence[int],
+    widths: Sequence[int],
+    dtype: Any,
+    names: Sequence[str] | None = None,
+    directions: Sequence[str] | None = None,
+) -> Iterator[Case]:
+    """Causal, all heads with keys of their own, 2048 wide together (on a CPU 8 heads).
+
+    names: what is asked for by name; None: on a GPU all that there are. directions: of DIRECTIONS; None: on a GPU both.
+    """
     for H in widths:
         for T in lengths:
-            B, N = (max(1, TOKENS // T), 2048 // H) if on_gpu() else (1, 8)
-            q, k, v, do = (normal(i, (B, T, N, H), dtype) for i in range(4))
-            at = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
-            flops = 4 * B * N * H * T * (T + 1) / 2
-            scale = H**-0.5
-
-            def ours(q: Any, k: Any, v: Any, at: Any, name: str | None = None, scale: float = scale) -> Any:
-                return attention(
-                    q, k.swapaxes(1, 2), v.swapaxes(1, 2), at, at, scale=scale, contiguous=True, implementation=name
-                )
-
-            def jaxs(q: Any, k: Any, v: Any, at: Any, name: Any, scale: float = scale) -> Any:
-                return jax.nn.dot_product_attention(q, k, v, scale=scale, is_causal=True, implementation=name)
-
-            names = [n for n in NAMES if n != "reference"] if on_gpu() else ()
-            functions = {"ours": ours} | {f"ours, {n}": functools.partial(ours, name=n) for n in names}
-            key = {"op": "attention", "what": "forward", "dtype": q.dtype.name, "head_dim": H, "tokens": T}
-            functions |= {f"jax, {n}": functools.partial(jaxs, name=n) for n in (["cudnn"] * on_gpu() + ["xla"])}
-
-            def gradient(f: Any, q: Any, k: Any, v: Any, at: Any, do: Any) -> Any:
-                out, pull = jax.vjp(lambda *a: f(*a, at), q, k, v)
-                return out, pull(do)
-
-            shape = f"B{B} T{T} N{N} H{H}"
-            sides = {n: functools.partial(compiled, f, [(q, k, v, at)]) for n, f in functions.items()}
-            if not on_gpu() and importlib.util.find_spec("torch"):
-                sides["torch"] = functools.partial(torch_side, q, k, v, scale, causal=True)
-            yield Case("forward", shape, sides, flops, None, key)
-            if on_gpu():
-                sides = {
-                    n: functools.partial(compiled, functools.partial(gradient, f), [(q, k, v, at, do)])
-                    for n, f in functions.items()
-                }
-                what = "forward and backward"
-                yield Case(what, shape, sides, 3.5 * flops, None, key | {"what": what})
+            yield from prompts("", T, H, dtype, names, directions, Mask())
 
 
-def decodes(lengths: list[int], widths: list[int], kinds: list[str], dtype: Any) -> Iterator[Case]:
-    """One token of 4 query heads for each of 8 kv heads, one sequence, all slots held."""
+def refused(
+    lengths: Sequence[int],
+    dtype: Any,
+    names: Sequence[str] | None = None,
+    directions: Sequence[str] | None = None,
+    H: int = 128,
+) -> Iterator[Case]:
+    """What cuDNN refuses, or jax does not hand to it, four query heads to a kv head; what it serves of it stands beside."""
+    for T in lengths:
+        masks = {
+            "a soft-cap": Mask(softcap=50.0, grouped=4), "sinks": Mask(sinks=True, grouped=4),
+            "packed texts": Mask(texts=4, grouped=4), "a window": Mask(window=max(16, T // 8), grouped=4),
+        }  # fmt: skip
+        for name, mask in masks.items():
+            yield from prompts(name, T, H, dtype, names, directions, mask)
+
+
+def prompts(
+    name: str, T: int, H: int, dtype: Any, names: Sequence[str] | None, directions: Sequence[str] | None, mask: Mask
+) -> Iterator[Case]:
+    """Prompts of T tokens in each direction. name: what is told of the mask; '': a plain one, whose times are a table's."""
+    B, N = (max(1, TOKENS // T), 2048 // H) if on_gpu() else (1, 8)
+    K, scale = N // mask.grouped, H**-0.5
+    q, k, v, do = (normal(i, (B, T, heads, H), dtype) for i, heads in enumerate((N, K, K, N)))
+    slots, each = np.arange(T, dtype=np.int32), -(-T // mask.texts)
+    at, of = (jnp.broadcast_to(jnp.asarray(a), (B, T)) for a in (slots % each, slots // each))
+    more = {
+        "at": at,
+        "of": of if mask.texts > 1 else None,
+        "sinks": normal(4, (N,), jnp.float32) if mask.sinks else None,
+    }
+    seen = np.minimum(slots % each + 1, mask.window or T).sum(dtype=np.float64)
+    flops = 4 * B * N * H * float(seen)
+
+    def ours(q: Any, k: Any, v: Any, more: Any, name: str | None = None, training: bool = False) -> Any:
+        return attention(
+            q, k.swapaxes(1, 2), v.swapaxes(1, 2), more["at"], more["at"], scale=scale, window=mask.window,
+            softcap=mask.softcap, sinks=more["sinks"], q_segments=more["of"], k_segments=more["of"],
+            contiguous=mask.texts == 1, training=training, implementation=name,
+        )  # fmt: skip
+
+    def jaxs(q: Any, k: Any, v: Any, more: Any, name: Any) -> Any:
+        of = more["of"]
+        return jax.nn.dot_product_attention(
+            q, k, v, scale=scale, is_causal=True, implementation=name,
+            mask=None if of is None else (of[:, :, None] == of[:, None, :])[:, None],
+            local_window_size=None if mask.window is None else (mask.window - 1, 0),  # it counts those before the query
+        )  # fmt: skip
+
+    def written_out(make: Callable[..., Any], part: int, *given: Any) -> Any:
+        """jax's XLA form where its scores are no more than a part of the memory: with less it waits, and fails."""
+        size, there = 4 * B * N * T * T, room()
+        if there is not None and size * part > there:
+            raise dispatch.Refused(f"all scores in float32 are {size / 1e9:.0f} GB")
+        return make(*given)
+
+    asked = by_name(names, NAMES)
+    for direction in directions or (DIRECTIONS if on_gpu() else DIRECTIONS[:1]):
+        back = direction == "backward"
+        functions = {"ours": functools.partial(ours, training=back)}
+        functions |= {f"{OURS}{n}": functools.partial(ours, name=n) for n in asked}
+        if mask.softcap is None and not mask.sinks:  # jax has neither
+            alone = on_gpu() and mask.texts == 1  # for cuDNN the texts would be an array [T, T] of its own
+            functions |= {f"jax, {n}": functools.partial(jaxs, name=n) for n in (["cudnn"] * alone + ["xla"])}
+        sides: dict[str, Callable[[], Any]] = {}
+        for n, f in functions.items():
+            if back:
+                make = functools.partial(pulled_back, f, q, k, v, more, do, scale)
+            else:
+                make = functools.partial(compiled, f, [(q, k, v, more)])
+            if n == "jax, xla":
+                make = functools.partial(written_out, make, 12 if back else 6)
+            sides[n] = functools.partial(loosely, make) if n.startswith("jax") else make
+        if not on_gpu() and not back and not name and names is None and importlib.util.find_spec("torch"):
+            sides["torch"] = functools.partial(torch_side, q, k, v, scale, causal=True)
+        key: dict[str, Any] | None = None
+        if not name:
+            what = "forward and backward" if back else "forward"
+            key = {"op": "attention", "what": what, "dtype": q.dtype.name, "head_dim": H, "tokens": T}
+        kind = "refused" if name else direction if H == 128 and T >= 4096 else ""
+        aims: Any = AIMS.get(kind, {}) if on_gpu() else {}
+        shape = f"B{B} T{T} N{N} " + (f"K{K} " if K != N else "") + f"H{H}"
+        told = f"{direction}, {name}" if name else direction
+        yield Case(told, shape, sides, flops * (2.5 if back else 1), None, key, (H, T), aims)
+
+
+def decodes(
+    lengths: Sequence[int], widths: Sequence[int], kinds: Sequence[str], dtype: Any, names: Sequence[str] | None = None
+) -> Iterator[Case]:
+    """One token of 4 query heads for each of 8 kv heads, one sequence, all slots held. names: as of `prefills`."""
     K, G, B = 8, 4, 1
     for H in widths:
         for S in lengths:
@@ -197,20 +392,25 @@ def decodes(lengths: list[int], widths: list[int], kinds: list[str], dtype: Any)
                 def ours(q: Any, q_at: Any, cache: Any, name: str | None = None, scale: float = scale) -> Any:
                     return decode_attention(q=q, q_positions=q_at, **cache, scale=scale, implementation=name)
 
-                def jaxs(q: Any, q_at: Any, cache: Any, codec: str = codec, scale: float = scale) -> Any:
+                def jaxs(q: Any, q_at: Any, cache: Any, name: Any, codec: str = codec, scale: float = scale) -> Any:
                     k, v = (as_numbers(cache, n, codec, q.dtype).swapaxes(1, 2) for n in ("k", "v"))
-                    return jax.nn.dot_product_attention(q, k, v, scale=scale, implementation="xla")
+                    return jax.nn.dot_product_attention(q, k, v, scale=scale, implementation=name)
 
-                sides = {"ours": functools.partial(compiled, ours, inputs)}
-                for name in [n for n in DECODE_NAMES if n != "reference"] if on_gpu() else ():
-                    sides[f"ours, {name}"] = functools.partial(compiled, functools.partial(ours, name=name), inputs)
+                sides: dict[str, Callable[[], Any]] = {"ours": functools.partial(compiled, ours, inputs)}
+                for name in by_name(names, DECODE_NAMES):
+                    sides[f"{OURS}{name}"] = functools.partial(compiled, functools.partial(ours, name=name), inputs)
                 if page is None:
-                    sides["jax, xla"] = functools.partial(compiled, jaxs, inputs)
-                if page is None and codec == "raw" and not on_gpu() and importlib.util.find_spec("torch"):
+                    for name in ["cudnn"] * on_gpu() + ["xla"]:
+                        make = functools.partial(compiled, functools.partial(jaxs, name=name), inputs)
+                        sides[f"jax, {name}"] = functools.partial(loosely, make)
+                plain = page is None and codec == "raw" and names is None
+                if plain and not on_gpu() and importlib.util.find_spec("torch"):
                     k, v = (caches[0][n].swapaxes(1, 2) for n in ("k", "v"))
                     sides["torch"] = functools.partial(torch_side, q, k, v, scale, causal=False)
                 key = {"op": "decode_attention", "cache": kind, "dtype": q.dtype.name, "head_dim": H, "slots": S}
-                yield Case(kind, f"B{B} S{S} N{K * G} K{K} H{H}", sides, None, size, key)
+                aim: Any = AIMS.get(kind) if on_gpu() else None
+                aims = {} if aim is None else {"ours": aim, "ours, triton": aim}
+                yield Case(kind, f"B{B} S{S} N{K * G} K{K} H{H}", sides, None, size, key, (H, S), aims)
 
 
 def made(seed: int, B: int, K: int, S: int, H: int, codec: str, page: int | None, dtype: Any) -> dict[str, Any]:
@@ -239,7 +439,7 @@ def as_numbers(cache: dict[str, Any], n: str, codec: str, dtype: Any) -> jax.Arr
     return technique.find(CODECS, codec).decode({"codes": cache[n], "scale": cache[f"{n}_scale"]}, dtype)
 
 
-def torch_side(q: jax.Array, k: jax.Array, v: jax.Array, scale: float, causal: bool) -> Side:
+def torch_side(q: jax.Array, k: jax.Array, v: jax.Array, scale: float, causal: bool) -> Callable[[], Side]:
     """scaled_dot_product_attention of [B, T, N, H] and [B, S, K, H], on the CPU."""
     import torch  # pyright: ignore[reportMissingImports]
 
@@ -255,7 +455,7 @@ def torch_side(q: jax.Array, k: jax.Array, v: jax.Array, scale: float, causal: b
                 *arrays, is_causal=causal, scale=scale, enable_gqa=q.shape[2] != k.shape[2]
             )
 
-    return Side(run, 1, None)
+    return lambda: Side(run, 1, None)
 
 
 # -- measuring
@@ -278,62 +478,165 @@ def grown(run: Callable[[], Any]) -> int | None:
         return None
 
 
-def seconds(side: Side) -> float:
+def seconds(side: Side, calls: int = 1, before: bool = False) -> float:
+    """Of one case; of the forward before it."""
+    run = side.before if before else side.run
+    assert run is not None
+    start, out = clock(), None
+    for _ in range(calls):
+        out = run()
+    jax.block_until_ready(out)
+    return (clock() - start) / (side.count * calls)
+
+
+def calls(side: Side) -> int:
+    """How often a side is called before it is waited for; it has run before."""
+    if not on_gpu():
+        return 1
     start = clock()
-    side.run()
-    return (clock() - start) / side.count
+    jax.block_until_ready(side.run())
+    return min(MOST, max(1, math.ceil(LONG / max(clock() - start, 1e-9))))
 
 
-def alike(found: Any, meant: Any) -> bool:
-    """Whether two implementations' results are the same but for rounding: what is fast and wrong is to stand in no table."""
+def alike(found: Any, meant: Any, lengths: tuple[int, int], floors: Any = None) -> float:
+    """The largest error of a row (the last axis) over its bound; above 1 numbers are other than by rounding.
 
-    def near(a: Any, b: Any) -> bool:
-        wide = [np.asarray(x, np.float64) for x in (a, b)]
-        return bool(np.abs(wide[0] - wide[1]).max() <= 64 * float(jnp.finfo(b.dtype).eps) * np.abs(wide[1]).max())
+    The length of the difference of two rows, of random numbers: in each implementation weights and the result are rounded to
+    the result's dtype, to half an epsilon at most; sums of H products in scores, and of as many as there are slots after them,
+    in float32; weights below the dtype's normal numbers to steps of its least. Twice of all that, since a row may be shorter by
+    chance than its terms are. floors: see `pulled_back`. What is fast and wrong is to stand in no table, nor one row of it.
+    """
+    if floors is None:
+        floors = jax.tree.map(lambda _: None, meant)
+    a, b, beside = (jax.tree.leaves(tree, is_leaf=lambda x: x is None) for tree in (found, meant, floors))
+    return max((_off(x, y, z, lengths) for x, y, z in zip(a, b, beside, strict=True)), default=0.0)
 
-    return all(jax.tree.leaves(jax.tree.map(near, found, meant)))
+
+def _off(found: Any, meant: Any, floor: Any, lengths: tuple[int, int]) -> float:
+    if found is None and meant is None:  # a side that computes nothing
+        return 0.0
+    return min(float(_worst(found, meant, floor, lengths)), 1e30)  # JSON has no infinity
 
 
-def compared(case: Case, rounds: int, limit: float | None) -> list[Row]:
-    """All sides that serve, in turns, round by round."""
+@functools.partial(jax.jit, static_argnums=3)
+def _worst(found: Any, meant: Any, floor: Any, lengths: tuple[int, int]) -> jax.Array:
+    (H, S), info = lengths, jnp.finfo(meant.dtype)
+    a, b = (x.astype(jnp.float32) for x in (found, meant))
+    error, size = jnp.linalg.norm(a - b, axis=-1), jnp.linalg.norm(b, axis=-1)
+    relative = 2 * float(info.eps) + 2.0**-24 * (H + S**0.5)
+    bound = relative * size + float(info.smallest_subnormal) * (S * H) ** 0.5
+    bound = 2 * (bound if floor is None else bound + floor)
+    off = jnp.where(error > 0, error / bound, 0.0)
+    return jnp.where(jnp.isfinite(error), off, jnp.inf).max()
+
+
+def reason(e: Exception) -> str:
+    said = next(iter(str(e).splitlines()), "")[:300]
+    return said if isinstance(e, dispatch.Refused) else f"{type(e).__name__}: {said}"
+
+
+def made_ready(case: Case) -> tuple[dict[str, Side], dict[str, Any], dict[str, str]]:
+    """(sides that ran once, what they gave, why the others did not): traced one by one, and compiled at the same time."""
+    traced: dict[str, Callable[[], Side]] = {}
     ready: dict[str, Side] = {}
     gave: dict[str, Any] = {}
+    left_out: dict[str, str] = {}
+    # whatever goes wrong in one, and kernels go wrong in many ways, the others are measured
     for name, make in case.sides.items():
         try:
-            side = make()
-            gave[name], ready[name] = side.run(), side
-        except (dispatch.Refused, ValueError, RuntimeError, NotImplementedError) as e:
-            said = str(e).splitlines()[0][:160]
-            Console(stderr=True).print(f"{case.what}, {case.shape}, {name}: {said}", style="dim")
-    for name in [
-        n for n in ready if n.startswith(OURS) and "ours, xla" in ready and not alike(gave[n], gave["ours, xla"])
-    ]:
-        Console(stderr=True).print(
-            f"{case.what}, {case.shape}, {name}: other numbers than xla's; left out", style="red"
+            traced[name] = make()
+        except Exception as e:
+            left_out[name] = reason(e)
+    with ThreadPoolExecutor(max(1, len(traced))) as pool:
+        finished = {name: pool.submit(finish) for name, finish in traced.items()}
+    for name, side in finished.items():
+        try:
+            gave[name] = jax.block_until_ready(side.result().run())
+            ready[name] = side.result()
+        except Exception as e:
+            left_out[name] = reason(e)
+    return ready, gave, left_out
+
+
+def compared(case: Case, rounds: int, limits: Limits, raw: dict[tuple[str, ...], float]) -> Found:
+    """All sides that serve, in turns, round by round. raw: milliseconds of raw caches, which are kept there."""
+
+    def say(name: str, what: str, style: str) -> None:
+        Console(stderr=True).print(f"{case.what}, {case.shape}, {name}: {what}", style=style, highlight=False)
+
+    ready, gave, left_out = made_ready(case)
+    for name, why in left_out.items():
+        say(name, why, "dim")
+    off, wrong, unchecked = {}, {}, ""
+    if XLA in ready:
+        make_floors = ready[XLA].floors
+        floors = None if make_floors is None else make_floors()
+        off = {name: alike(gave[name], gave[XLA], case.lengths, floors) for name in ready if name != "torch"}
+        if off[XLA] > 0:  # beside itself: a number that is not finite
+            unchecked = "our form in XLA gave numbers that are not finite"
+        else:
+            wrong = {n: o for n, o in off.items() if o > 1 and (n == "ours" or n.startswith(OURS))}
+    elif any(name.startswith(OURS) for name in case.sides):
+        unchecked = (
+            f"our form in XLA, against which numbers are held, did not run: {left_out.get(XLA, 'not asked for')}"
         )
+    if unchecked:
+        say(XLA, f"{unchecked}; nothing of this case is written to a table", "red")
+    for name, o in wrong.items():
+        say(name, f"other numbers than xla's, by {o:.3g} of the bound; left out", "red")
         del ready[name]
     del gave
-    peaks = {n: s.temporary if on_gpu() else grown(s.run) for n, s in ready.items()}
+    peaks = {
+        n: s.temporary if on_gpu() else grown(lambda s=s: jax.block_until_ready(s.run())) for n, s in ready.items()
+    }
+    often = {name: calls(side) for name, side in ready.items()}
     times: dict[str, list[float]] = {name: [] for name in ready}
+    befores: dict[str, list[float]] = {name: [] for name, side in ready.items() if side.before is not None}
     for _ in range(rounds):
         for name, side in ready.items():
-            times[name].append(seconds(side))
+            times[name].append(seconds(side, often[name]))
+            if name in befores:
+                befores[name].append(seconds(side, often[name], before=True))
     median = {name: statistics.median(t) for name, t in times.items()}
-    first = median.get("ours", math.nan)
-    return [
-        Row(
-            case.what, case.shape, name, 1e3 * t, t / first,
-            None if case.flops is None else case.flops / t / 1e12,
-            None if case.bytes is None else case.bytes / t / 1e9,
-            None if case.bytes is None or limit is None else case.bytes / t / limit, peaks[name],
-        )
-        for name, t in median.items()
-    ]  # fmt: skip
+    before = {name: statistics.median(t) for name, t in befores.items()}
+    codec, _, pages = case.what.partition(", ")
+    if codec == "raw":
+        raw.update({(case.shape, pages, name): t for name, t in median.items()})
+    rows = []
+    for name, t in median.items():
+        xla = min((s for n, s in median.items() if n in (XLA, "jax, xla") and n != name), default=None)
+        work, limit = (case.bytes, limits.memory) if case.flops is None else (case.flops, limits.matmul)
+        row = Row(
+            what=case.what, shape=case.shape, by=name, ms=1e3 * t,
+            both_ms=1e3 * (t + before[name]) if name in before else None,
+            beside_ours=over(t, median.get("ours")), teraflops=over(case.flops, 1e12 * t), gigabytes=over(case.bytes, 1e9 * t),
+            fraction=None if work is None else over(work / t, limit), to_cudnn=over(median.get("jax, cudnn"), t),
+            to_xla=over(xla, t), to_raw=None if codec == "raw" else over(raw.get((case.shape, pages, name)), t),
+            aim=None, aim_of=None, reached=None, off=off.get(name), peak=peaks[name],
+        )  # fmt: skip
+        if (aim := case.aims.get(name)) is not None:
+            got = getattr(row, aim.of)
+            row = row._replace(aim=aim.least, aim_of=aim.of, reached=None if got is None else got >= aim.least)
+        rows.append(row)
+    return Found(rows, wrong, left_out, unchecked)
 
 
-def measured_row(case: Case, rows: list[Row]) -> dict[str, Any]:
-    """A row of the card's table: what each of ours that served took."""
-    return case.key | {"milliseconds": {r.by.removeprefix(OURS): r.ms for r in rows if r.by.startswith(OURS)}}
+def over(a: float | None, b: float | None) -> float | None:
+    return None if a is None or b is None else a / b
+
+
+def measured(cases: Iterable[Case], rounds: int, limits: Limits) -> Iterator[tuple[Case, Found]]:
+    """One after another; a coded cache comes after the raw one that it is held against."""
+    raw: dict[tuple[str, ...], float] = {}
+    for case in cases:
+        yield case, compared(case, rounds, limits, raw)
+
+
+def measured_row(case: Case, found: Found) -> dict[str, Any] | None:
+    """A row of the card's table: what each of ours that served took, with the forward where the case is both; None where
+    there is none, or numbers were held against nothing."""
+    times = {r.by.removeprefix(OURS): r.both_ms or r.ms for r in found.rows if r.by.startswith(OURS)}
+    return None if case.key is None or found.unchecked or not times else case.key | {"milliseconds": times}
 
 
 def model_prompt(T: int, shape: dict[str, Any] = SHAPE_125M) -> dict[str, Any]:
@@ -363,16 +666,26 @@ def model_prompt(T: int, shape: dict[str, Any] = SHAPE_125M) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def bandwidth() -> float | None:
-    """Bytes/s of reading 1 GiB of a GPU's memory, the best of a row maximum and a sum; None on a CPU."""
-    if not on_gpu():
-        return None
-    x = jnp.ones((2**15, 2**13), jnp.float32)
-    reads = [jax.jit(lambda x: x.max(-1)), jax.jit(lambda x: x.sum())]
-    sides = [Side(lambda read=read: jax.block_until_ready(read(x)), 1, None) for read in reads]
+def best(*runs: Callable[[], Any]) -> float:
+    """Seconds of the fastest of some programs, of ten rounds."""
+    sides = [Side(run, 1, None) for run in runs]
     for side in sides:
-        side.run()
-    return x.nbytes / min(seconds(side) for _ in range(10) for side in sides)
+        jax.block_until_ready(side.run())
+    often = [calls(side) for side in sides]
+    return min(seconds(side, n) for _ in range(10) for side, n in zip(sides, often, strict=True))
+
+
+def bandwidth(nbytes: int = 2**30) -> float:
+    """Bytes/s of reading so many, the best of a row maximum and a sum."""
+    x = jnp.ones((max(1, nbytes // 2**15), 2**13), jnp.float32)
+    reads = [jax.jit(lambda x: x.max(-1)), jax.jit(lambda x: x.sum())]
+    return x.nbytes / best(*(functools.partial(read, x) for read in reads))
+
+
+def matmul_rate(n: int, dtype: Any) -> float:
+    """FLOP/s of a product of two matrices [n, n]; of zeros a card makes them faster than of numbers."""
+    x, product = normal(0, (n, n), dtype), jax.jit(jnp.matmul)
+    return 2 * n**3 / best(lambda: product(x, x))
 
 
 @click.command(**SETTINGS)
@@ -448,35 +761,56 @@ def main(
     kind = jnp.dtype(dtype or ("bfloat16" if gpu else "float32"))
     lengths = list(tokens or ((2**i for i in range(10, 16)) if gpu else (2048, 8192)))
     caches = list(slots or ((8192, 32768, 131072) if gpu else (8192,)))
-    limit = bandwidth()
+    prompt, step = (not only or name in only for name in ("prefill", "decode"))
+    # a CPU's caches are read faster than its memory
+    limits = Limits(bandwidth() if gpu and step else None, matmul_rate(8192 if gpu else 2048, kind) if prompt else None)
     device = jax.devices()[0]
     machine = f"{device.device_kind}, {platform.machine()}, jax {jax.__version__}, {kind.name}"
-    machine += "" if limit is None else f", {limit / 1e9:.0f} GB/s read"
+    machine += "" if limits.memory is None else f", {limits.memory / 1e9:.0f} GB/s read"
+    machine += "" if limits.matmul is None else f", {limits.matmul / 1e9:.0f} GFLOP/s of a matrix product"
     every: list[Iterator[Case]] = []
-    if not only or "prefill" in only:
+    if prompt:
         every.append(prefills(lengths, list(head_dim or ((64, 128, 256) if gpu else (64,))), kind))
-    if not only or "decode" in only:
+        if gpu:
+            every += [refused(lengths, kind, H=H) for H in head_dim or (128,)]
+    if step:
         kinds = list(cache or (KINDS if gpu else ("raw", "int8", "int4")))
         every.append(decodes(caches, list(head_dim or ((64, 128, 256) if gpu else (128,))), kinds, kind))
     found: list[Row] = []
-    kept: list[dict[str, Any]] = []
-    for case in track((c for cases in every for c in cases), "measuring", console=Console(stderr=True)):
-        rows = compared(case, rounds, limit)
-        found += rows
-        kept.append(measured_row(case, rows))
-    Console().print(tabulated(found, machine))
-    if table:
-        print(f"wrote {dispatch.write_table(device.device_kind, kept)}")
+    told: list[dict[str, Any]] = []  # what is stored
+    kept: list[Path] = []
+    dropped: list[str] = []
+    cases = measured((c for cases in every for c in cases), rounds, limits)
+    for case, one in track(cases, "measuring", console=Console(stderr=True)):
+        found += one.rows
+        told += [r._asdict() for r in one.rows]
+        told += [{"what": case.what, "shape": case.shape, "by": n, "wrong": o} for n, o in one.wrong.items()]
+        row = measured_row(case, one)
+        if table and row is not None:  # after each: a long run may be stopped
+            kept.append(dispatch.write_table(device.device_kind, [row]))
+        elif table and case.key is not None:
+            dropped.append(f"{case.what}, {case.shape}: {one.unchecked or 'nothing of ours ran'}")
+    console = Console()
+    # in a file or a pipe its columns would be cut to those of a terminal of 80
+    (console if console.is_terminal else Console(width=240)).print(tabulated(found, machine))
     if file is not None:
-        file.write_text("".join(json.dumps({"machine": machine, **r._asdict()}) + "\n" for r in found))
+        file.write_text("".join(json.dumps({"machine": machine, **r}) + "\n" for r in told))
+    if kept:
+        print(f"wrote {kept[-1]}")
+    if dropped:
+        raise click.ClickException(f"not written to the table: {'; '.join(dropped)}")
 
 
 def tabulated(found: list[Row], machine: str) -> Table:
     """Columns that have something to say."""
     columns: dict[str, Callable[[Row], Any]] = {
         "what": lambda r: r.what, "shape": lambda r: r.shape, "by": lambda r: r.by, "ms": lambda r: r.ms,
-        "beside ours": lambda r: r.beside_ours, "GFLOP/s": lambda r: r.teraflops and 1e3 * r.teraflops,
-        "GB/s": lambda r: r.gigabytes, "of memory": lambda r: r.fraction, "peak MB": lambda r: r.peak and r.peak / 1e6,
+        "with forward": lambda r: r.both_ms, "beside ours": lambda r: r.beside_ours,
+        "GFLOP/s": lambda r: r.teraflops and 1e3 * r.teraflops, "GB/s": lambda r: r.gigabytes,
+        "of limit": lambda r: r.fraction, "to cudnn": lambda r: r.to_cudnn, "to xla": lambda r: r.to_xla,
+        "to raw": lambda r: r.to_raw, "aim": lambda r: r.aim and f"{r.aim:g} {r.aim_of}".replace("_", " "),
+        "reached": lambda r: r.reached if r.reached is None else "yes" if r.reached else "no",
+        "peak MB": lambda r: r.peak and r.peak / 1e6,
     }  # fmt: skip
     told = {name: value for name, value in columns.items() if any(value(r) is not None for r in found)}
     table = Table(title=machine)

@@ -2,6 +2,8 @@
 
     python scripts/gpu_suite.py                          scripts/results/<card>-<date>.json
     python scripts/gpu_suite.py --only transfers,passes  a part of it
+    python scripts/gpu_suite.py --only attention         attention's three, which have more time then, and more rows
+    python scripts/gpu_suite.py --keep-tables            measures, and leaves the card's table as it is
     python scripts/gpu_suite.py --tiny --out FILE        the same on tiny sizes, here on a CPU: no measurement
 
 Each measurement is a function that yields rows, run in a process of its own: a crash or a hang costs only the rows that
@@ -13,7 +15,10 @@ beside its lowest and highest, and beside the limit that was measured in the sam
 streamed, reads of the card's own memory, and a large matmul.
 
 What it measures of attention and of quant_matmul becomes the card's table, by which pallas_kernels/dispatch.py orders
-implementations from then on, as --table of bench_attention.py and bench_quant.py does with more cases and more time.
+implementations from then on, as --table of bench_attention.py and bench_quant.py does with more cases and more time; with
+--keep-tables it does not, and rows that were measured with more care stay. No row is kept of a kernel whose numbers are not
+those of the form in XLA: `wrong` says by how much, in times of what rounding allows. The three of attention have more rows
+than time, what is asked first coming first: they divide what is left of it, and what they had when it was over counts.
 
 B batch, L layers, MiB 2**20 bytes, GB 10**9 bytes.
 """
@@ -35,7 +40,7 @@ import tempfile
 import time
 import traceback
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -110,9 +115,13 @@ class Size:
     matmul: int = 8192
     read: int = 2048 * MiB
     slots: int = 64  # turns of the loop with a condition in it
-    table_tokens: tuple[int, ...] = (4096, 16384)  # of prompts
-    table_slots: tuple[int, ...] = (8192, 65536)  # of caches
-    table_heads: tuple[int, ...] = (128, 64)  # sizes of a head
+    # of attention, what is asked most first: tokens of prompts and of those that cuDNN refuses, slots of caches, heads
+    table_tokens: tuple[int, ...] = (4096, 8192, 16384, 32768, 1024, 2048)
+    table_refused: tuple[int, ...] = (8192,)
+    table_slots: tuple[int, ...] = (32768, 131072, 8192)
+    table_heads: tuple[int, ...] = (128, 64, 256)
+    table_rounds: int = 7
+    probed: tuple[int, ...] = (256, 4096)  # tokens of a kernel's first calls
     table_matrix: tuple[int, int] = (4096, 14336)
     table_rows: tuple[int, ...] = (1, 16, 64, 256, 1024)
     tables: bool = True  # whether they are kept: what decides what serves
@@ -122,7 +131,8 @@ FULL = Size()
 TINY = Size(
     copies=(2**12, 2**14), rounds=2, width=NARROWEST, layers=3, batches=(1,), widest=2, steps=2, memory_layers=3,
     memory_batch=1, memory_length=64, vocabulary=96, narrow=NARROWEST, matmul=32, read=2**16, slots=8,
-    table_tokens=(32,), table_slots=(64,), table_heads=(16,), table_matrix=(128, 256), table_rows=(1,), tables=False,
+    table_tokens=(32,), table_refused=(32,), table_slots=(64,), table_heads=(16,), table_rounds=2, probed=(32,),
+    table_matrix=(128, 256), table_rows=(1,), tables=False,
 )  # fmt: skip
 
 # --- what measurements share ----------------------------------------------------------------------------------------
@@ -793,20 +803,85 @@ def kept(size: Size, row: Row) -> Row:
     return row | {"table": str(dispatch.write_table(jax.devices()[0].device_kind, [row]))}
 
 
-def attention_table(size: Size, folder: Path) -> Iterator[Row]:
-    """ms of each of our implementations of attention, what is asked most first."""
-    del folder
+def names_of(every: Iterable[str]) -> list[str]:
+    """Implementations to ask for by name: without a card the one that is there too."""
+    return [n for n in every if n != "reference"] if on_gpu() else ["xla"]
+
+
+PROBED = "mosaic_gpu"  # waits for barriers: one too many, and it never comes back, nor does the process
+
+
+def probe(size: Size, folder: Path) -> Iterator[Row]:
+    """Whether the kernel that has barriers of its own comes back, and with which numbers: apart from all that would hang with
+    it. Leaves a file for `attention_rows`."""
     import bench_attention as bench  # here: it is a script, and asks for all that models need
 
-    (wide, *narrow), dtype = size.table_heads, jnp.dtype(jnp.bfloat16)
-    every: list[Iterator[Any]] = []
-    for tokens, slots in zip(size.table_tokens, size.table_slots, strict=True):
-        every.append(bench.prefills([tokens], [wide], dtype))
-        every.append(bench.decodes([slots], [wide], ["raw", "int8", "raw, pages of 16", "int4"], dtype))
-    every.append(bench.prefills(list(size.table_tokens), narrow, dtype))
-    for case in (c for cases in every for c in cases):
-        ours = {n: side for n, side in case.sides.items() if n.startswith(bench.OURS if on_gpu() else "ours")}
-        yield kept(size, bench.measured_row(case, bench.compared(case._replace(sides=ours), size.rounds, None)))
+    for case in bench.prefills(size.probed, size.table_heads, jnp.dtype(jnp.bfloat16), [PROBED, "xla"], ["forward"]):
+        sides = {n: side for n, side in case.sides.items() if n in (bench.XLA, bench.OURS + PROBED)}
+        found = bench.compared(case._replace(sides=sides), 1, bench.Limits(None, None), {})
+        off = {r.by: r.off for r in found.rows} | found.wrong
+        yield told(case, found) | {"off": off.get(bench.OURS + PROBED)}
+    (folder / PROBED).touch()
+
+
+def told(case: Any, found: Any) -> Row:
+    """What goes wrong in a case stands beside what goes well."""
+    row: Row = {"case": case.what, "shape": case.shape}
+    row |= {n: v for n, v in (("wrong", found.wrong), ("left_out", found.left_out)) if v}
+    return row | ({"unchecked": found.unchecked} if found.unchecked else {})
+
+
+def attention_rows(size: Size, folder: Path, cases: Callable[[Any, Any], Iterator[Any]]) -> Iterator[Row]:
+    """A row a case: of each implementation its milliseconds, beside cuDNN and XLA, rate, fraction of the limit and aim."""
+    import bench_attention as bench
+
+    memory, matmul = bench.bandwidth(size.read), bench.matmul_rate(size.matmul, jnp.dtype(jnp.bfloat16))
+    yield {"limits": {"memory_GBps": memory / 1e9, "matmul_TFLOPs": matmul / 1e12}}
+    hangs = on_gpu() and not (folder / PROBED).exists()
+
+    def chosen(case: Any) -> Any:
+        """Without the kernel that does not come back, and without `ours`, which is one of the others, where those stand."""
+        spared = {"ours"} if on_gpu() and case.key is not None else set()
+        spared |= {bench.OURS + PROBED} if hangs else set()
+        return case._replace(sides={n: side for n, side in case.sides.items() if n not in spared})
+
+    every = (chosen(case) for case in cases(bench, jnp.dtype(jnp.bfloat16)))
+    for case, found in bench.measured(every, size.table_rounds, bench.Limits(memory, matmul)):
+        if hangs and case.flops is not None:
+            found.left_out[bench.OURS + PROBED] = f"`attention: {PROBED}` did not come back from its first calls"
+        row = bench.measured_row(case, found)
+        sides = [{n: v for n, v in r._asdict().items() if v is not None} for r in found.rows]
+        yield ({} if row is None else kept(size, row)) | told(case, found) | {"sides": sides}
+
+
+def prompts_of(size: Size, direction: str, bench: Any, dtype: Any) -> Iterator[Any]:
+    """The width that is asked for most in all lengths, what cuDNN refuses, and the other widths."""
+    (first, *others), how = size.table_heads, (names_of(bench.NAMES), [direction])
+    yield from bench.prefills(size.table_tokens, [first], dtype, *how)
+    yield from bench.refused(size.table_refused, dtype, *how, H=first)
+    yield from bench.prefills(size.table_tokens, others, dtype, *how)
+
+
+def caches_of(size: Size, bench: Any, dtype: Any) -> Iterator[Any]:
+    """All kinds of the width that is asked for most, in the order in which they are."""
+    kinds = ("raw", "int8", "raw, pages of 64", "raw, pages of 16", "int8, pages of 64", "int4")
+    assert set(kinds) == set(bench.KINDS)
+    yield from bench.decodes(size.table_slots, size.table_heads, kinds, dtype, names_of(bench.DECODE_NAMES))
+
+
+def attention_forward(size: Size, folder: Path) -> Iterator[Row]:
+    """Prompts, forwards: fractions of a large product's rate, and of cuDNN's."""
+    return attention_rows(size, folder, functools.partial(prompts_of, size, "forward"))
+
+
+def attention_backward(size: Size, folder: Path) -> Iterator[Row]:
+    """The pullback alone, and with the forward before it, which is what the card's table has."""
+    return attention_rows(size, folder, functools.partial(prompts_of, size, "backward"))
+
+
+def decode_attention(size: Size, folder: Path) -> Iterator[Row]:
+    """One token over caches of all kinds: fractions of the memory's rate, and of raw caches' times."""
+    return attention_rows(size, folder, functools.partial(caches_of, size))
 
 
 def quant_table(size: Size, folder: Path) -> Iterator[Row]:
@@ -827,12 +902,17 @@ def quant_table(size: Size, folder: Path) -> Iterator[Row]:
 
 @dataclasses.dataclass(frozen=True)
 class Measurement:
-    """A name, what yields its rows, the most seconds it may take, and whether it needs the card."""
+    """A name, what yields its rows, the most seconds it may take, and whether it needs the card.
+
+    shares: it has more rows than time, the first first: it takes its part, by its limit, of what is left for it and those
+    after it, and no error that it was not done.
+    """
 
     name: str
     rows: Callable[[Size, Path], Iterator[Row]]
     limit: int
     on_card: bool = True
+    shares: bool = False
 
 
 MEASUREMENTS = (
@@ -844,34 +924,50 @@ MEASUREMENTS = (
     *(Measurement(f"memory: {name}", functools.partial(memory, name=name), 90) for name in memory_plans(TINY)[1]),
     Measurement("decoding", decoding, 150),
     Measurement("identity", identity, 120),
-    Measurement("tables: attention", attention_table, 90),
-    Measurement("tables: quant_matmul", quant_table, 110),
     Measurement("overlap", overlap, 45),
     Measurement("views", views, 45),
     Measurement("serialised", serialised, 45),
     Measurement("conditional", conditional, 60),
+    # what takes what is left
+    Measurement(f"attention: {PROBED}", probe, 60),
+    Measurement("attention: forward", attention_forward, 200, shares=True),
+    Measurement("attention: backward", attention_backward, 200, shares=True),
+    Measurement("attention: decode", decode_attention, 160, shares=True),
+    Measurement("tables: quant_matmul", quant_table, 110, shares=True),
 )
+FEWEST = 40  # seconds below which one that shares has hardly started
+
+
+def seconds_for(measurement: Measurement, after: Iterable[Measurement], left: float) -> float:
+    """How long it may take where so many seconds are left."""
+    most = min(measurement.limit, left)
+    if not measurement.shares:
+        return most
+    part = left * measurement.limit / (measurement.limit + sum(m.limit for m in after))
+    return min(most, max(part, FEWEST))
+
 
 # --- running them ---------------------------------------------------------------------------------------------------
 
 
-def measure(name: str, tiny: bool, folder: Path, rows: Path) -> None:
+def measure(name: str, size: Size, folder: Path, rows: Path) -> None:
     """One measurement in this process: each row is a line of the file `rows` as soon as it is known."""
     (found,) = (m for m in MEASUREMENTS if m.name == name)
     with rows.open("a", encoding="utf-8") as file:
-        for row in found.rows(TINY if tiny else FULL, folder):
+        for row in found.rows(size, folder):
             file.write(json.dumps(row) + "\n")
             file.flush()
 
 
-def apart(measurement: Measurement, tiny: bool, folder: Path, limit: float) -> Row:
-    """One measurement in a process of its own: its rows, its seconds, and its error if it had one."""
+def apart(measurement: Measurement, given: Sequence[str], folder: Path, limit: float) -> Row:
+    """One measurement in a process of its own, which is given these options too: its rows, its seconds, and its error if it
+    had one; `cut` where it shares the time and had more to do."""
     rows = folder / f"{re.sub('[^a-z]+', '-', measurement.name)}.rows"
-    command = [sys.executable, __file__, "--child", measurement.name, "--out", str(rows), *(["--tiny"] if tiny else [])]
+    command = [sys.executable, __file__, "--child", measurement.name, "--out", str(rows), *given]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(ROOT), os.environ.get("PYTHONPATH", "")))}
     if not measurement.on_card:
         environment |= {"JAX_PLATFORMS": "cpu", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"}
-    start, error = time.perf_counter(), ""
+    start, error, cut = time.perf_counter(), "", False
     with (folder / "said").open("w+", encoding="utf-8", errors="replace") as said:
         try:
             ended = subprocess.run(command, env=environment, stdout=said, stderr=said, timeout=limit).returncode
@@ -879,9 +975,12 @@ def apart(measurement: Measurement, tiny: bool, folder: Path, limit: float) -> R
                 said.seek(0)
                 error = f"ended with {ended}: {said.read()[-3000:]}"
         except subprocess.TimeoutExpired:
-            error = f"not done after {limit:.0f} s"
-    lines = rows.read_text(encoding="utf-8").splitlines() if rows.exists() else []
+            error, cut = f"not done after {limit:.0f} s", measurement.shares
+    text = rows.read_text(encoding="utf-8") if rows.exists() else ""
+    lines = text[: text.rfind("\n") + 1].splitlines()  # a process may be ended in the middle of one
     found: Row = {"seconds": time.perf_counter() - start, "rows": [json.loads(line) for line in lines]}
+    if cut and lines:
+        return found | {"cut": error}
     return found | ({"error": error} if error else {})
 
 
@@ -909,22 +1008,30 @@ def write(path: Path, report: Row) -> None:
 
 
 def chosen_measurements(only: str) -> list[Measurement]:
-    """Those named, and `machine` before them; UsageError for a name that there is not."""
+    """Those named, in full or by what stands before the colon, and `machine` before them, and before attention's the probe
+    that they look at; UsageError for a name that there is not."""
     names = [n.strip() for n in only.split(",") if n.strip()]
-    known = {m.name.partition(":")[0] for m in MEASUREMENTS}
+    whole, known = {m.name for m in MEASUREMENTS}, {m.name.partition(":")[0] for m in MEASUREMENTS}
+    if any(n.startswith("attention: ") for n in names):
+        names.append(f"attention: {PROBED}")
+    known |= whole
     if unknown := [n for n in names if n not in known]:
         raise click.UsageError(f"--only: there is no {unknown[0]!r}; the measurements are {', '.join(sorted(known))}")
     wanted = {*names, "machine"} if names else known
-    return [m for m in MEASUREMENTS if m.name.partition(":")[0] in wanted]
+    return [m for m in MEASUREMENTS if {m.name, m.name.partition(":")[0]} & wanted]
 
 
-def run_all(out: Path | None, tiny: bool, only: str, minutes: float) -> Path:
-    """All measurements, one after another; the file is written anew after each. Gives its path."""
+def run_all(out: Path | None, tiny: bool, only: str, minutes: float, keep_tables: bool = False) -> Path:
+    """All measurements, one after another; the file is written anew after each. Gives its path.
+
+    keep_tables: the card's table stays as it is.
+    """
     console, start = Console(stderr=True), time.perf_counter()
     chosen = chosen_measurements(only)
     if out is not None and out.exists():
         raise click.UsageError(f"--out: {out} is there already, and results are not written over; give another name")
     note = "tiny sizes, to see that it runs: no measurement" if tiny else ""
+    given = ["--tiny"] * tiny + ["--keep-tables"] * keep_tables
     results: dict[str, Row] = {}
     report: Row = {
         "suite": "scripts/gpu_suite.py", "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -938,15 +1045,14 @@ def run_all(out: Path | None, tiny: bool, only: str, minutes: float) -> Path:
             if left < 10:
                 found: Row = {"seconds": 0.0, "rows": [], "error": f"left out: {minutes:g} minutes are over"}
             else:
-                found = apart(measurement, tiny, folder, min(measurement.limit, left))
+                found = apart(measurement, given, folder, seconds_for(measurement, chosen[i:], left))
             results[measurement.name] = found
             for row in found["rows"]:
                 line = json.dumps(row)
                 console.print(f"    {line[:200]}", highlight=False, markup=False, soft_wrap=True)
-            if "error" in found:
-                console.print(
-                    f"    {found['error'][-400:]}", style="red", highlight=False, markup=False, soft_wrap=True
-                )
+            if said := found.get("error") or found.get("cut"):
+                style = "red" if "error" in found else "dim"
+                console.print(f"    {said[-400:]}", style=style, highlight=False, markup=False, soft_wrap=True)
             if measurement.name == "machine":
                 here = found["rows"][0] if found["rows"] else {}
                 if not here.get("gpu") and not tiny:
@@ -965,7 +1071,7 @@ def run_all(out: Path | None, tiny: bool, only: str, minutes: float) -> Path:
             if out is not None:
                 write(out, report)
     assert out is not None
-    failed = [n for n, r in results.items() if "error" in r]
+    failed = [n for n, r in results.items() if "error" in r or "cut" in r]
     console.print(f"{out}: {len(results) - len(failed)} of {len(results)} measurements whole", highlight=False)
     return out
 
@@ -983,17 +1089,24 @@ def run_all(out: Path | None, tiny: bool, only: str, minutes: float) -> Path:
     "--only", metavar="NAMES", default="", show_default="all", help="Some measurements, by name, with commas."
 )
 @click.option("--minutes", metavar="N", type=click.FloatRange(0, min_open=True), default=9.5, help="When to stop.")
+@click.option(
+    "--keep-tables",
+    is_flag=True,
+    help="Leave the card's table, which decides what serves, as it is: --table of bench_attention.py and bench_quant.py"
+    " measures it with more care, and without this option its rows of the same cases are written over.",
+)
 @click.option("--child", hidden=True, default="", help="Run this one here, and write its rows to --out.")
 @reported()
-def main(out: Path | None, tiny: bool, only: str, minutes: float, child: str) -> None:
+def main(out: Path | None, tiny: bool, only: str, minutes: float, keep_tables: bool, child: str) -> None:
     """Everything that only a card can say."""
     if not child:
-        run_all(out, tiny, only, minutes)
+        run_all(out, tiny, only, minutes, keep_tables)
         return
     assert out is not None
     start_jax()
     try:
-        measure(child, tiny, out.parent, out)
+        size = TINY if tiny else FULL
+        measure(child, dataclasses.replace(size, tables=size.tables and not keep_tables), out.parent, out)
     except Exception:
         traceback.print_exc()
         sys.exit(1)

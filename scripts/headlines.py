@@ -429,7 +429,7 @@ class Figures:
             "name": h.name, "claim": h.claim, "paper": h.paper, "arxiv": h.arxiv, "model": h.model_name,
             "config": dict(h.model), "task": h.task, "tile": h.tile, "card": self.card.name, "machine": h.machine,
             "batch": h.batch, "context": h.context, "plan": dataclasses.asdict(h.plan), "budget": self.budget, "ram": h.ram,
-            "arithmetic": dataclasses.asdict(self.need) | {"device": self.need.device},
+            "arithmetic": dataclasses.asdict(self.need) | {"device": self.need.device, "host": self.need.host},
             "compiled": [
                 {"program": p.program, "device": p.device, "host": p.host, "temporaries": p.temporaries,
                  "seconds": p.seconds}
@@ -441,10 +441,10 @@ class Figures:
         }  # fmt: skip
 
 
-def bytes_of(task: str, arch: Architecture, plan: Plan, batch: int, length: int, tile: int = 0) -> Need:
+def bytes_of(task: str, arch: Architecture, plan: Plan, card: Card, batch: int, length: int, tile: int = 0) -> Need:
     """What a task needs, by arithmetic."""
     if task == "generate":
-        return need(arch, plan, batch=batch, context=length)
+        return need(arch, plan, batch=batch, context=length, wide=card.wide)
     return tuning.need(arch, plan, tuning.task(task, tile), batch=batch, context=length)
 
 
@@ -460,7 +460,9 @@ def quantities(headline: Headline, arch: Architecture, needed: Need, length: int
         "dense": weight_bytes(arch, dataclasses.replace(plan, weights="dense"))["layers"],
         "layer": weight_bytes(arch, plan)["largest_layer"], "host": needed.host, "disk": needed.disk, "outer": needed.outer,
         "cache": needed.cache, "stream": 2 * batch * length * hidden * size,
-        "least": bytes_of(headline.task, arch, on_host, batch, length, headline.tile).device, "resident_bytes": needed.resident,
+        "least": bytes_of(
+            headline.task, arch, on_host, find(headline.card), batch, length, headline.tile
+        ).device, "resident_bytes": needed.resident,
         "activations": needed.activations, "gradients": needed.gradients, "optimizer": needed.optimizer,
     }  # fmt: skip
     return {n: show_bytes(b) for n, b in found.items()} | {
@@ -476,10 +478,10 @@ def figures(headline: Headline, *, compiled: bool) -> Figures:
     length = headline.context
     if headline.task == "generate":
         length = bucket(length, least=64)  # as a call pads it
-    needed = bytes_of(headline.task, arch, headline.plan, headline.batch, length, headline.tile)
+    needed = bytes_of(headline.task, arch, headline.plan, card, headline.batch, length, headline.tile)
     baseline, proofs, baseline_proofs, like = 0, (), (), headline.like or headline.task
     if headline.baseline is not None:
-        baseline = bytes_of(like, arch, headline.baseline, headline.batch, length).device
+        baseline = bytes_of(like, arch, headline.baseline, card, headline.batch, length).device
     if compiled:
         asked = {"batch": headline.batch, "length": length}
         proofs = prove(arch, headline.plan, card, task=headline.task, tile=headline.tile, **asked)

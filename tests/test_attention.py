@@ -13,13 +13,14 @@ Inputs are exact. To first order, with 2 % for what is of second order:
     weights   r = e_x + e_l + U (|x| + |lse|) + F, relative; they are rounded to u before they meet v or do
     out       sum w (r + u + (S + 1) U) |v|, and rounded to u
     dv        sum w (r + u + (N T + 2) U) |do|, and u
-    dp        (H + 2) U |do|.|v|, and u: the reference's own gradient rounds it
-    delta     |do|.e_out + H U |do|.|out| + sum w (e_dp + r |dp|)      (blocks sum do.out, the reference sum w dp)
+    dp        (H + 2) U |do|.|v|, and u: the gradient of the form for few queries rounds it
+    delta     |do|.e_out + H U |do|.|out| + sum w (e_dp + r |dp|)      (blocks sum do.out, the others sum w dp)
     dx        w (e_dp + e_delta + r |dp - delta|) + 2 U |dx|, times the cap's slope, 3 (F + e_x / c) off; and u
     dq, dk    scale sum (e_dx + (S or N T + 2) U |dx|) times |k| or |q|, and u
     dsink     sum w_0 (e_delta + (r + B T U) |delta|), and u
 
-J is the number of blocks that a row is summed over: each may scale what was summed before. Numbers below the least normal
+The reference is float32 throughout: what it has between its inputs and its results is off by U where that table says u. J is
+the number of blocks that a row is summed over: each may scale what was summed before. Numbers below the least normal
 one of the dtype may be flushed. Results must not depend on how many tokens are read at a time but for these bounds.
 """
 
@@ -133,6 +134,19 @@ def test_sixteen_bits_are_accumulated_in_32() -> None:
     assert (found == 1).all()
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_the_reference_rounds_nothing_but_its_result(dtype: str) -> None:
+    """Of 16 bits it gives, bit for bit, what it gives of the same numbers in float32, rounded; keys in another dtype too."""
+    given, at = inputs(2, 6, 6, 4, 2, H=8, dtype=dtype), jnp.asarray(rows(6, 4, width=6))
+    wide = Inputs(*(x.astype(jnp.float32) for x in given))
+    call = functools.partial(reference.attention, scale=0.5, window=4, softcap=2.0, return_lse=True)
+    found, wanted = call(*given, at, at), call(*wide, at, at)
+    np.testing.assert_array_equal(found[0], wanted[0].astype(dtype))
+    np.testing.assert_array_equal(found[1], wanted[1])
+    mixed = call(wide.q, given.k, given.v, at, at)[0]
+    np.testing.assert_array_equal(mixed, wanted[0])
+
+
 @pytest.mark.parametrize("window", [None, 1, 3])
 def test_decode_over_slots_in_any_order(window: int | None) -> None:
     """A ring: five slots of which the first row's hold positions 5..9 turned about, the second's 0..2 and two nothing."""
@@ -184,7 +198,7 @@ def test_a_query_that_sees_nothing_stays_finite(dtype: str) -> None:
         return out.astype(jnp.float32).sum()
 
     check(given, q_positions, k_positions, window=2, softcap=2.0)
-    for implementation in ("reference", "xla"):
+    for implementation in ("reference", "few", "xla"):
         for g in jax.jit(jax.grad(total), static_argnums=1)(given, implementation):
             assert (np.asarray(g, np.float64) == 0).all()
 
@@ -194,7 +208,7 @@ def test_large_scores_do_not_overflow() -> None:
     check(Inputs(given.q * 100, given.k * 100, given.v), rows(3, width=3), rows(3, width=3))
 
 
-@pytest.mark.parametrize("implementation", ["reference", "xla"])
+@pytest.mark.parametrize("implementation", ["reference", "few", "xla"])
 def test_padding_has_no_part_in_the_gradient(implementation: str) -> None:
     """A loss over the real queries only: nothing flows to keys and values of padding, and all that does is finite."""
     at = jnp.asarray(rows(3, 1, width=4))
@@ -269,12 +283,17 @@ Bounded = dict[str, tuple[np.ndarray, np.ndarray]]
 
 
 def differentiated(
-    x: Case, *, scale: float, window: int | None = None, softcap: float | None = None, blocks: int = 1
-) -> Bounded:
-    """Name -> (value in float64, how far an implementation may be from it): see the head of this file."""
+    x: Case, *, scale: float, window: int | None = None, softcap: float | None = None, blocks: int = 1,
+    between: float | None = None,
+) -> Bounded:  # fmt: skip
+    """Name -> (value in float64, how far an implementation may be from it): see the head of this file.
+
+    between: what weights, dp and dx are rounded to; None: the inputs' dtype.
+    """
     (B, T, N, H), (K, S) = x.q.shape, x.k.shape[1:3]
     info, G = ml_dtypes.finfo(x.q.dtype), N // K
-    u, tiny = float(info.eps) / 2, float(info.tiny)
+    rounded, tiny = float(info.eps) / 2, float(info.tiny)
+    u = rounded if between is None else between
     names = ("out", "lse", "dq", "dk", "dv", "dsinks")
     shapes = ((B, T, N, H), (B, T, N), (B, T, N, H), (B, K, S, H), (B, K, S, H), (N,))
     value = {n: np.zeros(shape) for n, shape in zip(names, shapes, strict=True)}
@@ -314,7 +333,7 @@ def differentiated(
             r = np.where(seen, np.expm1(np.where(seen, e_y + e_lse[:, None] + U * (abs(y) + abs(reach)) + F, 0)), 0)
             e_w = w * (r + u) + tiny * seen
             out, e_out = w @ v, (e_w + (S + 1) * U * w) @ abs(v)
-            e_out = e_out + u * abs(out)
+            e_out = e_out + rounded * abs(out)
             dp, e_dp = do @ v.T, (H + 2) * U * (abs(do) @ abs(v.T))
             e_dp = e_dp + u * abs(dp)
             delta = (do * out).sum(1) - dlse
@@ -338,7 +357,7 @@ def differentiated(
                 value["dsinks"][n] -= (w_0 * delta).sum()
                 error["dsinks"][n] += (w_0 * (e_delta + (e_lse + F + B * T * U) * abs(delta))).sum()
     for n in ("dq", "dk", "dv"):
-        error[n] += u * abs(value[n]) + tiny
+        error[n] += rounded * abs(value[n]) + tiny
     if x.sinks is None:
         del value["dsinks"]
     return {n: (value[n], 1.02 * error[n]) for n in value}
@@ -368,6 +387,7 @@ def _results(
 FORMS: dict[str, tuple[Callable[..., Any], Callable[[int], int], dict[str, Any]]] = {
     # the function, how many blocks it sums S slots over, and how it is called
     "reference": (reference.attention, lambda S: 1, {}),
+    "few": (xla.few, lambda S: 1, {}),
     "blocks": (xla.attention, lambda S: -(-S // 256), {}),
     "small blocks": (xla.attention, lambda S: -(-S // 3), {"at_once": xla.Blocks(2, 3)}),
     "blocks of 16 and 48": (xla.attention, lambda S: -(-S // 48), {"at_once": xla.Blocks(16, 48)}),
@@ -378,7 +398,8 @@ def compare(x: Case, *forms: str, **how: Any) -> None:
     """Each form's results within the bounds, zeros where a query sees nothing, and everything finite."""
     for form in forms:
         function, count, more = FORMS[form]
-        wanted = differentiated(x, **how, blocks=count(x.k.shape[2]))
+        between = U if form == "reference" else None
+        wanted = differentiated(x, **how, blocks=count(x.k.shape[2]), between=between)
         found = results(function, x, **how, **more)
         assert found.keys() == wanted.keys()
         for name, (value, bound) in wanted.items():
@@ -426,7 +447,7 @@ def test_the_oracle_is_the_loops_and_its_gradients_are_differences() -> None:
 )
 def test_gradients_of_grouped_queries(N: int, K: int, dtype: str) -> None:
     x = case(2, 5, 7, N, K, 8, rows(5, 2, width=5), rows(7, 3, width=7), dtype=dtype)
-    compare(x, "reference", "small blocks", scale=0.35)
+    compare(x, "reference", "few", "small blocks", scale=0.35)
 
 
 @pytest.mark.parametrize(
@@ -460,12 +481,12 @@ PLACES = {  # name -> (5 queries, 9 slots)
 def test_places(how: dict[str, Any], sinks: bool) -> None:
     q_at, k_at = ([list(pair[i]) for pair in PLACES.values()] for i in (0, 1))
     x = case(len(PLACES), 5, 9, 4, 2, 8, q_at, k_at, sinks=sinks)
-    compare(x, "reference", "small blocks", scale=0.35, **how)
+    compare(x, "reference", "few", "small blocks", scale=0.35, **how)
 
 
 def test_one_query_over_many_slots() -> None:
     x = case(3, 1, 130, 4, 2, 8, [[129], [64], [0]], rows(130, 65, 1, width=130))
-    compare(x, "reference", "blocks of 16 and 48", scale=0.35, window=70)
+    compare(x, "reference", "few", "blocks of 16 and 48", scale=0.35, window=70)
 
 
 def test_packed_texts_see_their_own_tokens() -> None:
@@ -475,7 +496,7 @@ def test_packed_texts_see_their_own_tokens() -> None:
     for i, (b, cut) in enumerate(texts):
         of[b, cut], at[b, cut] = i, range(cut.stop - cut.start)
     x = case(2, 60, 60, 4, 2, 8, at, at, dtype="bfloat16", segments=(of, of))
-    compare(x, "reference", "blocks of 16 and 48", scale=0.35)
+    compare(x, "reference", "few", "blocks of 16 and 48", scale=0.35)
     whole = differentiated(x, scale=0.35)
     for b, cut in texts:
         places = at[b : b + 1, cut]
@@ -496,7 +517,7 @@ def test_a_sink_takes_its_part() -> None:
     np.testing.assert_allclose(
         found, bare["out"][0] * (mass / (mass + np.exp(x.sinks.astype(np.float64))))[..., None], rtol=1e-12
     )
-    compare(x, "reference", "blocks", scale=0.35)
+    compare(x, "reference", "few", "blocks", scale=0.35)
 
 
 def test_halves_merge_by_their_log_sum_exp() -> None:
@@ -523,7 +544,7 @@ def test_nothing_hangs_on_how_many_tokens_are_read_at_a_time() -> None:
     x = case(1, 150, 150, 4, 2, 16, at, at)
     how = {"scale": 0.25, "window": 37}
     wanted = differentiated(x, **how, blocks=150)["out"]
-    whole = {"reference": reference.attention(*x[:5], **how)}
+    whole = {"reference": reference.attention(*x[:5], **how), "few": xla.few(*x[:5], **how)}
     for blocks in (None, xla.Blocks(64, 11)):
         whole[str(blocks)] = blocks_jit(*x[:5], at_once=blocks, **how)
     for chunk in (64, 1):
@@ -571,7 +592,7 @@ def test_any_places_forwards_and_backwards(
     window, softcap, sinks, dtype = how
     segments = np.array(of)[:, :5], np.array(of)[:, 5:]
     x = case(2, 5, 8, 4, 2, 8, q_at, k_at, dtype=dtype, seed=seed, sinks=sinks, segments=segments)
-    compare(x, "reference", "small blocks", scale=0.35, window=window, softcap=softcap)
+    compare(x, "reference", "few", "small blocks", scale=0.35, window=window, softcap=softcap)
 
 
 # -- memory, sharding, dispatch

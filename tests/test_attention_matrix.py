@@ -1,4 +1,5 @@
-"""Published lists of attention shapes, as data, through the form in blocks: forwards and backwards against float64.
+"""Published lists of attention shapes, as data, through the form in blocks and, shorter, through the tiled kernels interpreted:
+forwards and backwards against float64. And which implementation takes which of them on a card, traced and not run.
 
 FLASH is the matrix of `test_flash_attn_output` in Dao-AILab/flash-attention (tests/test_flash_attn.py): every combination of
 lengths, widths, heads, causal, local and soft-cap in two dtypes; its dropout and ALiBi have no counterpart here. TOKAMAX is the
@@ -17,11 +18,15 @@ of every parameter is among them, and every pair of booleans. TOKAMAX: one row; 
 one); lengths by 16, from 24 on; of each project the first, and each STRIDE-th after it. Blocks of 64 queries and 96 slots, which
 divide few of these lengths.
 
-Tolerances: the head of tests/test_attention.py.
+Through the kernels lengths are an eighth, and the tiles of 16 to 32 rows those of tests/test_attention_triton.py.
+
+Tolerances: the heads of tests/test_attention.py and tests/test_attention_triton.py.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import itertools
 import math
 from typing import Any, NamedTuple
@@ -30,8 +35,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import test_attention_triton as tiled
 from test_attention import FORMS, Case, case, compare
 
+from pallas_kernels import attention as op
+from pallas_kernels import dispatch
 from pallas_kernels.attention import attention, xla
 
 FORMS["blocks of 64 and 96"] = (xla.attention, lambda S: -(-S // 96), {"at_once": xla.Blocks(64, 96)})
@@ -83,6 +91,33 @@ def test_flash_attention(combination: Any) -> None:
     if softcap is not None:  # as there: scores that the cap bends
         x = x._replace(q=(x.q.astype(np.float32) * 8).astype(x.q.dtype))
     compare(x, "blocks of 64 and 96", scale=H**-0.5, window=S // 3 if local else None, softcap=softcap)
+
+
+QUICK = (
+    1,
+    4,
+    8,
+)  # of the sample: between them both dtypes, causal and not, local, a cap, and a width that is no power of two
+
+
+@pytest.mark.parametrize(
+    "combination",
+    [pytest.param(c, marks=[] if i in QUICK else pytest.mark.thorough, id=named(c)) for i, c in enumerate(SAMPLE)],
+)
+def test_flash_attention_in_tiles(combination: Any) -> None:
+    """The kernels as they are written, forwards and backwards."""
+    dtype, heads, local, causal, H, lengths, softcap = combination
+    T, S = (-(-n // 8) for n in lengths)
+    N = 6 if softcap is None else 4
+    K = {"mha": N, "mqa": 1, "gqa": 2}[heads]
+    how: dict[str, Any] = {"window": S // 3 if local else None, "softcap": softcap}
+    c = tiled.Case(dtype, (1, T, S, N, K, H), "last" if causal or local else "whole", **how)
+    x = tiled.inputs(c)
+    if softcap is not None:
+        x = dataclasses.replace(x, q=(x.q.astype(np.float32) * 8).astype(x.q.dtype))
+    found = dict(zip(tiled.NAMES, tiled.quickly(tiled.differentiated(c, x), tiled.arrays(x))[0], strict=True))
+    for name, wanted in tiled.oracle(c, x, tiles=-(-S // 16)).items():
+        tiled.agrees(found[name], wanted, name)
 
 
 class Spec(NamedTuple):
@@ -157,3 +192,62 @@ def test_tokamax_is_traced_as_it_is(spec: Spec) -> None:
     out, lse = jax.eval_shape(lambda *a: attention(*a, scale=0.1, return_lse=True), q, kv, kv, at, at)
     assert (out.shape, out.dtype) == (q.shape, q.dtype)
     assert (lse.shape, lse.dtype) == (q.shape[:3], jnp.float32)
+
+
+@pytest.mark.parametrize("library", [None, 91000], ids=["no-cuDNN", "cuDNN"])
+@pytest.mark.parametrize(
+    ("kind", "capability", "widest"),
+    [("NVIDIA H100", (9, 0), 256), ("NVIDIA L4", (8, 9), 128)],
+    ids=["H200", "RTX 4090"],
+)
+def test_what_serves_the_list_on_a_card(
+    monkeypatch: pytest.MonkeyPatch, library: int | None, kind: str, capability: tuple[int, int], widest: int
+) -> None:
+    """cuDNN what is causal and not too wide, where it is there; our kernel the rest; nothing is left to the form in blocks.
+
+    Queries and slots are the same tokens here, which is said of the causal ones: of the others it would not be true."""
+    from jax._src.cudnn import fused_attention_stablehlo as fused
+
+    def version() -> int:
+        if library is None:
+            raise RuntimeError("cuDNN is not detected.")
+        return library
+
+    # jax asks this machine for both
+    monkeypatch.setattr(fused, "check_cudnn_version", version)
+    monkeypatch.setattr(
+        fused, "check_compute_capability", lambda least: capability >= tuple(map(int, least.split(".")))
+    )
+    heard: list[str] = []
+
+    def noted(name: str, function: Any) -> Any:
+        def call(*arguments: Any, **how: Any) -> Any:
+            made = function(*arguments, **how)
+            heard.append(name)
+            return made
+
+        return call
+
+    monkeypatch.setattr(op, "IMPLEMENTATIONS", {n: noted(n, f) for n, f in op.IMPLEMENTATIONS.items()})
+    # only the arm for a GPU
+    monkeypatch.setattr(dispatch.lax, "platform_dependent", lambda *a, cpu, default: default(*a))
+    like, found, wanted = jax.ShapeDtypeStruct, {}, {}
+    with tiled.on(kind):
+        for spec in TOKAMAX:
+            kv, at = like((spec.B, spec.K, spec.T, spec.H), spec.dtype), like((spec.B, spec.T), jnp.int32)
+            q, v = (
+                like((spec.B, spec.T, spec.N, spec.H), spec.dtype),
+                like((spec.B, spec.K, spec.T, spec.V), spec.dtype),
+            )
+            call = functools.partial(attention, scale=0.1, contiguous=spec.causal)
+            name = f"{spec.project} {spec.name}"
+            if spec.V != spec.H:
+                with pytest.raises(ValueError, match="k and v are both"):
+                    jax.eval_shape(call, q, kv, v, at, at)
+                continue
+            heard.clear()
+            assert jax.eval_shape(call, q, kv, v, at, at).shape == q.shape
+            [found[name]] = heard
+            wanted[name] = "cudnn" if library and spec.causal and widest >= spec.H else "triton"
+    assert found == wanted
+    assert set(found.values()) == ({"cudnn", "triton"} if library else {"triton"})

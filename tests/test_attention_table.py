@@ -81,12 +81,16 @@ def of_prompt(asked: Any, T: int, H: int = 128, refusing: int = 0, **how: Any) -
     )
 
 
-def of_step(asked: Any, S: int, page: int | None = None) -> list[str]:
-    q, at = like(1, 1, 32, 128), like(1, 1, dtype=jnp.int32)
+def of_step(asked: Any, S: int, page: int | None = None, dtype: Any = jnp.bfloat16) -> list[str]:
+    q, at = like(1, 1, 32, 128, dtype=dtype), like(1, 1, dtype=jnp.int32)
     if page is None:
-        k, slots = like(1, 8, S, 128), like(1, S, dtype=jnp.int32)
+        k, slots = like(1, 8, S, 128, dtype=dtype), like(1, S, dtype=jnp.int32)
         return asked(decode, lambda *a: decode.decode_attention(*a, scale=0.1), q, k, k, at, slots)
-    k, table, n = like(S // page, 8, page, 128), like(1, S // page, dtype=jnp.int32), like(1, dtype=jnp.int32)
+    k, table, n = (
+        like(S // page, 8, page, 128, dtype=dtype),
+        like(1, S // page, dtype=jnp.int32),
+        like(1, dtype=jnp.int32),
+    )
     call = lambda q, k, at, t, n: decode.decode_attention(q, k, k, at, page_table=t, lengths=n, scale=0.1)  # noqa: E731
     return asked(decode, call, q, k, at, table, n)
 
@@ -97,6 +101,8 @@ def row(op: str, times: dict[str, float], **case: Any) -> dict[str, Any]:
 
 def test_without_a_table_the_order_is_derived(asked: Any) -> None:
     assert of_prompt(asked, 4096, refusing=2) == list(prefill.ORDER)
+    assert of_prompt(asked, 8, refusing=2) == list(prefill.ORDER)  # however few they are
+    assert of_prompt(asked, 1, refusing=2) == list(prefill.ORDER)
     assert of_step(asked, 8192) == [decode.ORDER[0]]
 
 
@@ -120,9 +126,28 @@ def test_the_order_is_that_of_the_times(asked: Any, here: Path) -> None:
     assert of_prompt(asked, 512, refusing=2) == ["triton", "cudnn", "xla"]
     assert of_prompt(asked, 4096, training=True) == ["triton"]
     assert of_prompt(asked, 4096, H=80) == ["xla"]  # 64 is nearer than 128
-    assert of_prompt(asked, 4096, dtype=jnp.float16, refusing=2) == list(prefill.ORDER)  # not measured
+    assert of_prompt(asked, 4096, dtype=jnp.float32, refusing=2) == list(prefill.ORDER)  # not measured
     assert of_step(asked, 8192) == ["triton"]
     assert of_step(asked, 8192, page=16) == ["xla"]
+
+
+def test_a_page_or_a_dtype_that_was_not_measured_takes_the_nearest(asked: Any) -> None:
+    """Pages by their ratio; float16 as bfloat16, where it has no row of its own; nothing of another width or kind of cache."""
+    times = {"xla": 1.0, "triton": 2.0}
+    small = row("decode_attention", times, cache="raw, pages of 16", slots=65536)
+    large = row("decode_attention", {"xla": 2.0, "triton": 1.0}, cache="raw, pages of 256", slots=8192)
+    codes = row("decode_attention", times, cache="int8, pages of 64", slots=8192)
+    dispatch.write_table(CARD, [small, large, codes])
+    assert [of_step(asked, 8192, page=p)[0] for p in (8, 16, 32, 128)] == ["xla", "xla", "xla", "triton"]
+    assert of_step(asked, 8192, page=32, dtype=jnp.float16) == ["xla"]
+    assert of_step(asked, 8192, page=32, dtype=jnp.float32) == [decode.ORDER[0]]
+    assert of_step(asked, 8192) == [decode.ORDER[0]]
+    dispatch.write_table(CARD, [large | {"dtype": "float16", "milliseconds": times, "head_dim": 64}])
+    assert of_step(asked, 8192, page=128, dtype=jnp.float16) == ["xla"]  # its own, though of another head_dim
+    assert of_step(asked, 8192, page=128) == ["triton"]
+    prompt = row("attention", {"xla": 1.0}, what="forward", tokens=4096)
+    dispatch.write_table(CARD, [prompt])
+    assert of_prompt(asked, 4096, dtype=jnp.float16) == ["xla"]
 
 
 def test_a_name_goes_before_the_table(asked: Any) -> None:
@@ -194,12 +219,12 @@ def test_what_the_benchmark_measures_is_what_serves(
             def run() -> None:
                 now[0] += made_up.get(name, 9.0) / 1e3
 
-            return bench.Side(run, 1, 0)
+            return lambda: bench.Side(run, 1, 0)
 
         return case._replace(sides={n: lambda n=n: side(n) for n in case.sides})
 
     def cases(make: Any) -> Any:
-        return lambda *given: map(taking, list(make(*given)))
+        return lambda *given, **how: map(taking, list(make(*given, **how)))
 
     # arrays of no bytes to speak of: nothing is computed
     monkeypatch.setattr(bench, "normal", lambda seed, shape, dtype: like(*shape, dtype=dtype))
@@ -207,7 +232,9 @@ def test_what_the_benchmark_measures_is_what_serves(
     monkeypatch.setattr(bench, "on_gpu", lambda: True)
     monkeypatch.setattr(bench, "clock", lambda: now[0])
     monkeypatch.setattr(bench, "bandwidth", lambda: 1e12)
+    monkeypatch.setattr(bench, "matmul_rate", lambda n, dtype: 1e15)
     monkeypatch.setattr(bench, "prefills", cases(bench.prefills))
+    monkeypatch.setattr(bench, "refused", cases(bench.refused))
     monkeypatch.setattr(bench, "decodes", cases(bench.decodes))
     kind = type("Device", (), {"device_kind": CARD})
     monkeypatch.setattr(bench.jax, "devices", lambda: [kind])

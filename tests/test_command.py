@@ -441,7 +441,9 @@ def test_errors_that_we_raise_are_one_line(
         (PermissionError(13, "Permission denied", "x"), "x: Permission denied"),
         (KeyError("x"), None),
         (TypeError("x"), None),
-        (OSError(28, "No space left on device", "x"), None),
+        (OSError(28, "No space left on device", "x"), "x: No space left on device"),
+        (OSError(27, "File too large", "x"), "x: File too large"),
+        (OSError(5, "Input/output error", "x"), None),
     ],
 )
 def test_errors_by_their_type(error: Exception, line: str | None, monkeypatch: pytest.MonkeyPatch) -> None:

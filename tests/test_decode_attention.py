@@ -93,11 +93,15 @@ def inputs(case: Case, seed: int = 0) -> Inputs:
         last = lengths[:, None] - 1
         at = last - (last - np.arange(S)) % S
         q_at = last - T + 1 + np.arange(T)
+    elif case.places == "any lengths":
+        lengths = rng.integers(0, S + 1, B)
+        at = np.where(np.arange(S) < lengths[:, None], np.arange(S), -1)
+        q_at = np.maximum(lengths[:, None] - T + np.arange(T), -1)
     elif case.places == "any":
         at, q_at = rng.integers(-1, S, (B, S)), rng.integers(-1, S, (B, T))
     shape: tuple[int, ...] = (B, K, S, H)
     if case.page is not None:
-        assert case.places == "ragged"
+        assert case.places in ("ragged", "any lengths")
         M = -(-S // case.page)
         shape = (B * M + 1, K, case.page, H)
     (k, ks, k_means), (v, vs, v_means) = (coded(rng, shape, case.kind, dtype) for _ in range(2))

@@ -20,6 +20,8 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from test_decode_attention import QUICK, Case, agrees, inputs, poisoned, served
@@ -56,6 +58,42 @@ def test_interpreted(case: Case, splits: int) -> None:
     found = served(x, triton.decode_attention, interpret=True, config=SMALL, splits=splits)
     u = float(ml_dtypes.finfo(x.arrays["q"].dtype).eps) / 2
     agrees(found, x, blocks=-(-x.k.shape[2] // SMALL.block_k) + splits, u=u)
+
+
+ANY = [
+    Case((2, 2, 45, 4, 2, 16), "int8", places="any", window=13, softcap=2.0, sinks=True),
+    Case((3, 1, 60, 4, 2, 16), "int4", page=8, dtype="bfloat16", places="any lengths", window=11),
+    *(
+        pytest.param(case, marks=pytest.mark.thorough)
+        for case in (
+            Case((2, 3, 45, 2, 1, 16), places="any", dtype="float16", sinks=True),
+            Case((3, 1, 60, 4, 2, 16), page=16, places="any lengths", softcap=3.0),
+            Case((2, 1, 45, 6, 2, 16), "int4", places="any", dtype="float16"),
+        )
+    ),
+]
+
+
+@functools.cache
+def program(case: Case) -> Any:
+    """Compiled once for all positions, lengths and tables of its shapes."""
+    x = inputs(case)
+    run = functools.partial(triton.decode_attention, **x.how, return_lse=True, interpret=True, config=SMALL, splits=2)
+    return jax.jit(lambda arrays: run(**arrays)).lower(x.arrays).compile(compiler_options=QUICK)
+
+
+@pytest.mark.parametrize("case", ANY, ids=str)
+def test_any_call(case: Case) -> None:
+    """Positions in any order, or rows of any lengths in pages of any order."""
+    u = float(ml_dtypes.finfo(inputs(case).arrays["q"].dtype).eps) / 2
+
+    @settings(max_examples=8, deadline=None, derandomize=True, database=None)
+    @given(st.integers(0, 10**6))
+    def check(seed: int) -> None:
+        x = inputs(case, seed)
+        agrees(program(case)(x.arrays), x, blocks=-(-x.k.shape[2] // SMALL.block_k) + 2, u=u)
+
+    check()
 
 
 def test_what_a_split_does_not_own_it_does_not_read() -> None:

@@ -8,7 +8,9 @@ gradient of another layer, a lost part of a batch or an update that was not made
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
+import io
 import itertools
 import json
 import math
@@ -18,6 +20,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,6 +40,7 @@ from checkpoints.safetensors import Reader
 from jaxengine import command, export, placement
 from jaxengine.architecture import architecture, initialise
 from jaxengine.finetune import command as finetune_command
+from jaxengine.finetune import layered
 from jaxengine.finetune import run as runs
 from jaxengine.finetune.data import DataError, Documents, Packed, pack
 from jaxengine.finetune.run import Run, Settings, check_out, merge, said, with_adapter
@@ -161,6 +165,71 @@ def test_streamed_layers_give_the_losses_of_resident_ones(
     assert moved_by(wanted) > 1000 * CLOSE * max(wanted)
     np.testing.assert_allclose(found, wanted, rtol=CLOSE)
     assert run.memory()["host"] > 0
+
+
+@pytest.mark.parametrize(
+    ("how", "weights"),
+    [
+        ({}, "dense"),
+        ({"train": "dora"}, "dense"),
+        ({"accumulate": 2, "batch": 1}, "nf4"),
+        ({"remat": "offload"}, "int8"),
+    ],
+    ids=str,
+)
+def test_streamed_layers_beside_adapters_give_the_bits_of_resident_ones(how: dict[str, Any], weights: str) -> None:
+    """The same program form: a scan."""
+    settings = dataclasses.replace(HOW, **how)
+    runs_of = [run_of(llama(form="scan", weights=weights, home=home), settings) for home in ("device", "host")]
+    wanted, found = (losses(run) for run in runs_of)
+    assert found == wanted
+    assert moved_by(wanted) > 1000 * CLOSE * max(wanted)
+    for one, other in zip(*(jax.tree.leaves(run._state) for run in runs_of), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("given", "how"),
+    [
+        ({}, {"home": "host"}),
+        ({"optimizer": "adamw", "learning_rate": 5e-3, "accumulate": 2, "batch": 1}, {"home": "host"}),
+        ({"optimizer": "adafactor", "learning_rate": 5e-3}, {"home": "split", "resident": 1}),
+    ],
+    ids=str,
+)
+def test_streamed_layers_that_are_trained_give_the_bits_of_resident_ones(
+    given: dict[str, Any], how: dict[str, Any]
+) -> None:
+    """The same step over the same banks, none of them in host memory."""
+    settings = dataclasses.replace(HOW, train="all", **given)
+    streamed, resident = run_of(llama(**how), settings), moved_to_the_device(llama(**how))
+    assert any(b.home == "host" for b in streamed.model.params["banks"])
+    held = {"outer": resident.params["outer"], "banks": tuple(b.weights for b in resident.params["banks"])}
+    banks = tuple(dataclasses.replace(b, weights=()) for b in resident.params["banks"])
+    state, found = layered.initial(streamed.tuning, banks, held), []
+    assert {x.sharding.memory_kind for x in jax.tree.leaves(state.optimizer["banks"])} <= {"device"}
+    feed = run_of(llama(), settings)
+    for _ in range(HOW.steps):
+        state, measured = layered.step(streamed.tuning, banks, state, feed._next_batch()[0])
+        found.append(float(measured["loss"]))
+    wanted = losses(streamed)
+    assert found == wanted
+    assert moved_by(wanted) > 1000 * CLOSE * max(wanted)
+    for one, other in zip(jax.tree.leaves(streamed._state), jax.tree.leaves(state), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def moved_to_the_device(model: Model) -> Model:
+    """The same banks in the same forms, none of them streamed."""
+
+    def here(x: Any) -> Any:
+        return jax.device_put(x, x.sharding.with_memory_kind("device"))
+
+    banks = tuple(
+        dataclasses.replace(b, home="device", weights=jax.tree.map(here, b.weights)) for b in model.params["banks"]
+    )
+    model.params = model.params | {"banks": banks}
+    return model
 
 
 def longer(**how: Any) -> Model:
@@ -307,6 +376,32 @@ def test_an_async_save_holds_what_was_there_when_it_was_asked_for(tmp_path: Path
     manager.close()
 
 
+def test_a_save_returns_before_the_checkpoint_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And steps are made meanwhile: its folder has its name when all of it is written, and not before."""
+    from orbax.checkpoint._src.path import async_path
+
+    named, rename = threading.Event(), async_path.rename
+
+    async def held(source: Any, target: Any) -> None:
+        assert await asyncio.to_thread(named.wait, 300)
+        await rename(source, target)
+
+    monkeypatch.setattr(async_path, "rename", held)
+    folder = tmp_path / "out" / "checkpoints" / "1"
+    with run_of(llama(), out=tmp_path / "out") as run:
+        try:
+            losses(run, 1)
+            run.save()
+            assert not folder.exists()
+            losses(run, 2)
+            assert not folder.exists()
+        finally:
+            named.set()
+        run.wait()
+        assert folder.is_dir()
+        assert run._manager.latest_step() == 1
+
+
 @pytest.mark.parametrize(("train", "how"), [("lora", {}), SPLIT, ("all", {}), ("all", {"home": "host"})])
 def test_a_run_goes_on_from_its_folder_bit_for_bit(train: str, how: dict[str, Any], tmp_path: Path) -> None:
     """After ends at different places: the losses, the state and what is written are those of an unbroken run."""
@@ -414,6 +509,27 @@ def test_other_settings_models_and_data_are_refused(tmp_path: Path) -> None:
         assert run.steps == 8
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("precious")
+    with pytest.raises(ValueError, match="no run's folder"):
+        run_of(llama(), out=tmp_path / "mine")
+
+
+def test_killed_while_its_settings_are_first_written_a_run_begins_anew(tmp_path: Path) -> None:
+    """What a killed process leaves in the folder is no other's work; and nothing else is taken for it."""
+    out = tmp_path / "out"
+    words = (
+        "import os, sys; from pathlib import Path; from checkpoints.output import output_file\n"
+        "with output_file(Path(sys.argv[1]) / 'settings.json') as path:\n"
+        "    path.write_text('{'); os.kill(os.getpid(), 9)"
+    )
+    assert subprocess.run([sys.executable, "-c", words, str(out)], cwd=ROOT, check=False).returncode == -signal.SIGKILL
+    (left,) = out.iterdir()
+    assert re.fullmatch(r"\.settings\.json\..+\.\d+\.partial", left.name)
+    model = llama()
+    check_out(out, said(HOW, model.architecture, model.plan))
+    with run_of(model, out=out) as run:
+        assert len(losses(run)) == 6
+    assert not left.exists()
+    (tmp_path / "mine" / ".thesis.txt.host.7.partial").mkdir(parents=True)
     with pytest.raises(ValueError, match="no run's folder"):
         run_of(llama(), out=tmp_path / "mine")
 
@@ -555,6 +671,92 @@ def test_an_adapter_is_written_as_peft_reads_it(tmp_path: Path) -> None:
     assert np.abs(np.asarray(model.logits(ids)) - tuned).max() > 0.001
 
 
+def loss_of(model: Model, rows: dict[str, np.ndarray]) -> float:
+    """The mean loss of a batch's learned tokens, each document read alone, by the model's logits in float64."""
+    total = 0.0
+    for tokens, targets, weights, segments in zip(
+        *(rows[n] for n in ("tokens", "targets", "weights", "segments")), strict=True
+    ):
+        for segment in sorted(set(segments[segments > 0].tolist())):
+            own = segments == segment
+            z = np.asarray(model.logits(tokens[own])[0], np.float64)
+            each = np.log(np.exp(z).sum(-1)) - np.take_along_axis(z, targets[own][:, None], 1)[:, 0]
+            total += float((each * weights[own]).sum())
+    return total / float(rows["weights"].sum())
+
+
+@pytest.mark.parametrize("how", [{}, {"home": "host"}], ids=str)
+@pytest.mark.parametrize("case", [c for c in CASES if c != "llama_rslora"])
+def test_a_run_starts_from_pefts_adapter(case: str, how: dict[str, Any]) -> None:
+    """The first loss is that of the model with the adapter beside it, whose logits are peft's (above)."""
+    base = GOLDEN / case.partition("_")[0]
+    model = jaxengine.load(base, dtype="float32", **how)
+    start = runs.begun(ADAPTERS / case, model.architecture)
+    settings = dataclasses.replace(HOW, **start.settings)
+    run = run_of(model, settings, adapter=ADAPTERS / case)
+    first = next(iter(run._batches(state=None)))
+    beside = loss_of(jaxengine.load(base, dtype="float32", adapter=ADAPTERS / case), first)
+    assert abs(beside - loss_of(jaxengine.load(base, dtype="float32"), first)) > 100 * CLOSE * beside
+    (found,) = losses(run, 1)
+    assert found == pytest.approx(beside, rel=CLOSE)
+
+
+@pytest.mark.parametrize("train", ["lora", "dora"])
+def test_a_run_from_an_adapter_goes_on_where_that_ended(train: str, tmp_path: Path) -> None:
+    """Six steps of one batch are three, and three from what those wrote: losses, and what comes out."""
+    settings = dataclasses.replace(
+        HOW, train=train, rank=4, alpha=3.0, rs=True, targets=("q", "layers.1.down"), schedule="constant", steps=6,
+        b1=0.0,
+    )  # fmt: skip
+    one = Documents.of([(((np.arange(T + 1) * 3 + i) % V).tolist(), [True] * (T + 1)) for i in range(2)])
+    whole = Run(llama(), settings, pack(one, T))
+    wanted = losses(whole)
+    assert moved_by(wanted) > 1000 * CLOSE * max(wanted)
+    half = dataclasses.replace(settings, steps=3)
+    with Run(llama(), half, pack(one, T), out=tmp_path / "first") as first:
+        found = [r.loss for r in first.run()]
+    folder = tmp_path / "first" / "adapter"
+    model = llama()
+    assert runs.begun(folder, model.architecture).settings == {
+        n: getattr(settings, n) for n in ("train", "rank", "alpha", "rs", "targets")
+    }
+    with Run(model, half, pack(one, T), out=tmp_path / "second", adapter=folder) as second:
+        found += [r.loss for r in second.run()]
+    np.testing.assert_allclose(found, wanted, rtol=CLOSE)
+    ids = np.arange(9)
+    sum_of_both = np.asarray(llama(adapter=tmp_path / "second" / "adapter").logits(ids))
+    np.testing.assert_allclose(sum_of_both, whole.tuned().logits(ids), atol=1e-4)
+    assert np.abs(np.asarray(llama(adapter=folder).logits(ids)) - sum_of_both).max() > 0.01
+    others: list[dict[str, Any]] = [{}, {"adapter": tmp_path / "second" / "adapter"}]
+    for change in others:
+        with pytest.raises(ValueError, match=r"model\.adapter was '\w+' and is"):
+            Run(llama(), half, pack(one, T), out=tmp_path / "second", **change)
+    with Run(llama(), half, pack(one, T), out=tmp_path / "second", adapter=folder) as again:
+        assert again.run() == []
+
+
+def test_what_an_adapter_says_is_not_said_otherwise(tmp_path: Path) -> None:
+    case, model = ADAPTERS / "llama_lora", llama()
+    settings = dataclasses.replace(HOW, **runs.begun(case, model.architecture).settings)
+    for change, why in (
+        ({"rank": 8}, "rank is 8, and that of the adapter in .* is 4"),
+        ({"alpha": 4.0}, "alpha is 4.0, .* is 12"),
+        ({"rs": True}, "rs is True"),
+        ({"targets": ("q", "v")}, "targets is .* say targets="),
+        ({"train": "dora"}, "train is 'dora', .* is 'lora'"),
+        ({"train": "all", "rank": 8, "alpha": 16.0, "targets": ("*",)}, "train is 'all', .* is 'lora'"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            run_of(model, dataclasses.replace(settings, **change), adapter=case)
+    run_of(model, dataclasses.replace(settings, targets=("*",)), adapter=case)  # the same matrices
+    with pytest.raises(ValueError, match="beside lm_head, and a run trains beside matrices inside layers alone"):
+        run_of(model, settings, adapter=ADAPTERS / "llama_rslora")
+    for name in ("llama_lora", "llama_dora"):
+        with pytest.raises(ValueError, match=r"the model has an adapter beside .* Run\(\.\.\., adapter=FOLDER\)"):
+            run_of(llama(adapter=ADAPTERS / name), HOW, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The command
 
@@ -621,6 +823,72 @@ def test_the_demo_learns_goes_on_after_ctrl_c_and_is_merged(
     assert (done.exit_code, done.stdout.splitlines()[-1]) == (0, f"wrote {out / 'adapter'}")
 
 
+class Told(io.StringIO):
+    """Standard error, a terminal or none."""
+
+    def __init__(self, *, terminal: bool) -> None:
+        super().__init__()
+        self._terminal = terminal
+
+    def isatty(self) -> bool:
+        return self._terminal
+
+
+class Stepping:
+    """A run as what shows its steps sees it."""
+
+    def __init__(self, steps: int, step: int = 0) -> None:
+        self.steps, self.step = steps, step
+
+    def memory(self) -> dict[str, int]:
+        return {"device": 12_300_000, "host": 4_560_000_000}
+
+    def records(self) -> list[runs.Record]:
+        return [
+            runs.Record(i, self.steps, 1000 / i, 1.0, 1e-4, 7, 1234.4 + i, 0.1)
+            for i in range(self.step + 1, self.steps + 1)
+        ]
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_loss_tokens_a_second_and_bytes_by_tier_are_shown(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    told, run = Told(terminal=terminal), Stepping(3)
+    for name, value in (("TERM", "xterm"), ("COLUMNS", "160")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setattr(sys, "stderr", told)
+    with finetune_command.Steps(run) as shown:
+        for record in run.records():
+            shown(record)
+    monkeypatch.undo()
+    said = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", told.getvalue())
+    last = "loss 333.3333, 1,237 tokens/s, device 12.3 MB, host 4.56 GB"
+    assert last in said
+    if terminal:
+        assert "3/3" in said
+    else:
+        assert said == told.getvalue()  # no codes of a terminal in a log
+        assert said.splitlines() == [
+            "step 1 of 3: loss 1000.0000, 1,235 tokens/s, device 12.3 MB, host 4.56 GB",
+            "step 2 of 3: loss 500.0000, 1,236 tokens/s, device 12.3 MB, host 4.56 GB",
+            f"step 3 of 3: {last}",
+        ]
+
+
+@pytest.mark.parametrize(("steps", "step"), [(1, 0), (40, 0), (41, 0), (999, 0), (100_003, 0), (1000, 700)])
+def test_a_log_has_some_dozens_of_lines(steps: int, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    told, run = Told(terminal=False), Stepping(steps, step)
+    monkeypatch.setattr(sys, "stderr", told)
+    with finetune_command.Steps(run) as shown:
+        for record in run.records():
+            shown(record)
+    monkeypatch.undo()
+    found = [int(line.split()[1]) for line in told.getvalue().splitlines()]
+    assert (found[0], found[-1]) == (step + 1, steps)
+    assert len(set(found)) == len(found) <= 50
+    assert len(found) >= min(steps - step, 20 if not step else 10)
+
+
 def test_memory_chooses_where_layers_stand(sums: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class FoundError(Exception): ...
 
@@ -668,6 +936,32 @@ def test_on_a_cpu_layers_that_are_run_again_are_scanned(
     assert (chosen[0].resolved_form, chosen[0].stay) == (form, ("k",) if "--stay" in words else ())
 
 
+def test_rules_of_frozen_weights_are_the_plans(sums: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class FoundError(Exception): ...
+
+    def load(folder: str, *, plan: Any, progress: Any) -> None:
+        chosen.append(plan)
+        raise FoundError
+
+    chosen: list[Any] = []
+    monkeypatch.setattr(jaxengine, "load", load)
+    (tmp_path / "plan.json").write_text('{"weights": "int4", "weight_rules": [["layers.0.*", "dense"]]}')
+    words = (
+        "--plan",
+        str(tmp_path / "plan.json"),
+        "--rule",
+        "*.down=nf4",
+        "--rule",
+        "embedding=int8",
+        "--memory",
+        "1GB",
+    )
+    done = invoke("demo", sums, "--out", str(tmp_path / "out"), "--context", "64", *words)
+    assert isinstance(done.exception, FoundError), done.output
+    assert chosen[0].weights == "int4"
+    assert chosen[0].weight_rules == (("*.down", "nf4"), ("embedding", "int8"), ("layers.0.*", "dense"))
+
+
 @pytest.mark.parametrize(
     ("words", "why"),
     [
@@ -684,6 +978,9 @@ def test_on_a_cpu_layers_that_are_run_again_are_scanned(
         (("--train", "all", "--merge", "x"), "OUT/model is the whole model"),
         (("--target", "query"), "Nearest: "),
         (("--weights", "nf5"), "There is no 'nf5'"),
+        (("--rule", "embedding=nf5"), "rule 'embedding=nf5': There is no 'nf5'"),
+        (("--rule", "layers.4.q=nf4"), "weight_rules: 'layers.4.q' matches no parameter"),
+        (("--train", "all", "--rule", "layers.*.q=nf4"), "train='lora' beside the quantised matrices"),
         (("--optimizer", "adam"), "Did you mean 'adamw'"),
         (("--steps", "3", "--epochs", "1"), "leave one out"),
         (("--rank", "0"), "--rank"),
@@ -696,6 +993,8 @@ def test_on_a_cpu_layers_that_are_run_again_are_scanned(
         (("--memory", "1GB", "--home", "host"), "leave --home out"),
         (("--mesh", "data=8", "--sharding", "data"), "say batch=8"),
         (("--merge", "."), "--merge: . is not empty"),
+        (("--train", "all", "--adapter", "."), "--adapter starts from lora or dora"),
+        (("--adapter", "."), "adapter_config.json"),
     ],
 )
 def test_bad_options_are_refused_before_anything_is_loaded(

@@ -5,6 +5,7 @@ What a step makes of that is linear under plain descent and MeZO; AdamW's eps is
 (tests/test_sampled.py). Muon's factor and 8-bit moments are not: a gradient that differs by r = 64 x 2^-24 of itself takes
 another code where it is within r of the middle of two, for one in 1/(2^7 r) = 2000 elements, whose moment then differs by up
 to a seventh. So does a change by that much of its part of it: 1/14000 of how far the loss moves, 2 at most, of losses of 5.
+Lion's sign, and the first steps of AdamW and Adafactor, which are signs, turn for one in 1/r elements, which is far less.
 
 Every case moves the loss by 100 times as much as its bound, so that a device's rows or a shard's update that were lost would
 be seen, and each array that is to be split is.
@@ -51,6 +52,14 @@ CASES = [
     case("data", "all", PARTLY, also=True),
     case("fsdp", "all", HOST, CODES, optimizer="adamw8bit", learning_rate=5e-3),
     case("fsdp+tensor", "all", {"form": "scan"}, CODES, optimizer="muon", learning_rate=5e-3),
+    case("fsdp+tensor", "all", HOST, CODES, optimizer="adafactor", learning_rate=5e-3),
+    case("fsdp", "all", {"form": "scan"}, CODES, optimizer="adafactor", learning_rate=5e-3),
+    case("fsdp+tensor", "all", {"form": "scan"}, CODES, optimizer="lion", learning_rate=5e-3),
+    case("tensor", "all", HOST, CODES, optimizer="lion", learning_rate=5e-3, also=True),
+    case("fsdp+tensor", "all", {"form": "scan"}, CODES, optimizer="adamw", learning_rate=5e-3),
+    case("fsdp", "all", HOST, CODES, optimizer="adamw", learning_rate=5e-3, also=True),
+    case("data", "all", {"form": "scan"}, optimizer="sgd", also=True),
+    case("fsdp", "all", {"form": "scan"}, CODES, optimizer="adamw8bit", learning_rate=5e-3, also=True),
     case("tensor", "all", HOST, CODES, optimizer="muon", learning_rate=5e-3, also=True),
     case("tensor", "lora", HOST, also=True),
     case("fsdp+tensor", "dora", HOST),

@@ -58,9 +58,12 @@ def check_spreads(rows: list[dict[str, Any]]) -> None:
 def test_what_is_asked_of_a_card_is_measured() -> None:
     assert [m.name for m in MEASUREMENTS] == [
         "machine", "transfers", "slices", "passes", "plans", "memory: host, scan", "memory: host, ahead",
-        "memory: split, scan", "decoding", "identity", "tables: attention", "tables: quant_matmul", "overlap", "views",
-        "serialised", "conditional",
+        "memory: split, scan", "decoding", "identity", "overlap", "views", "serialised", "conditional",
+        "attention: mosaic_gpu", "attention: forward", "attention: backward", "attention: decode", "tables: quant_matmul",
     ]  # fmt: skip
+    assert set(FULL.table_tokens) == {1024 * 2**i for i in range(6)}
+    assert set(FULL.table_heads) == {64, 128, 256}
+    assert (min(FULL.table_slots), max(FULL.table_slots)) == (8192, 131072)
     assert FULL.copies == (8 << 20, 64 << 20, 256 << 20)
     assert FULL.batches == (1, 32, 256)
     layer = gpu_suite.architecture(gpu_suite.shape_8b(FULL, 2, 2048))
@@ -167,24 +170,151 @@ def small_products(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_quant, "CPU_BYTES", 1)
 
 
-def test_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_table_of_products(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each case once; nothing is kept of tiny sizes, nor of a CPU."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     small_products(monkeypatch)
-    rows = rows_of("tables: attention", tmp_path) + rows_of("tables: quant_matmul", tmp_path)
-    assert [(r["op"], r.get("cache") or r.get("what") or (r["kind"], r["scales"], r["group_size"])) for r in rows] == [
-        ("attention", "forward"),
-        *(("decode_attention", kind) for kind in ("raw", "int8", "raw, pages of 16", "int4")),
-        *(("quant_matmul", of) for of in (
-            ("int4", "of groups", 128), ("int4", "of groups, zeros", 128), ("int8", "of outputs", 256),
-            ("nf4", "of groups", 64), ("fp8", "of outputs", 256), ("mxfp4", "of groups", 32),
-            ("fp8_block", "of groups", 128), ("int4", "of groups", 32), ("int4", "of groups, zeros", 32),
-            ("int8", "of groups", 32),
-        )),
-    ]  # fmt: skip
+    rows = rows_of("tables: quant_matmul", tmp_path)
+    assert [(r["op"], r["kind"], r["scales"], r["group_size"]) for r in rows] == [("quant_matmul", *of) for of in (
+        ("int4", "of groups", 128), ("int4", "of groups, zeros", 128), ("int8", "of outputs", 256),
+        ("nf4", "of groups", 64), ("fp8", "of outputs", 256), ("mxfp4", "of groups", 32),
+        ("fp8_block", "of groups", 128), ("int4", "of groups", 32), ("int4", "of groups, zeros", 32),
+        ("int8", "of groups", 32),
+    )]  # fmt: skip
     assert all(r["dtype"] == "bfloat16" for r in rows)
-    assert [list(r["milliseconds"]) for r in rows if r["op"] == "quant_matmul"] == [["xla"]] * 10
+    assert [list(r["milliseconds"]) for r in rows] == [["xla"]] * 10
     assert not list(tmp_path.iterdir())
+
+
+REFUSED = ["a soft-cap", "sinks", "packed texts", "a window"]
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_attention_of_prompts(direction: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plain ones are rows of a table, the way back with its forward; rates and fractions stand beside them."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    limits, *rows = rows_of(f"attention: {direction}", tmp_path)
+    assert set(limits["limits"]) == {"memory_GBps", "matmul_TFLOPs"}
+    assert [r["case"] for r in rows] == [direction, *(f"{direction}, {n}" for n in REFUSED)]
+    assert [r.get("what") for r in rows] == [
+        "forward" if direction == "forward" else "forward and backward",
+        *[None] * 4,
+    ]
+    for row in rows:
+        assert not {"wrong", "left_out", "unchecked"} & set(row), row
+        sides = {s["by"]: s for s in row["sides"]}
+        assert set(sides) >= {"ours", "ours, xla"}
+        for s in sides.values():
+            assert s["off"] <= 1
+            assert s["fraction"] == pytest.approx(s["teraflops"] / limits["limits"]["matmul_TFLOPs"])
+        least = min(s["ms"] for n, s in sides.items() if n.endswith("xla"))
+        assert sides["ours"]["to_xla"] == pytest.approx(least / sides["ours"]["ms"])
+    plain = {s["by"]: s for s in rows[0]["sides"]}["ours, xla"]
+    assert rows[0]["milliseconds"] == {"xla": plain["ms" if direction == "forward" else "both_ms"]}
+    assert (direction == "backward") == ("both_ms" in plain and plain["both_ms"] > plain["ms"])
+    pairs = 32 * 33 / 2  # of queries and keys; B1 N8 H16, a multiplication and an addition, two products, or five
+    assert plain["teraflops"] * 1e9 * plain["ms"] == pytest.approx(
+        4 * 8 * 16 * pairs * (1 if direction == "forward" else 2.5)
+    )
+    assert not list(tmp_path.iterdir())
+
+
+def test_attention_of_caches(tmp_path: Path) -> None:
+    limits, *rows = rows_of("attention: decode", tmp_path)
+    kinds = ["raw", "int8", "raw, pages of 64", "raw, pages of 16", "int8, pages of 64", "int4"]
+    assert [r["cache"] for r in rows] == kinds
+    times = {r["cache"]: r["milliseconds"]["xla"] for r in rows}
+    for row in rows:
+        assert not {"wrong", "left_out", "unchecked"} & set(row), row
+        side = {s["by"]: s for s in row["sides"]}["ours, xla"]
+        assert side["fraction"] == pytest.approx(side["gigabytes"] / limits["limits"]["memory_GBps"])
+        codec, _, pages = row["cache"].partition(", ")
+        raw = f"raw, {pages}" if pages else "raw"
+        wanted = None if codec == "raw" else pytest.approx(times[raw] / times[row["cache"]])
+        assert side.get("to_raw") == wanted
+
+
+def attention_bench(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The module, with caches that are read by our form in XLA alone, one kind of them."""
+    import bench_attention as bench  # pyright: ignore[reportMissingImports]
+
+    monkeypatch.setattr(bench, "KINDS", ("raw",))
+    decodes = bench.decodes
+
+    def raw(lengths: Any, widths: Any, kinds: Any, *rest: Any) -> Any:
+        return decodes(lengths, widths, ["raw"], *rest)
+
+    monkeypatch.setattr(bench, "decodes", raw)
+    monkeypatch.setattr(
+        gpu_suite, "caches_of", lambda size, bench, dtype: bench.decodes((64,), (16,), (), dtype, ["xla"])
+    )
+    return bench
+
+
+def test_a_wrong_kernel_is_a_row_of_the_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By how much, and not in the table."""
+    bench = attention_bench(monkeypatch)
+    right = bench.decode_attention
+
+    def broken(implementation: Any, **how: Any) -> Any:
+        out = right(**how, implementation=implementation or "xla")
+        return out if implementation else out.at[0, 0, 3].multiply(1.25)  # one head of 32
+
+    monkeypatch.setattr(bench, "decode_attention", broken)
+    _, row = rows_of("attention: decode", tmp_path)
+    assert set(row["wrong"]) == {"ours"}
+    # a quarter of a row beside twice of two epsilons, for there is little else
+    assert row["wrong"]["ours"] == pytest.approx(0.25 / (4 * 2**-7), rel=0.1)
+    assert "ours" not in {s["by"] for s in row["sides"]}
+
+
+def test_without_the_form_in_xla_nothing_is_for_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = attention_bench(monkeypatch)
+    right = bench.decode_attention
+
+    def failing(implementation: Any, **how: Any) -> Any:
+        if implementation == "xla":
+            raise RuntimeError("out of memory\nand more")
+        return right(**how, implementation=implementation)
+
+    monkeypatch.setattr(bench, "decode_attention", failing)
+    monkeypatch.setattr(gpu_suite, "kept", lambda *given: pytest.fail("it was kept"))
+    _, row = rows_of("attention: decode", tmp_path)
+    assert row["left_out"] == {"ours, xla": "RuntimeError: out of memory"}
+    assert "did not run: RuntimeError: out of memory" in row["unchecked"]
+    assert "milliseconds" not in row
+    assert "ours" in {s["by"] for s in row["sides"]}
+
+
+def test_a_kernel_that_may_hang_is_asked_for_only_after_it_came_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU it refuses, which is an answer; on a card nothing asks for it before there was one."""
+    (row,) = rows_of("attention: mosaic_gpu", tmp_path)
+    assert row["off"] is None
+    assert set(row["left_out"]) == {"ours, mosaic_gpu"}
+    assert (tmp_path / "mosaic_gpu").exists()
+    import bench_attention as bench  # pyright: ignore[reportMissingImports]
+
+    seen: list[set[str]] = []
+
+    def measured(cases: Any, rounds: int, limits: Any) -> Any:
+        for case in cases:
+            seen.append(set(case.sides))
+            yield case, bench.Found([], {}, {}, "")
+
+    sides = dict.fromkeys(("ours", "ours, mosaic_gpu", "ours, xla"))
+    plain = bench.Case("forward", "", sides, 1.0, None, {}, (1, 1), {})
+    monkeypatch.setattr(bench, "measured", measured)
+    monkeypatch.setattr(gpu_suite, "on_gpu", lambda: True)
+    monkeypatch.setattr(gpu_suite, "prompts_of", lambda *given: iter((plain, plain._replace(key=None))))
+    rows = list(gpu_suite.attention_forward(TINY, tmp_path))
+    # what serves without being named is one of the others, where it has no aim of its own
+    assert seen == [{"ours, mosaic_gpu", "ours, xla"}, set(sides)]
+    (tmp_path / "mosaic_gpu").unlink()
+    rows = list(gpu_suite.attention_forward(TINY, tmp_path))
+    assert seen[2:] == [{"ours, xla"}, {"ours", "ours, xla"}]
+    assert all("did not come back" in r["left_out"]["ours, mosaic_gpu"] for r in rows[1:])
 
 
 def test_what_a_card_measures_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,6 +330,39 @@ def test_what_a_card_measures_is_kept(tmp_path: Path, monkeypatch: pytest.Monkey
     first, second = (gpu_suite.kept(FULL, row | {"rows": M}) for M in (1, 16))
     assert first["table"] == second["table"] == str(file)
     assert [r["rows"] for r in json.loads(file.read_text())["rows"]] == [1, 16]
+
+
+def test_tables_are_left_alone_if_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the command line through the process of a measurement, which is run here, to what is kept."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(gpu_suite, "on_gpu", lambda: True)
+    monkeypatch.setattr(gpu_suite, "start_jax", lambda: None)
+    case = {"op": "quant_matmul", "kind": "int4", "rows": 1, "milliseconds": {"triton": 1.0}}
+
+    def rows(size: Any, folder: Path) -> Any:
+        yield gpu_suite.kept(size, case)
+
+    monkeypatch.setattr(gpu_suite, "MEASUREMENTS", (Measurement("machine", rows, 60),))
+    monkeypatch.setattr(gpu_suite, "FULL", dataclasses.replace(TINY, tables=True))
+    card = gpu_suite.jax.devices()[0].device_kind
+    careful = dispatch.write_table(card, [case | {"milliseconds": {"xla": 0.5}}])
+    asked: list[tuple[str, ...]] = []
+
+    def run(command: list[str], **how: Any) -> Any:
+        asked.append(tuple(command[2:]))
+        ended = CliRunner().invoke(gpu_suite.main, command[2:])
+        return type("Ended", (), {"returncode": ended.exit_code})
+
+    monkeypatch.setattr(gpu_suite.subprocess, "run", run)
+    for more, times in ((["--keep-tables"], {"xla": 0.5}), ([], {"triton": 1.0})):
+        out = tmp_path / f"{len(more)}.json"
+        # the measurement says nothing of a card, which is told after it was written
+        ended = CliRunner().invoke(gpu_suite.main, ["--out", str(out), *more])
+        assert "There is no GPU here" in ended.output
+        assert ("--keep-tables" in asked[-1]) == bool(more)
+        assert json.loads(careful.read_text())["rows"] == [case | {"milliseconds": times}]
+    shown = " ".join(CliRunner().invoke(gpu_suite.main, ["--help"]).output.split())
+    assert "Leave the card's table, which decides what serves, as it is" in shown
 
 
 def test_overlap(tmp_path: Path) -> None:
@@ -312,6 +475,47 @@ def test_what_fails_costs_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "said so" in found["raises"]["error"]
     assert "ended with -6" in found["dies"]["error"]
     assert "not done after 1 s" in found["hangs"]["error"]
+
+
+def test_what_shares_the_time_keeps_what_it_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut off, in the middle of a line too, it is told, and is no error unless there was nothing."""
+    script = tmp_path / "suite.py"
+    script.write_text(
+        "import json, sys, time\n"
+        "name, out = sys.argv[2], sys.argv[4]\n"
+        "if name != 'slow': open(out, 'a').write(json.dumps({'first': name}) + '\\n' + '{\"second\": ')\n"
+        "if name != 'machine': time.sleep(60)\n"
+    )
+    monkeypatch.setattr(gpu_suite, "__file__", str(script))
+    made = tuple(Measurement(n, lambda size, folder: iter(()), 1, shares=True) for n in ("machine", "cut", "slow"))
+    monkeypatch.setattr(gpu_suite, "MEASUREMENTS", made)
+    out = gpu_suite.run_all(tmp_path / "results.json", True, "", 9.0)
+    machine, cut, slow = json.loads(out.read_text())["measurements"].values()
+    assert machine["rows"] == [{"first": "machine"}]
+    assert not {"cut", "error"} & set(machine)
+    assert (cut["rows"], cut["cut"]) == ([{"first": "cut"}], "not done after 1 s")
+    assert (slow["rows"], slow["error"]) == ([], "not done after 1 s")
+
+
+def test_the_time_that_is_left_is_divided() -> None:
+    """Into parts by their limits where there is less than those, and never so small that nothing would come of it."""
+    three = [Measurement(str(n), lambda *given: iter(()), n, shares=True) for n in (200, 200, 100)]
+    plain = Measurement("plain", lambda *given: iter(()), 60)
+    share = gpu_suite.seconds_for
+    assert share(plain, three, 500) == 60
+    assert share(plain, three, 20) == 20
+    assert share(three[0], three[1:], 250) == 100
+    assert share(three[0], three[1:], 2000) == 200
+    assert share(three[0], three[1:], 50) == 40
+    assert share(three[0], three[1:], 30) == 30
+    assert share(three[2], [], 90) == 90
+
+
+def test_of_attention_one_can_be_asked_for() -> None:
+    """In full, and then what it looks at goes before it."""
+    names = lambda only: [m.name for m in gpu_suite.chosen_measurements(only)]  # noqa: E731
+    assert names("attention: decode") == ["machine", "attention: mosaic_gpu", "attention: decode"]
+    assert names("attention")[1:] == [m.name for m in MEASUREMENTS if m.name.startswith("attention")]
 
 
 def test_what_there_is_no_time_for_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

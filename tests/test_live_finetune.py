@@ -3,12 +3,16 @@
 All in float32. Two float32 programs that sum in other orders drift apart step by step: AdamW divides by the root of a second
 moment, so that a parameter whose gradient is all rounding moves by up to the learning rate either way. What is held is
 the loss of every step, which such parameters hardly move: 2e-4 relative is some hundred times what was measured (below
-2e-6), and a wrong sign, scale, decay, mask, clipping or bias correction is above 1e-2 after five steps.
+2e-6), and a wrong sign, scale, decay, mask, clipping or bias correction is above 1e-2 after five steps. Of the first
+step each parameter's gradient is held as well (tests/oracles/tuning.py).
+
+As a program, `python tests/test_live_finetune.py` writes tests/golden_finetune, for the tests that have no torch.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +24,28 @@ transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
 import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
+from oracles.golden import GOLDEN  # noqa: E402
+from oracles.tuning import (  # noqa: E402
+    ALPHA,
+    HOW,
+    PARTS,
+    RANK,
+    RTOL,
+    VOCAB,
+    WHERE,
+    assert_gradients,
+    batch_of,
+    batches,
+    first_gradients,
+    module,
+)
 
 import jaxengine  # noqa: E402
 from jaxengine.finetune import layered  # noqa: E402
-from jaxengine.finetune.optimizers.base import Optimizer  # noqa: E402
-from jaxengine.finetune.step import Batch, Tuning, begin, step  # noqa: E402
+from jaxengine.finetune.step import Tuning, begin, step  # noqa: E402
 from jaxengine.finetune.trained._lowrank import LowRank  # noqa: E402
 from jaxengine.finetune.trained.all import Options as Every  # noqa: E402
-from jaxengine.finetune.trained.base import layers, trained  # noqa: E402
+from jaxengine.finetune.trained.base import lay, layers, trained  # noqa: E402
 
 pytestmark = [
     pytest.mark.oracle,
@@ -36,9 +53,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
 ]
 
-STEPS, B, T, VOCAB = 20, 4, 24, 96
-HOW = Optimizer("adamw", 5e-3, schedule="cosine", warmup=3, steps=STEPS, weight_decay=0.1)
-RTOL = 2e-4
+GOLDENS = GOLDEN.parent / "golden_finetune"
+CASES = {"all": ("all", False), "lora": ("lora", False), "rslora": ("lora", True), "dora": ("dora", False)}
 
 
 @pytest.fixture(scope="module")
@@ -54,24 +70,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def batches() -> list[np.ndarray]:
-    """Sequences with something to learn: each token follows from the one before it, with a row's own stride."""
-    rng = np.random.default_rng(0)
-    starts, strides = rng.integers(0, VOCAB, (STEPS, B, 1)), rng.integers(1, 4, (STEPS, B, 1))
-    return list(((starts + strides * np.arange(T)) % VOCAB).astype(np.int32))
-
-
-def batch_of(tokens: np.ndarray, parts: int = 1) -> Batch:
-    """The batch that gives the loss that transformers takes: the mean over all tokens but each row's first."""
-    targets, weights = np.roll(tokens, -1, 1), np.ones(tokens.shape, np.float32)
-    weights[:, -1] = 0
-    positions = np.broadcast_to(np.arange(T, dtype=np.int32), tokens.shape)
-    cut = lambda x: jnp.asarray(x.reshape(parts, -1, T))  # noqa: E731
-    return Batch(*(cut(x) for x in (tokens, targets, weights, positions, np.ones_like(tokens))))
-
-
-def theirs(model: Any) -> tuple[list[float], list[float]]:
-    """Loss and gradient's norm of every step, by torch's AdamW as transformers' Trainer sets it up."""
+def theirs(model: Any) -> tuple[list[float], list[float], dict[str, np.ndarray]]:
+    """Loss and gradient's norm of every step, by torch's AdamW as transformers' Trainer sets it up; and of the first step the
+    gradients."""
     chosen = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     plain = [p for n, p in chosen if "norm" in n and "lora" not in n]
     groups = [
@@ -81,18 +82,28 @@ def theirs(model: Any) -> tuple[list[float], list[float]]:
     optimizer = torch.optim.AdamW(groups, lr=HOW.learning_rate, betas=(HOW.b1, HOW.b2), eps=HOW.eps)
     rate = HOW.rate()
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: float(rate(i)) / HOW.learning_rate)
-    losses, norms = [], []
+    losses, norms, first = [], [], {}
     model.train()
     for tokens in batches():
         ids = torch.tensor(tokens, dtype=torch.long)
         loss = model(input_ids=ids, labels=ids).loss
         optimizer.zero_grad()
         loss.backward()
+        first = first or {n.removeprefix("base_model.model."): p.grad.numpy().copy() for n, p in chosen}
         norms.append(float(torch.nn.utils.clip_grad_norm_([p for _, p in chosen], 1.0)))
         optimizer.step()
         schedule.step()
         losses.append(loss.item())
-    return losses, norms
+    return losses, norms, first
+
+
+def peft_model(folder: Path, train: str, *, rs: bool) -> Any:
+    """transformers' model with peft's adapters beside some of its matrices, before any step."""
+    config = peft.LoraConfig(
+        r=RANK, lora_alpha=int(ALPHA), use_rslora=rs, use_dora=train == "dora", lora_dropout=0.0,
+        target_modules=[f"{n}_proj" for n in WHERE],
+    )  # fmt: skip
+    return peft.get_peft_model(transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32), config)
 
 
 def model_of(folder: Path, **how: Any) -> Any:
@@ -106,10 +117,11 @@ def tuning_of(model: Any, train: str, options: Any) -> Tuning:
 @pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize("how", [{}, {"home": "host"}, {"home": "split", "resident": 1}], ids=str)
 def test_every_parameter(folder: Path, how: dict[str, Any], parts: int) -> None:
-    losses, norms = theirs(transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32))
+    losses, norms, gradients = theirs(transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32))
     model = model_of(folder, **how)
     tuning = tuning_of(model, "all", Every())
     made = trained("all").make(Every(), model.architecture, model.plan, model.params, None)
+    assert_gradients(first_gradients(tuning, model, made, batches()[0]), gradients)
     if how:
         banks = tuple(dataclasses.replace(b, weights=()) for b in model.params["banks"])
         state, run = layered.initial(tuning, banks, made), lambda state, rows: layered.step(tuning, banks, state, rows)
@@ -128,25 +140,27 @@ def test_every_parameter(folder: Path, how: dict[str, Any], parts: int) -> None:
 @pytest.mark.parametrize("how", [{}, {"home": "host"}], ids=str)
 @pytest.mark.parametrize(("train", "rs"), [("lora", False), ("lora", True), ("dora", False)])
 def test_beside_frozen_weights(folder: Path, train: str, rs: bool, how: dict[str, Any]) -> None:
-    options = LowRank(rank=4, alpha=8.0, rs=rs, targets=("q", "v", "o", "gate", "down"))
+    options = LowRank(rank=RANK, alpha=ALPHA, rs=rs, targets=tuple(WHERE))
     model = model_of(folder, **how)
     made = trained(train).make(options, model.architecture, model.plan, model.params, jax.random.key(3))
-    config = peft.LoraConfig(
-        r=4, lora_alpha=8, use_rslora=rs, use_dora=train == "dora", lora_dropout=0.0,
-        target_modules=["q_proj", "v_proj", "o_proj", "gate_proj", "down_proj"],
-    )  # fmt: skip
-    base = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    other = peft.get_peft_model(base, config)
-    where = {"q": "self_attn", "v": "self_attn", "o": "self_attn", "gate": "mlp", "down": "mlp"}
-    for i, layer in layers(model.plan.parts(model.architecture), made["banks"]).items():
-        assert layer.keys() == where.keys()
+    other = peft_model(folder, train, rs=rs)
+    parts = model.plan.parts(model.architecture)
+    begun = layers(parts, made["banks"])
+    for i, layer in begun.items():
+        assert layer.keys() == WHERE.keys()
         for name, leaf in layer.items():
-            module = other.get_submodule(f"base_model.model.model.layers.{i}.{where[name]}.{name}_proj")
-            module.lora_A["default"].weight.data = torch.tensor(np.asarray(leaf["a"]).reshape(4, -1))
-            assert not module.lora_B["default"].weight.any()
-            assert not np.asarray(leaf["b"]).any()
-    losses, norms = theirs(other)
+            held = other.get_submodule(f"base_model.model.{module(i, name)}")
+            held.lora_A["default"].weight.data = torch.tensor(np.asarray(leaf["a"]).reshape(4, -1))
+            assert not held.lora_B["default"].weight.any()
+            # both begin from zero; what follows begins from something, or A would have no gradient
+            leaf["b"] = (
+                np.random.default_rng([i, *name.encode()]).normal(size=leaf["b"].shape, scale=0.05).astype(np.float32)
+            )
+            held.lora_B["default"].weight.data = torch.tensor(leaf["b"].reshape(-1, 4))
+    made = made | {"banks": lay(parts, begun.__getitem__)}
+    losses, norms, gradients = theirs(other)
     tuning = tuning_of(model, train, options)
+    assert_gradients(first_gradients(tuning, model, made, batches()[0]), gradients)
     state, found = begin(tuning, made), []
     for tokens in batches():
         state, measured = step(tuning, model.params, state, batch_of(tokens))
@@ -154,3 +168,48 @@ def test_beside_frozen_weights(folder: Path, train: str, rs: bool, how: dict[str
     assert losses[-1] < losses[0]
     np.testing.assert_allclose([loss for loss, _ in found], losses, rtol=RTOL)
     np.testing.assert_allclose([norm for _, norm in found], norms, rtol=20 * RTOL)
+
+
+def made_by_torch(case: str) -> dict[str, np.ndarray]:
+    """losses, norms, each parameter's first gradient, and what A, B and magnitudes were before the first step."""
+    (train, rs), base = CASES[case], GOLDEN / "llama"
+    if train == "all":
+        begun, model = {}, transformers.LlamaForCausalLM.from_pretrained(base, dtype=torch.float32)
+    else:
+        model, begun = peft_model(base, train, rs=rs), {}
+        rng = np.random.default_rng(sorted(CASES).index(case))
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                if any(name.endswith(PARTS[part]) for part in ("a", "b")):
+                    drawn = rng.normal(size=parameter.shape, scale=0.05).astype(np.float32)
+                    parameter.data = torch.tensor(drawn)
+                begun["begun." + name.removeprefix("base_model.model.")] = parameter.detach().numpy().copy()
+    losses, norms, gradients = theirs(model)
+    numbers = {"losses": np.asarray(losses), "norms": np.asarray(norms)}
+    return numbers | begun | {f"gradient.{n}": g for n, g in gradients.items()}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_golden_files_are_what_torch_says_today(case: str) -> None:
+    with np.load(GOLDENS / f"{case}.npz") as file:
+        held = dict(file)
+    made = made_by_torch(case)
+    assert made.keys() == held.keys()
+    for name, x in made.items():
+        rtol = RTOL if name == "losses" else 20 * RTOL if name == "norms" else 0
+        most = float(np.abs(held[name]).max())
+        np.testing.assert_allclose(x, held[name], rtol=rtol, atol=0 if rtol else 7e-5 * most, err_msg=name)
+
+
+def main() -> None:
+    """Write tests/golden_finetune."""
+    torch.set_num_threads(1)
+    GOLDENS.mkdir(exist_ok=True)
+    for case in CASES:
+        path = GOLDENS / f"{case}.npz"
+        np.savez_compressed(path, **made_by_torch(case))
+        print(f"{path}: {path.stat().st_size} bytes", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

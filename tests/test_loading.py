@@ -19,6 +19,7 @@ import pytest
 import jaxengine
 from checkpoints.errors import CheckpointError
 from checkpoints.safetensors import Reader, write_file
+from jaxengine import technique
 from jaxengine.architecture import architecture
 from jaxengine.config import ConfigError
 from jaxengine.export import convert
@@ -243,6 +244,44 @@ def test_weight_rules_that_choose_something() -> None:
     assert not formats["layers.1.input_norm"]
 
 
+def test_weight_rules_of_load_go_before_the_plans(tmp_path: Path) -> None:
+    plan = Plan(weights="int4", weight_rules=(("lm_head", "int4"), ("layers.0.*", "dense")))
+    given = {"lm_head": "int8:group_size=0", "*.down": "nf4"}
+    model = jaxengine.load(GOLDEN / "llama", plan=plan, weight_rules=given)
+    assert model.plan.weight_rules == (("lm_head", "int8"), ("*.down", "nf4"), *plan.weight_rules)
+    specs = model.architecture.specs()
+    formats = {n: model.plan.format_of(n, specs[n]) for n in ("lm_head", "layers.0.down", "layers.0.up", "layers.1.up")}
+    assert list(formats.values()) == ["int8", "nf4", "dense", "int4"]
+    pairs: list[Any] = list(given.items())
+    for same in (pairs, [f"{p}={f}" for p, f in pairs]):
+        assert jaxengine.load(GOLDEN / "llama", plan=plan, weight_rules=same).plan == model.plan
+    model.save(tmp_path / "q", format="orbax")
+    assert jaxengine.load(tmp_path / "q", weight_rules={"embedding": "int8"}).plan.weights == "int4"
+    with pytest.raises(CheckpointError, match=r"lm_head is stored as 'int8' and the plan asks for 'dense'"):
+        jaxengine.load(tmp_path / "q", weight_rules={"lm_head": "dense"})
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"lmhead": "int8"}, r"weight_rules: 'lmhead' matches no parameter.*: lm_head"),
+        ({"*_norm": "int8"}, r"weight_rules: '\*_norm' matches only final_norm, .*: vectors"),
+        (["lm_head=int9"], r"rule 'lm_head=int9': There is no 'int9' .*Did you mean 'int8'\?"),
+        (["lm_head=int4:group_size=65"], r"rule 'lm_head=int4:group_size=65': .*group_size is '65'; it can be 16, 32"),
+        (["lm_head"], r"rule 'lm_head': it is PATTERN=FORMAT"),
+        (["=int8"], r"rule '=int8': it is PATTERN=FORMAT"),
+        ([("lm_head", "int8", "nf4")], r"it is PATTERN=FORMAT"),
+        ("lm_head=int8", r"weight_rules is 'lm_head=int8'; it is a mapping or a list"),
+        (["*=int8", "lm_head=nf4"], r"'lm_head' changes nothing: .*'\*' stands before it\. Give 'lm_head' first"),
+        (["lm_head=int8", "lm_head=nf4"], r"'lm_head' changes nothing"),
+    ],
+)
+def test_weight_rules_that_are_refused(given: Any, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Reader, "read", lambda *given, **options: pytest.fail("it was read"))
+    with pytest.raises(ValueError, match=said):
+        jaxengine.load(GOLDEN / "llama", weight_rules=given)
+
+
 def test_folders_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="is not a folder"):
         jaxengine.load(tmp_path / "nowhere")
@@ -301,8 +340,24 @@ def half_a_gigabyte(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int
     return folder, max(int(np.prod(s)) for s in shapes.values()) * 4
 
 
+def coded(text: str, **given: Any) -> dict[str, Any]:
+    """Every matrix in a format, the largest one, which is the embedding, too."""
+    dtype = {"dtype": "bfloat16"} if text.startswith("lossless") else {}
+    return {"weights": text, "weight_rules": {"embedding": text, "lm_head": text}, **dtype, **given}
+
+
+FORMATS = [n for n in technique.names("jaxengine.weights") if n != "dense"]
+OTHERS = ("fp8:scale=tensor", "int8:outliers=128", "nf4:double=false")
+MEASURED = [
+    {}, {"home": "host"}, {"dtype": "bfloat16"}, {"weights": "int8"},
+    *(coded(text) for text in ("nf4", "fp8:scale=block128", "int4:act_order=true")),
+    *(pytest.param(coded(text), marks=pytest.mark.thorough) for text in (*FORMATS, *OTHERS) if text != "nf4"),
+    *(pytest.param(coded(text, home="host"), marks=pytest.mark.thorough) for text in ("nf4", "int4:act_order=true")),
+]  # fmt: skip
+
+
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
-@pytest.mark.parametrize("given", [{}, {"home": "host"}, {"dtype": "bfloat16"}, {"weights": "int8"}], ids=str)
+@pytest.mark.parametrize("given", MEASURED, ids=str)
 def test_host_memory_while_loading(given: dict, half_a_gigabyte: tuple[Path, int]) -> None:
     """At most the placed parameters and twice the largest tensor, in a process of its own."""
     folder, largest = half_a_gigabyte

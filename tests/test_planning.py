@@ -141,6 +141,24 @@ def test_the_command(tmp_path: Path) -> None:
     assert CliRunner().invoke(app, ["plan", str(tmp_path), "--gpu", "5xyz"]).exit_code == 2
 
 
+def test_rules_of_weights_are_planned_with(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_3_8B))
+    words = ["plan", str(tmp_path), "--gpu", "4090", "--no-compile", "--json"]
+    plain, ruled = (
+        json.loads(CliRunner().invoke(app, [*words, *rules]).output)["chosen"]
+        for rules in ([], ["--rule", "layers.*.down=int8", "--rule", "lm_head=nf4"])
+    )
+    assert ruled["plan"]["weight_rules"] == [["layers.*.down", "int8"], ["lm_head", "nf4"]]
+    rows = LLAMA_3_8B["hidden_size"]
+    each = rows * LLAMA_3_8B["intermediate_size"] - 4 * rows  # of two bytes one, and a scale a row
+    assert plain["bytes"]["resident"] - ruled["bytes"]["resident"] == LLAMA_3_8B["num_hidden_layers"] * each
+    assert ruled["bytes"]["outer"] < plain["bytes"]["outer"]
+    for rule, said in (("lmhead=int8", "matches no parameter"), ("lm_head=int9", "Did you mean 'int8'?")):
+        refused = CliRunner().invoke(app, [*words, "--rule", rule])
+        assert refused.exit_code == 2
+        assert said in refused.output
+
+
 def test_the_command_draws(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_3_8B))

@@ -14,7 +14,9 @@ the test that is about them.
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -27,9 +29,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles.quantisation import symmetric, tie_width
 
+import jaxengine
+from checkpoints.safetensors import write_file
 from jaxengine import formats, technique
+from jaxengine.architecture import architecture
+from jaxengine.finetune.trained.lora import Lora
+from jaxengine.placement import stored
 from jaxengine.weights import base
 from jaxengine.weights.base import Weight, contract, split_spec, take
+from sharding.mesh import make_mesh
+from sharding.rules import Rules, named_sharding
 
 WEIGHTS = "jaxengine.weights"
 
@@ -349,6 +358,157 @@ def test_take_from_a_matrix_of_more_dims(name: str) -> None:
     found = take(leaf, jnp.array([5, 1]), jnp.float32)
     exact = dense_of(leaf)[[5, 1]]
     assert (abs(f64(found) - exact) <= 4 * U * abs(exact)).all()
+
+
+# --- split over devices -------------------------------------------------------------------------------------------
+
+WIDE = Case((16, 512), ("mlp", "embed"), 1, "btd,fd->btf")
+SPLITS = {"out": {"mlp": "tensor"}, "in": {"embed": "tensor"}, "both": {"mlp": "data", "embed": "tensor"}}
+
+
+def every_split() -> list[Any]:
+    """Each file split along one dim and along the other; every other value of its options, along both at once."""
+    alone = [pytest.param(name, along, id=f"{name}-{along}") for name in FORMATS for along in ("out", "in")]
+    both = [pytest.param(text, "both", id=f"{text}-both", marks=pytest.mark.thorough) for text in VARIANTS]
+    return alone + both
+
+
+@pytest.mark.parametrize(("text", "along"), every_split())
+def test_a_shard_each(text: str, along: str) -> None:
+    """Encoded where its shards are: the same bits as whole, the codes in as many parts as there are, and the product's bound."""
+    mesh, over = make_mesh("data=2,tensor=4"), SPLITS[along]
+    rules = Rules([(axis, over.get(axis)) for axis in WIDE.axes])
+    w = jnp.asarray(matrix(WIDE), "bfloat16")
+
+    def encode(w: jax.Array) -> Any:
+        return fmt(text).encode(w, out=1)
+
+    whole = jax.jit(encode)(w)
+    axes = jax.tree.leaves(fmt(text).leaf_axes(WIDE.axes, 1), is_leaf=lambda a: isinstance(a, tuple))
+    leaves, tree = jax.tree.flatten(whole)
+    places = [named_sharding(rules, mesh, a, shape=x.shape) for a, x in zip(axes, leaves, strict=True)]
+    placed = jax.device_put(w, named_sharding(rules, mesh, WIDE.axes))
+    made = jax.jit(encode, out_shardings=jax.tree.unflatten(tree, places))(placed)
+    jax.tree.map(np.testing.assert_array_equal, made, whole)
+    largest = max(jax.tree.leaves(made), key=lambda a: a.nbytes)
+    parts = {axis: mesh.shape[name] for axis, name in over.items()}
+    shard = largest.addressable_shards[0].data.shape
+    assert [n // s for n, s in zip(largest.shape, shard, strict=True)] == [parts.get(a, 1) for a in WIDE.axes]
+    x = activations(WIDE, 6, "float32")
+    y = contract_jit(WIDE.spec, x, made)
+    # partial sums of each shard, then of shards: as many additions
+    assert_contracts(y, WIDE, x, dense_of(whole))
+
+
+# --- beneath an adapter -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", [QUERY, OUTPUT], ids=["query", "output"])
+@each_format
+def test_an_adapter_over_it_has_denses_gradients(name: str, case: Case) -> None:
+    """L = sum(g * (x . (W + s B A))): d/dx = g . (W + s B A), d/dA = s B^T g^T x, d/dB = s g^T x A^T, in float32.
+
+    A number of each is a sum of products over at most two dims after each other, of n and m terms, each partial result
+    rounded: within (n + m + 8) u of the same sum of magnitudes.
+    """
+    rank, scale, rng = 3, 0.5, np.random.default_rng(5)
+    leaf, dense = fmt(name).encode(jnp.asarray(matrix(case)), out=case.out), None
+    outs, ins = case.shape[: case.out], case.shape[case.out :]
+    a, b = (jnp.asarray(rng.normal(size=s), "float32") for s in ((rank, *ins), (*outs, rank)))
+    x = activations(case, 6, "float32")
+    g = jnp.asarray(rng.normal(size=(*x.shape[:2], *outs)), "float32")
+
+    @jax.jit
+    def gradients(leaf: Any, x: jax.Array, a: jax.Array, b: jax.Array) -> Any:
+        def loss(x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+            return (g * contract(case.spec, x, Lora(jax.lax.stop_gradient(leaf), a, b, scale))).sum()
+
+        return jax.grad(loss, (0, 1, 2))(x, a, b)
+
+    dense = dense_of(leaf).reshape(math.prod(outs), -1)
+    O, I = dense.shape  # noqa: E741
+    x_MI, g_MO, a_RI, b_OR = (f64(t).reshape(n, -1) for t, n in ((x, 6), (g, 6), (a, rank), (b, O)))
+    found = [f64(t).reshape(n, -1) for t, n in zip(gradients(leaf, x, a, b), (6, rank, O), strict=True)]
+    exact = [g_MO @ (dense + scale * b_OR @ a_RI), scale * b_OR.T @ g_MO.T @ x_MI, scale * g_MO.T @ x_MI @ a_RI.T]
+    p, q, r, t, w = (abs(m) for m in (x_MI, g_MO, a_RI, b_OR, dense))
+    reach = [q @ (w + scale * t @ r), scale * t.T @ q.T @ p, scale * q.T @ p @ r.T]
+    for what, d, e, m, n in zip("xab", found, exact, reach, (O + rank, O + 6, 6 + I), strict=True):
+        assert (abs(d - e) <= (n + 8) * U * m).all(), what
+
+
+# --- in a model ---------------------------------------------------------------------------------------------------
+
+MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
+TEXTS = [name for name in FORMATS if name != "dense"]
+
+
+def sevens(texts: list[str], *marks: Any) -> list[Any]:
+    groups = [texts[i : i + len(MATRICES)] for i in range(0, len(texts), len(MATRICES))]
+    return [pytest.param(group, id=f"{group[0]}-to-{group[-1]}", marks=marks) for group in groups]
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of three like layers in bfloat16; its numbers have six exponents, which all formats hold."""
+    folder, rng = tmp_path_factory.mktemp("small"), np.random.default_rng(0)
+    raw = {
+        "model_type": "llama", "vocab_size": 64, "hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "dtype": "bfloat16",
+        "tie_word_embeddings": False,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(raw))
+    arch = architecture(raw)
+    tensors = {
+        name: (rng.choice([-1, 1], shape) * rng.uniform(0.02, 0.3, shape)).astype(ml_dtypes.bfloat16)
+        for name, shape in arch.name_table().theirs(arch.params(), arch.num_layers).items()
+    }
+    described = {n: (t.dtype, t.shape) for n, t in tensors.items()}
+    write_file(folder / "model.safetensors", described, lambda n: tensors[n], {"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("texts", [*sevens(TEXTS), *sevens(VARIANTS, pytest.mark.thorough)])
+def test_banks_in_every_home_and_orbax_hold_it(texts: list[str], small: Path, tmp_path: Path) -> None:
+    """A format for each of a layer's matrices, and the first one for the embedding: the same bits in stacks on the device, in
+    host memory and on disk, as in orbax and out of it; and the same logits from programs of one form."""
+    chosen = dict(zip(MATRICES, texts, strict=False))
+    rules = {f"layers.*.{name}": text for name, text in chosen.items()} | {"embedding": texts[0]}
+
+    def load(folder: Path, **given: Any) -> jaxengine.Model:
+        return jaxengine.load(folder, weight_rules=None if folder != small else rules, **given)
+
+    def same(one: jaxengine.Model, other: jaxengine.Model) -> None:
+        a, b = (stored(m.architecture, m.plan, m.params) for m in (one, other))
+        assert a.keys() == b.keys()
+        for name, get in a.items():
+            held, again = get(), b[name]()
+            assert jax.tree.structure(held) == jax.tree.structure(again), name
+            for x, y in zip(jax.tree.leaves(held), jax.tree.leaves(again), strict=True):
+                assert x.dtype == y.dtype, name
+                np.testing.assert_array_equal(bits(x), bits(y), err_msg=name)
+
+    device = load(small, form="scan")
+    specs = device.architecture.specs()
+    for name, text in chosen.items():
+        assert device.plan.format_of(f"layers.1.{name}", specs[f"layers.1.{name}"]) == text
+    assert [part.repeats for part in device.plan.parts(device.architecture)] == [3]  # one bank of three
+    host, disk = load(small, home="host", form="scan"), load(small, home="disk", disk=tmp_path / "layers")
+    same(device, host)
+    same(device, disk)
+    ids = [3, 1, 4, 1, 5, 9, 2, 6]
+    np.testing.assert_array_equal(device.logits(ids), host.logits(ids))
+    assert np.isfinite(np.asarray(disk.logits(ids), np.float32)).all()
+    device.save(tmp_path / "orbax", format="orbax")
+    again = load(tmp_path / "orbax", form="scan")
+    assert again.plan == device.plan
+    same(device, again)
+    np.testing.assert_array_equal(device.logits(ids), again.logits(ids))
+
+
+def bits(array: Any) -> np.ndarray:
+    """The bytes of each number: NaN is itself, and -0.0 is not 0.0."""
+    found = np.asarray(jax.device_get(array))
+    return found.view(f"u{found.dtype.itemsize}")
 
 
 # --- one format's own arithmetic ----------------------------------------------------------------------------------

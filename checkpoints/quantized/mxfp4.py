@@ -1,9 +1,10 @@
-"""MXFP4 (OCP Microscaling Formats v1.0) as gpt-oss has it.
+"""MXFP4 (OCP Microscaling Formats v1.0) as gpt-oss packs a matrix, for models that are dense.
 
-    <matrix>_blocks  uint8 [..., O, I / 32, 16]   two codes a byte, the first in the low bits
-    <matrix>_scales  uint8 [..., O, I / 32]       exponents: 2^(scale - 127)
+    <matrix>_blocks  uint8 [O, I / 32, 16]   two codes a byte, the first in the low bits
+    <matrix>_scales  uint8 [O, I / 32]       exponents: 2^(scale - 127)
 
-<matrix> is the plain tensor's name, with or without '.weight' at its end (experts have none).
+<matrix> is the plain tensor's name, with or without '.weight' at its end. gpt-oss's own tensors hold all of a layer's experts,
+[E, O, I / 32, 16]; no family of ours has experts, and they are refused by name.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from checkpoints.errors import CheckpointError
 from checkpoints.quantized.base import (
     WEIGHT,
     Matrix,
@@ -37,11 +39,15 @@ class Mxfp4:
         self._plain: list[str] = setting(config, "modules_to_not_convert", list, [])
 
     def owner(self, name: str, info: TensorInfo) -> str | None:
-        del info
         for part in ("_blocks", "_scales"):
             if name.endswith(part):
+                if part == "_blocks" and len(info.shape) == 4:
+                    raise CheckpointError(
+                        f"{name} is {list(info.shape)}, the matrices of {info.shape[0]} experts: no family that is read here has"
+                        f" experts. One matrix is [outputs, inputs / {BLOCK}, {BLOCK // 2}]"
+                    )
                 stem = name.removesuffix(part)
-                return stem if stem.endswith(WEIGHT) or ".experts." in stem else stem + WEIGHT
+                return stem if stem.endswith(WEIGHT) else stem + WEIGHT
         return None
 
     def excepted(self, module: str) -> str | None:

@@ -5,6 +5,7 @@ What is used of jax and of our own is imported when the command runs: `--help` s
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 from types import TracebackType
@@ -24,7 +25,7 @@ CONTEXT = 1024  # tokens of a row, where nobody says how many and the model take
 
 WHAT = (
     click.option(
-        "--train", metavar="WHAT", default="lora",
+        "--train", metavar="WHAT", show_default="lora",
         help="What is trained: lora, dora, all parameters, or some layers at a time: lisa, badam, hift.",
     ),
     click.option("--rank", metavar="R", type=click.IntRange(1), show_default="8", help="Rank of LoRA and DoRA."),
@@ -33,6 +34,10 @@ WHAT = (
     click.option(
         "--target", metavar="PATTERN", multiple=True, show_default="*",
         help="Matrices that have one beside them: q, layers.3.*; may be given several times.",
+    ),
+    click.option(
+        "--adapter", metavar="FOLDER", type=click.Path(exists=True, file_okay=False, path_type=Path),
+        help="A PEFT folder, LoRA or DoRA, to start from: its rank, alpha, scale and targets are kept.",
     ),
     click.option(
         "--layers", metavar="M", type=click.IntRange(1), show_default="2, 1, 1",
@@ -97,6 +102,10 @@ LOADING = (
     click.option(
         "--weights", metavar="FORMAT", show_default="the checkpoint's",
         help="Format of frozen weights: int8, int4, nf4, fp8, ...",
+    ),
+    click.option(
+        "--rule", "weight_rules", metavar="PATTERN=FORMAT", multiple=True, show_default="--weights alone",
+        help="Format of some frozen weights, e.g. lm_head=int8 or 'layers.*.down=dense'; several times.",
     ),
     click.option(
         "--dtype", metavar="DTYPE", show_default="the checkpoint's; with --train all float32, but for mezo",
@@ -172,13 +181,18 @@ def finetune(folder: str, data: tuple[Path, ...], out: Path, **given: Any) -> No
 
 def _finetune(folder: str, data: tuple[Path, ...], out: Path, reading: Any, **given: Any) -> None:
     keeping = {o: given.pop(o) for o in ("held_out", "eval_every", "save_every", "keep", "best", "merge", "skip_bad")}
-    merge_into, held_out = keeping["merge"], keeping["held_out"]
+    merge_into, held_out, adapter = keeping["merge"], keeping["held_out"], given["adapter"]
     if (what := given["train"]) in ("all", "lisa", "badam", "hift"):
         for name in ("rank", "alpha", "rs", "target"):
             if given[name]:
                 raise click.UsageError(f"--{name} is of lora and dora: leave it out with --train {what}.")
         if merge_into is not None:
             raise click.UsageError(f"--merge is of lora and dora: with --train {what}, OUT/model is the whole model.")
+        if adapter is not None:
+            raise click.UsageError(
+                f"--adapter starts from lora or dora: leave --train {what} out, or merge the adapter into the model first"
+                f" (jaxengine convert --adapter)."
+            )
     if held_out is None and (keeping["best"] or keeping["eval_every"]):
         raise click.UsageError("--best and --eval-every ask for held-out data: give --eval too.")
     fraction = _fraction(held_out)
@@ -187,12 +201,12 @@ def _finetune(folder: str, data: tuple[Path, ...], out: Path, reading: Any, **gi
 
     import jaxengine
     from jaxengine.finetune.data import Packed, Rows, pack, read
-    from jaxengine.finetune.run import Run, check_out, merge, said
+    from jaxengine.finetune.run import Run, begun, check_out, merge, said
     from jaxengine.loading import tokenizer
     from jaxengine.paths import cache_folder
 
     arch, plan, settings = chosen_plan(folder, given)
-    check_out(out, said(settings, arch, plan))
+    check_out(out, said(settings, arch, plan, None if adapter is None else begun(adapter, arch)))
     words = tokenizer(Path(folder))
     if words is None:
         raise click.UsageError(f"{folder} has no tokenizer: add the tokenizer.json that the model was made with.")
@@ -220,7 +234,7 @@ def _finetune(folder: str, data: tuple[Path, ...], out: Path, reading: Any, **gi
         model = jaxengine.load(folder, plan=plan, progress=bar)
     run = Run(
         model, settings, trained_on, held, out=out, save_every=keeping["save_every"],
-        eval_every=keeping["eval_every"], keep=keeping["keep"],
+        eval_every=keeping["eval_every"], keep=keeping["keep"], adapter=adapter,
     )  # fmt: skip
     with run:
         with Steps(run) as shown:
@@ -268,9 +282,9 @@ def chosen_plan(folder: str, given: dict[str, Any]) -> tuple[Architecture, Plan,
     from jaxengine.architecture import architecture
     from jaxengine.export import one_dtype
     from jaxengine.finetune.planning import variants
-    from jaxengine.finetune.run import Settings, check
-    from jaxengine.machine import available_ram
-    from jaxengine.plan import Plan, parse_bytes, show_bytes
+    from jaxengine.finetune.run import Settings, begun, check
+    from jaxengine.machine import available_ram, pool_limit_bytes
+    from jaxengine.plan import Plan, parse_bytes, show_bytes, with_rules
     from jaxengine.planning import worth_ahead
     from jaxengine.sources import open_source, read_config
     from pallas_kernels.cards import CARDS
@@ -278,7 +292,7 @@ def chosen_plan(folder: str, given: dict[str, Any]) -> tuple[Architecture, Plan,
 
     loading = {n: given[n] for n in ("weights", "dtype", "home", "form", "resident", "attention", "mesh", "sharding")}
     loading["stay"] = given["stay"] or None  # click has () where nothing is said
-    beside = {*loading, "plan", "memory", "ram", "target"}
+    beside = {*loading, "plan", "memory", "ram", "target", "adapter", "weight_rules"}
     chosen = {k: v for k, v in given.items() if v is not None and k not in beside}
     if given["target"]:
         chosen["targets"] = given["target"]
@@ -289,11 +303,16 @@ def chosen_plan(folder: str, given: dict[str, Any]) -> tuple[Architecture, Plan,
         plan = given["plan"] or Plan()
         if plan.remat and memory is None:
             chosen.setdefault("remat", plan.remat)
+        if given["adapter"] is not None:
+            start = begun(given["adapter"], arch)
+            named = {n: x for n, x in chosen.items() if n != "rs" or x}  # a flag that is not given says nothing
+            start.check(named, arch)
+            chosen = {**chosen, **start.settings}
         settings = Settings(**chosen)
         if given["plan"] is None and source.plan is not None:
             plan = Plan(dtype=source.plan.dtype, weights=source.plan.weights, weight_rules=source.plan.weight_rules)
         said = {k: v for k, v in loading.items() if v is not None}
-        plan = dataclasses.replace(plan, **said)
+        plan = with_rules(arch, dataclasses.replace(plan, **said), given["weight_rules"])
         if not plan.dtype:
             own = "float32" if settings.train == "all" and settings.backward else one_dtype(arch, source.dtype, raw)
             plan = dataclasses.replace(plan, dtype=own)
@@ -308,6 +327,8 @@ def chosen_plan(folder: str, given: dict[str, Any]) -> tuple[Architecture, Plan,
     if odd := [n for n in ("home", "form", "resident", "mesh") if n in said]:
         raise click.UsageError(f"--memory chooses the home, on one device: leave --{odd[0]} out, or --memory.")
     budget, room = parse_bytes(memory), available_ram() if given["ram"] is None else parse_bytes(given["ram"], "ram")
+    if jax.devices()[0].platform == "gpu":
+        room = min(room, pool_limit_bytes())
     plan = dataclasses.replace(plan, home="device", form="", resident=0, kept=0, remat=given["remat"] or "")
     check(settings, arch, plan, make_mesh(None))
     rows = {"batch": settings.batch, "context": settings.context}
@@ -340,13 +361,19 @@ def _better_scanned(settings: Settings) -> bool:
     return settings.backward and settings.remat == "full" and alike and jax.default_backend() == "cpu"
 
 
+LINES = 40  # about so many of a run, where standard error is no terminal
+
+
 class Steps:
-    """A line of steps, loss, tokens/s and bytes by tier on standard error, where that is a terminal; held-out losses are
-    printed in any case."""
+    """Steps, loss, tokens/s and bytes by tier on standard error: one line that changes where that is a terminal, elsewhere (a
+    file, a batch system's log) a line at the first and the last step and at every `every`th. Held-out losses are printed in
+    any case."""
 
     def __init__(self, run: Any) -> None:
         self._run = run
         self._bar: Any = None
+        self._first = True
+        self.every = max(1, math.ceil(run.steps / LINES))
 
     def __enter__(self) -> Self:
         if sys.stderr.isatty():
@@ -363,12 +390,15 @@ class Steps:
 
     def __call__(self, record: Record) -> None:
         """A step was made."""
-        if self._bar is not None:
-            from jaxengine.plan import show_bytes
+        from jaxengine.plan import show_bytes
 
-            memory = ", ".join(f"{tier} {show_bytes(n)}" for tier, n in self._run.memory().items() if n)
-            what = f"loss {record.loss:.4f}, {record.tokens_per_second:,.0f} tokens/s, {memory}"
+        memory = ", ".join(f"{tier} {show_bytes(n)}" for tier, n in self._run.memory().items() if n)
+        what = f"loss {record.loss:.4f}, {record.tokens_per_second:,.0f} tokens/s, {memory}"
+        if self._bar is not None:
             self._bar.update(self._task, completed=record.step, description=what)
+        elif self._first or record.step % self.every == 0 or record.step == record.steps:
+            print(f"step {record.step} of {record.steps}: {what}", file=sys.stderr, flush=True)
+        self._first = False
         if record.eval_loss is not None:
             if self._bar is not None:
                 self._bar.stop()

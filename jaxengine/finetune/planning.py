@@ -35,7 +35,7 @@ from jaxengine.plan import (
     Need,
     Plan,
     Variant,
-    abstract_leaf,
+    decoded_bytes,
     layer_bytes,
     show_bytes,
     streamed_bytes,
@@ -43,8 +43,6 @@ from jaxengine.plan import (
     weight_bytes,
     width,
 )  # fmt: skip
-from jaxengine.weights.base import Weight
-from pallas_kernels.quant_matmul.xla import chunk_bytes
 
 GAPS = 0.05  # between buffers of unlike sizes that copies hold for a while, of their bytes
 
@@ -193,12 +191,12 @@ def need(architecture: Architecture, plan: Plan, task: Task, *, batch: int, cont
     back = one.within - (one.dots if remat == "dots" or (remat == "none" and not streamed) else 0)
     written_out = task.train == "lora" and not streamed and all(p.form == "unrolled" for p in plan.parts(architecture))
     back -= entering // parts if (tiled or written_out) and remat == "full" else 0
-    back += _chunk_bytes(architecture, plan, batch * context, dtype.itemsize)
+    back += decoded_bytes(architecture, plan, batch * context, dtype.itemsize)
     # a magnitude's gradient asks for what each matrix gave before it
     back += one.dots if task.train == "dora" and remat in ("full", "offload") else 0
     if task.train == "dora" and remat == "none":  # which is there already, but for one of the two that are multiplied
         kept += (L - streamed) * (one.between - 3 * entering // parts)
-    host = tiers["host"] + (L * entering if remat == "offload" else 0)
+    host_optimizer = 0
     if task.train != "all":
         adapters = adapter_bytes(architecture, task)
         gradients, optimizer, trained = adapters, adapter_states(architecture, task), adapters
@@ -237,7 +235,7 @@ def need(architecture: Architecture, plan: Plan, task: Task, *, batch: int, cont
             if cast:  # of resident layers one is made going forward, and stays
                 activations += tiers["device"] * dtype.itemsize // 4
             optimizer = sum(whole if near else stay for (whole, stay), near in zip(states, here, strict=True))
-            host += sum(outside.values()) + sum(whole for whole, _ in states) - optimizer
+            host_optimizer = sum(outside.values()) + sum(whole for whole, _ in states) - optimizer
         else:
             # until they are used they are in the arithmetic's dtype, but for sums over parts and stacks
             narrow = dtype.itemsize if task.accumulate == 1 else 4
@@ -245,7 +243,8 @@ def need(architecture: Architecture, plan: Plan, task: Task, *, batch: int, cont
             streaming, gradients = 0, stacked + (outer + tiers["device"] - stacked) * narrow // 4
             activations = max(back, loss, max(_changing(architecture, plan, task.optimizer)) - kept)
     return Need(
-        outer=outer, resident=tiers["device"], streaming=streaming, cache=0, activations=activations, host=host,
+        outer=outer, resident=tiers["device"], streaming=streaming, cache=0, activations=activations,
+        host_weights=tiers["host"], host_optimizer=host_optimizer, host_kept=L * entering if remat == "offload" else 0,
         disk=tiers["disk"], trained=trained, gradients=gradients, optimizer=optimizer, kept=kept,
     )  # fmt: skip
 
@@ -297,7 +296,7 @@ def _need_of_losses(architecture: Architecture, plan: Plan, task: Task, *, batch
         ]
     return Need(
         outer=weight_bytes(architecture, plan)["outer"], resident=tiers["device"], streaming=streaming, cache=0,
-        activations=max(*moments, of_head + logits + 2 * both - streaming), host=tiers["host"],
+        activations=max(*moments, of_head + logits + 2 * both - streaming), host_weights=tiers["host"],
         disk=tiers["disk"], trained=adapters,
     )  # fmt: skip
 
@@ -358,14 +357,15 @@ def _need_in(
         "update": gradients + max(changing, default=0),
     }
     outside, states = outer_states(architecture, task.optimizer), layer_states(architecture, plan, task.optimizer)
-    optimizer, host = M * max(w for w, _ in states) + sum(outside[n] for n in turn.outer), tiers["host"] + offload
+    optimizer, waiting = M * max(w for w, _ in states) + sum(outside[n] for n in turn.outer), 0
     if kind.KEPT:  # moments, and float32 values where those that the model runs with are narrower
         every = sum(elements.values()) + sum(each) // stored
-        host += sum(outside.values()) + sum(w for w, _ in states) + (4 * every if stored < 4 else 0)
+        waiting = sum(outside.values()) + sum(w for w, _ in states) + (4 * every if stored < 4 else 0)
     standing = min(gradients, max(moments.values()))
     return Need(
         outer=outer, resident=tiers["device"], streaming=0, cache=0, activations=max(moments.values()) - standing,
-        host=host, disk=tiers["disk"], trained=trained_now, gradients=standing, optimizer=optimizer, kept=0,
+        host_weights=tiers["host"], host_optimizer=waiting, host_kept=offload, disk=tiers["disk"], trained=trained_now,
+        gradients=standing, optimizer=optimizer, kept=0,
     )  # fmt: skip
 
 
@@ -472,19 +472,6 @@ def layer_activations(architecture: Architecture, rows: int, itemsize: int, tile
             parts[3] = parts[0]
         found.append(tuple(parts))
     return OneLayer(*max(found))
-
-
-@functools.cache
-def _chunk_bytes(architecture: Architecture, plan: Plan, rows: int, itemsize: int) -> int:
-    """The most that products make at a time of one of the layers' matrices that are held in a format."""
-    found = [0]
-    for name, spec in architecture.specs().items():
-        if spec.out is not None and name.startswith("layers."):
-            leaf = abstract_leaf(plan.format_of(name, spec), spec.shape, spec.out, plan.dtype)
-            if isinstance(leaf, Weight):
-                N, K = math.prod(spec.shape[: spec.out]), math.prod(spec.shape[spec.out :])
-                found.append(chunk_bytes(N, K, rows, itemsize))
-    return max(found)
 
 
 def loss_pieces(architecture: Architecture, task: Task, batch: int, context: int) -> int:

@@ -44,7 +44,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.tree_util import keystr, tree_flatten_with_path
 
-from checkpoints.output import output_file, output_folder
+from checkpoints.output import in_the_making, output_file, output_folder
 from checkpoints.peft import Adapter, AdapterConfig, read_adapter, uniform, write_adapter
 from jaxengine import export, placement
 from jaxengine.architecture import Architecture
@@ -334,8 +334,8 @@ def _check_joined(architecture: Architecture, patterns: tuple[str, ...]) -> None
 # What a folder says of its run
 
 
-def said(settings: Settings, architecture: Architecture, plan: Plan) -> dict[str, Any]:
-    """What settings.json holds: what decides the losses, in plain numbers and text."""
+def said(settings: Settings, architecture: Architecture, plan: Plan, begun: Begun | None = None) -> dict[str, Any]:
+    """What settings.json holds: what decides the losses, in plain numbers and text. begun: the adapter that it starts from."""
     deciding = (
         "dtype", "weights", "weight_rules", "home", "form", "resident", "stay", "attention", "sharding", "rules", "mesh",
     )  # fmt: skip
@@ -343,7 +343,7 @@ def said(settings: Settings, architecture: Architecture, plan: Plan) -> dict[str
     made = {
         **dataclasses.asdict(settings),
         "plan": {n: getattr(plan, n) for n in deciding} | {"form": plan.resolved_form},
-        "model": {"config": config},
+        "model": {"config": config} | ({} if begun is None else {"adapter": begun.digest}),
         "jax": {"version": jax.__version__, "device": jax.devices()[0].device_kind},
     }
     return json.loads(json.dumps(made))
@@ -356,7 +356,8 @@ def check_out(out: str | os.PathLike[str], wanted: Mapping[str, Any]) -> None:
         return
     path = out / SETTINGS
     if not path.is_file():
-        if not out.is_dir() or any(out.iterdir()):
+        # a process that ended while it first wrote the settings leaves what it wrote them in
+        if not out.is_dir() or not all(in_the_making(entry, path) for entry in out.iterdir()):
             raise ValueError(f"{out} holds something and no {SETTINGS}: it is no run's folder. Give a new one")
         return
     try:
@@ -402,12 +403,87 @@ def _flat(tree: Mapping[str, Any], lead: str = "") -> dict[str, Any]:
     return found
 
 
+def _weights_of(params: Any) -> list[Any]:
+    """Each array or Weight."""
+    return jax.tree.leaves(params, is_leaf=lambda w: isinstance(w, Weight))
+
+
 def _weights_digest(params: Any) -> str:
     """Sixteen hex digits of the first rows of what stands outside the layers: another model's differ."""
     made = hashlib.sha256()
     for leaf in jax.tree.leaves(params["outer"]):
         made.update(np.asarray(jax.device_get(leaf[:64] if leaf.ndim else leaf)).tobytes())
     return made.hexdigest()[:16]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# An adapter to start from
+
+
+@dataclasses.dataclass(frozen=True)
+class Begun:
+    """What a run starts from in the place of a fresh A and B: a PEFT folder's adapters, all of one rank and scale, and what
+    settings say of them (train, rank, alpha, rs, targets)."""
+
+    folder: Path
+    adapters: Mapping[str, Adapter]
+    settings: Mapping[str, Any]
+
+    @property
+    def digest(self) -> str:
+        """Sixteen hex digits of the numbers."""
+        made = hashlib.sha256()
+        for name, one in sorted(self.adapters.items()):
+            arrays = (one.a, one.b) if one.magnitude is None else (one.a, one.b, one.magnitude)
+            made.update(name.encode() + b"".join(np.asarray(x, np.float32).tobytes() for x in arrays))
+        return made.hexdigest()[:16]
+
+    def check(self, given: Mapping[str, Any], architecture: Architecture) -> None:
+        """Refuse settings of which the folder says something else."""
+        for name in (n for n in self.settings if n in given):
+            was, now = self.settings[name], given[name]
+            same = was == now
+            if name == "targets":
+                same = same or set(targets(architecture, was)) == set(targets(architecture, now))
+            if not same:
+                raise ValueError(
+                    f"{name} is {now!r}, and that of the adapter in {self.folder} is {was!r}, which a run that starts from it"
+                    f" keeps: say {name}={was!r}, or start without an adapter"
+                )
+
+    def fill(self, name: str, leaf: Mapping[str, Any]) -> dict[str, Any]:
+        """One matrix's trained arrays, with the folder's in the place of fresh ones."""
+        return {**leaf, **_arrays(self.adapters.get(name))}
+
+
+def begun(folder: str | os.PathLike[str], architecture: Architecture) -> Begun:
+    """A PEFT folder as a run starts from it: `Settings(**begun(...).settings)`.
+
+    Raises CheckpointError for a folder that does not fit the model, ValueError for an adapter that no run trains.
+    """
+    adapters, config = uniform(
+        *read_adapter(folder, architecture.name_table(), architecture.params(), architecture.num_layers)
+    )
+    if outside := next((n for n in adapters if not n.startswith("layers.")), None):
+        raise ValueError(
+            f"adapter: {os.fspath(folder)} has one beside {outside}, and a run trains beside matrices inside layers alone: merge"
+            f" it into the model (`jaxengine convert FOLDER NEW --to hf --adapter {os.fspath(folder)}`) and train that"
+        )
+    found: list[str] = []
+    for short in dict.fromkeys(n.split(".", 2)[2] for n in adapters):
+        full = targets(architecture, (short,))
+        found += [short] if adapters.keys() >= set(full) else [n for n in full if n in adapters]
+    settings = {
+        "train": "dora" if config.dora else "lora", "rank": config.rank, "alpha": config.alpha, "rs": config.rslora,
+        "targets": tuple(found),
+    }  # fmt: skip
+    return Begun(Path(folder), adapters, settings)
+
+
+def _arrays(one: Adapter | None) -> dict[str, np.ndarray]:
+    """An adapter's arrays by the names that they are trained under, float32; none of none."""
+    found = {} if one is None else {"a": one.a, "b": one.b, "magnitude": one.magnitude}
+    return {n: np.asarray(x, np.float32) for n, x in found.items() if x is not None}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -471,7 +547,8 @@ class Run:
 
     rows, held_out: packed with the settings' context. out: the folder (None: nothing is written); save_every, eval_every:
     steps between checkpoints and held-out losses (eval_every None: as save_every; both are always made at the end); keep:
-    checkpoints that stay, the best one apart.
+    checkpoints that stay, the best one apart. adapter: a PEFT folder of LoRA or DoRA to start from; what the settings say of
+    rank, alpha, rs and targets is the folder's own (`begun`).
 
     With 'lora' and 'dora' the model stays as it is, and `tuned()` is the model with what is trained beside it. With the
     others the model's own arrays are trained: it holds the trained parameters at every time (of 'mezo', but for the last
@@ -492,6 +569,7 @@ class Run:
         save_every: int = 100,
         eval_every: int | None = None,
         keep: int = 2,
+        adapter: str | os.PathLike[str] | None = None,
     ):
         eval_every = save_every if eval_every is None else eval_every
         for name, given in (("save_every", save_every), ("eval_every", eval_every), ("keep", keep)):
@@ -502,6 +580,15 @@ class Run:
                 raise ValueError(
                     f"{name} are packed for {packed.context} tokens, and the context is {settings.context}"
                 )
+        if any(isinstance(w, Weight) and w.beneath is not None for w in _weights_of(model.params)):
+            raise ValueError(
+                "the model has an adapter beside its matrices, and what a run trains would stand beside it and be written"
+                " without it: load the model without adapter= and say Run(..., adapter=FOLDER) to start from it, or merge it"
+                " first (jaxengine.finetune.run.merge) and load what that wrote"
+            )
+        self._begun = None if adapter is None else begun(adapter, model.architecture)
+        if self._begun is not None:
+            self._begun.check({n: getattr(settings, n) for n in self._begun.settings}, model.architecture)
         check(settings, model.architecture, model.plan, model.mesh)
         if settings.train not in ADAPTERS and out is not None and not model.origin.config:
             raise ValueError(
@@ -530,7 +617,7 @@ class Run:
         """The state at the beginning, or where the folder's run stands."""
         model, settings = self.model, self.settings
         if self.out is not None:
-            wanted = said(self.settings, model.architecture, model.plan)
+            wanted = said(self.settings, model.architecture, model.plan, self._begun)
             if not self._every:
                 wanted["model"]["weights"] = _weights_digest(model.params)
             check_out(self.out, wanted)
@@ -590,6 +677,8 @@ class Run:
         model, settings, wanted = self.model, self.settings, self._abstract
         key = jax.random.key(settings.seed)
         made = trained(settings.train).make(settings.options, model.architecture, model.plan, model.params, key)
+        if self._begun is not None:
+            made = _filled_in(model, made, self._begun)
         if self._layered:
             return layered.initial(self.tuning, self._banks, made)
         if settings.train in SAMPLED:
@@ -935,25 +1024,26 @@ def with_adapter(model: Model, folder: str | os.PathLike[str]) -> Model:
     names = tuple(dict.fromkeys(n.split(".", 2)[2] for n in adapters if n.startswith("layers.")))
     options = kind.Options(config.rank, config.alpha, config.rslora, names or ("*",))
 
-    def given(name: str) -> dict[str, np.ndarray]:
-        one = adapters.get(name)
-        found = {} if one is None else {"a": one.a, "b": one.b, "magnitude": one.magnitude}
-        return {n: np.asarray(x, np.float32) for n, x in found.items() if x is not None}
-
-    params = model.params
+    params, held = model.params, Begun(Path(folder), adapters, {})
     if names:
-        made = kind.make(options, arch, plan, params, jax.random.key(0))
-        held = base.layers(parts, made["banks"])
-        banks = base.lay(parts, lambda i: {n: leaf | given(f"layers.{i}.{n}") for n, leaf in held[i].items()})
-        tree = {"outer": {}, "banks": banks}
+        tree = _filled_in(model, kind.make(options, arch, plan, params, jax.random.key(0)), held)
         tree = jax.device_put(tree, _adapter_places("dora" if config.dora else "lora", arch, plan, mesh, tree))
         params = kind.combine(options, params, tree)
     for name in adapters:
         if not name.startswith("layers."):
             params = params | {
-                "outer": params["outer"] | {name: _beside(kind, options, params["outer"][name], given(name))}
+                "outer": params["outer"]
+                | {name: _beside(kind, options, params["outer"][name], _arrays(adapters[name]))}
             }
     return Model(arch, plan, mesh, params, model.origin, model.tokenizer, model.budget)
+
+
+def _filled_in(model: Model, made: Any, held: Begun) -> Any:
+    """A trained tree with what an adapter holds in the place of what it began with."""
+    parts = model.plan.parts(model.architecture)
+    fresh = base.layers(parts, made["banks"])
+    banks = base.lay(parts, lambda i: {n: held.fill(f"layers.{i}.{n}", leaf) for n, leaf in fresh[i].items()})
+    return {"outer": {}, "banks": banks}
 
 
 def _beside(kind: Any, options: Any, w: Any, given: dict[str, np.ndarray]) -> Any:
@@ -964,6 +1054,25 @@ def _beside(kind: Any, options: Any, w: Any, given: dict[str, np.ndarray]) -> An
     dense = w.dense() if isinstance(w, Weight) else w.astype(np.float32)
     square = jax.numpy.square(dense).sum(tuple(range(leaf["magnitude"].ndim, dense.ndim)))
     return kind.Dora(w, **leaf, square=square, scale=options.scale)
+
+
+def adapted(
+    architecture: Architecture, read: Callable[[str], Any], folder: str | os.PathLike[str]
+) -> Callable[[str], Any]:
+    """`read`, with a PEFT folder's LoRA or DoRA beside each matrix that it has one for.
+
+    Raises CheckpointError for a folder that does not fit the model.
+    """
+    table, params = architecture.name_table(), architecture.params()
+    adapters, config = uniform(*read_adapter(folder, table, params, architecture.num_layers))
+    kind = trained("dora" if config.dora else "lora")
+    options = kind.Options(config.rank, config.alpha, config.rslora)
+
+    def one(name: str) -> Any:
+        w = read(name)
+        return _beside(kind, options, w, _arrays(adapters[name])) if name in adapters else w
+
+    return one
 
 
 def merge(model: Model, folder: str | os.PathLike[str], *, overwrite: bool = False) -> None:

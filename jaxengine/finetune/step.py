@@ -86,8 +86,8 @@ class Tuning:
         return jax.tree_util.tree_map_with_path(of, tree)
 
     def _matrices(self, tree: Any) -> Any:
-        """How each leaf is a matrix inside a layer, or one that stands beside it (a [r, in...], b [out..., r]); None: is none.
-        What is outside the layers, embedding and head, counts as none."""
+        """How each leaf is a matrix or vector inside a layer, or one that stands beside it (a [r, in...], b [out..., r], DoRA's
+        numbers [out...]); None of what is outside the layers, embedding and head too."""
         specs = {
             n.rpartition(".")[2]: s for n, s in self.engine.architecture.specs().items() if n.startswith("layers.")
         }
@@ -95,11 +95,12 @@ class Tuning:
         def of(path: Any, leaf: Any) -> Matrix | None:
             names = [k.key for k in path if isinstance(k, jax.tree_util.DictKey)]
             spec = next((specs[n] for n in names if n in specs), None)
-            if spec is None or spec.out is None or "outer" in names:
+            if spec is None or "outer" in names:
                 return None
-            dims, outs = len(spec.shape), spec.out
-            own = {"a": (1 + dims - outs, 1), "b": (outs + 1, outs)}.get(names[-1], (dims, outs))
-            return Matrix(leaf.ndim - own[0], own[1]) if names[-1] in ("a", "b") or names[-1] in specs else None
+            dims, outs = len(spec.shape), spec.out or 0
+            beside = {"a": (1 + dims - outs, 1), "b": (outs + 1, outs), "magnitude": (outs, 0), "square": (outs, 0)}
+            own = beside.get(names[-1], (dims, outs))
+            return Matrix(leaf.ndim - own[0], own[1])
 
         return jax.tree_util.tree_map_with_path(of, tree)
 

@@ -41,6 +41,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int32, UInt8, UInt16
 
+from jaxengine.weights import _rows
 from jaxengine.weights._codebook import LEAST_GROUP, InShape, group_of
 from jaxengine.weights.base import Integers, Weight, split_spec
 from pallas_kernels.quant_matmul import quant_matmul
@@ -266,16 +267,23 @@ def encode(
 ) -> Grouped:
     """Round w [out..., in...] to the nearest codes. grid: the zeros that there are lie so far apart; None is symmetric.
     act_order: columns sorted by their largest magnitude, descending, before they are grouped."""
-    flat = w.reshape(*w.shape[:out], -1).astype(jnp.float32)
-    inputs, perm = flat.shape[-1], None
-    if act_order:
-        largest = jnp.abs(flat).max(axis=tuple(range(out)))
-        perm = jnp.argsort(largest, descending=True, stable=True).astype(jnp.int32)
-        flat = jnp.take(flat, perm, axis=-1, mode="clip")
-    groups = padded(flat, G := group_of(inputs, group_size)).reshape(*w.shape[:out], -1, G)
-    codes, step, zero = _nearest(groups, bits=bits, scale=scale, grid=grid)
-    codes = codes.reshape(*w.shape[:out], -1)[..., :inputs]
-    return packed(bits, codes, step, zero, in_shape=w.shape[out:], perm=perm)
+    flat = w.reshape(*w.shape[:out], -1)
+    inputs, in_shape = flat.shape[-1], InShape(w.shape[out:])
+    G = group_of(inputs, group_size)
+
+    def rounded(flat: Array) -> Grouped:
+        groups = padded(flat.astype(jnp.float32), G).reshape(*flat.shape[:-1], -1, G)
+        codes, step, zero = _nearest(groups, bits=bits, scale=scale, grid=grid)
+        codes = codes.reshape(*flat.shape[:-1], -1)[..., :inputs]
+        return packed(bits, codes, step, zero, in_shape=in_shape)
+
+    if not act_order:
+        return rounded(flat)
+    largest = jnp.abs(flat.astype(jnp.float32)).max(axis=tuple(range(out)))
+    perm = jnp.argsort(largest, descending=True, stable=True).astype(jnp.int32)
+    # in blocks, or two matrices in another order would stand beside this one
+    made = _rows.in_blocks(lambda rows: rounded(jnp.take(rows, perm, axis=-1, mode="clip")), flat, out)
+    return dataclasses.replace(made, perm=perm)
 
 
 @functools.partial(jax.jit, static_argnames=("bits", "scale", "grid"))

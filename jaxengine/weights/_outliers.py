@@ -4,7 +4,7 @@
 
 LLM.int8() (arXiv:2208.07339) does this with the columns of activations that are large at the time, at most 7 of thousands,
 in 16 bits. Here activations are never quantised, and what spoils a scale is a large weight: one column a hundred times the
-others takes all their codes but a few. `split` therefore chooses columns by their largest magnitude in the matrix, once,
+others takes all their codes but a few. `encode` therefore chooses columns by their largest magnitude in the matrix, once,
 when it is encoded, and their number is fixed, so that bytes are known before a weight is read. In the quantised part they
 are zero, which every format holds exactly; their codes stay where they are, so that a split of the inputs over devices is
 what it is without them.
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -26,6 +27,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
+from jaxengine.weights import _rows
 from jaxengine.weights.base import Weight, einsum, split_spec
 
 SHARE = 8  # at most one column in so many is kept
@@ -61,7 +63,15 @@ class Outliers(Weight):
         lead = x.shape[: len(batch)]
         x_MN = jnp.take(x.reshape(math.prod(lead), -1), self.index, axis=-1, mode="clip")
         flat = self.columns.reshape(-1, self.columns.shape[-1])
-        kept = einsum("mn,on->mo", x_MN, flat.astype(x.dtype), jnp.float32)
+
+        def product(x: Array, w: Array) -> Array:
+            return einsum("mn,on->mo", x, w, jnp.float32)
+
+        def widened(x: Array, w: Array) -> Array:
+            return product(x.astype(jnp.float32), w.astype(jnp.float32))
+
+        # XLA:CPU cannot run a dot of 16 bits with a float32 sum into which it has taken a slice of a stack
+        kept = lax.platform_dependent(x_MN, flat.astype(x.dtype), cpu=widened, default=product)
         kept = kept.reshape(*lead, *self.columns.shape[: len(outs)])
         return (self.rest.contract(spec, x).astype(jnp.float32) + kept).astype(x.dtype)
 
@@ -78,16 +88,18 @@ def _filled(flat: Array, columns: Array, index: Array) -> Array:
     return flat.at[..., index].set(columns, mode="drop", unique_indices=True)
 
 
-def split(w: Array, out: int, count: int) -> tuple[Array, Array, Array]:
-    """(w with zeros in the columns of the largest magnitude, these columns, their index in order); `count` of them, or an
-    eighth of the columns where there are fewer than 8 `count`."""
+def encode(w: Array, out: int, count: int, encoded: Callable[[Array], Any]) -> Outliers:
+    """w with `count` columns as they are, those of the largest magnitude, or an eighth of the columns where there are fewer than
+    8 `count`; encoded: makes the others' Weight of some rows [O, in...]."""
     flat = w.reshape(*w.shape[:out], -1)
     count = min(count, -(-flat.shape[-1] // SHARE))
     largest = jnp.abs(flat.astype(jnp.float32)).max(axis=tuple(range(out)))
     index = jnp.sort(lax.top_k(largest, count)[1]).astype(jnp.int32)
     columns = jnp.take(flat, index, axis=-1, mode="clip")
-    rest = flat.at[..., index].set(0, mode="drop", unique_indices=True)
-    return rest.reshape(w.shape), columns, index
+    there = jnp.zeros(flat.shape[-1], bool).at[index].set(True, mode="drop", unique_indices=True)
+    there = there.reshape(1, *w.shape[out:])
+    rest = _rows.in_blocks(lambda rows: encoded(jnp.where(there, jnp.zeros((), w.dtype), rows)), w, out)
+    return Outliers(rest, columns, index)
 
 
 def leaf_axes(rest: Any, axes: tuple[str | None, ...], out: int) -> Outliers:

@@ -36,6 +36,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import CustomVJPPrimal
 from jaxtyping import Array, Float
 
+from pallas_kernels.dispatch import below_ampere
+
 CONTRACTED = "contracted"  # the name of every contraction's result, for what is kept for a way back (walk.REMAT)
 THIN = 256  # rows or columns of the widest adapters
 FEW_ROWS = 128  # above it the plain form is the faster one on CPU (207 against 147 GFLOP/s at 1,024 rows)
@@ -83,6 +85,11 @@ class Weight(abc.ABC):
     def made_bytes(self) -> int:
         """Bytes of arrays that each product makes anew on a device beside what is stored, the rows and their result."""
         return 0
+
+    @property
+    def beneath(self) -> Any:
+        """The matrix that something trained stands beside, where this is both in one; None: it is a matrix alone."""
+        return None
 
     def integers(self) -> Integers | None:
         """The matrix as integers with a scale a row or a group, numpy where the arrays are; None: it is not that."""
@@ -176,13 +183,14 @@ def einsum(spec: str, x: Array, w: Array, dtype: Any = None) -> Array:
         return lax.optimization_barrier(w_oi @ x_ib).T.astype(dtype)
 
     def reduced(x_bi: Array, w_oi: Array) -> Array:
-        # one row in 16 bits: XLA:CPU's dot converts the whole matrix first (1.4 GB/s); a fused multiply-add reads it once
+        # one row in 16 bits: XLA's dot converts the whole matrix first, on a CPU (1.4 GB/s) and on GPUs below sm_80; a fused
+        # multiply-add reads it once
         return (w_oi.astype(jnp.float32) * x_bi.astype(jnp.float32)).sum(-1)[None].astype(dtype)
 
     if x.dtype == jnp.float32 and 1 < rows <= FEW_ROWS:
         y_bo = lax.platform_dependent(x_bi, w_oi, cpu=columns, default=plain)
     elif x.dtype.itemsize == 2 and rows == 1:
-        y_bo = lax.platform_dependent(x_bi, w_oi, cpu=reduced, default=plain)
+        y_bo = lax.platform_dependent(x_bi, w_oi, cpu=reduced, default=reduced if below_ampere() else plain)
     else:
         y_bo = plain(x_bi, w_oi)
     return y_bo.reshape(wanted)

@@ -78,8 +78,7 @@ def encode(
     """Quantise w [out..., in...] to int8 with one scale for each of its leading `out` dims' channels, or of their groups;
     `outliers` columns stay as they are."""
     if outliers:
-        rest, columns, index = _outliers.split(w, out, outliers)
-        return _outliers.Outliers(encode(rest, out=out, group_size=group_size), columns, index)
+        return _outliers.encode(w, out, outliers, lambda rows: encode(rows, out=1, group_size=group_size))
     if group_size:
         return _grouped.encode(w, out=out, bits=8, group_size=group_size, scale="float32")
     wide = w.astype(jnp.float32)

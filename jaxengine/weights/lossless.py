@@ -10,6 +10,9 @@ read (`eval_shape`), rows are split over devices and looked up one by one, and d
 outside their row's window, the escapes, are listed beside it: position and exponent, in room that is as large for every
 row. 12.1 bits a weight: 0.756 of bfloat16.
 
+Zeros lie 100 exponents below the others, and pruned or padded matrices are full of them. A row in which more numbers find
+their place so has index 0 for the exponent 0, of zeros and subnormal numbers, and a window that is one narrower.
+
 What a row may hold. Of normal numbers, 1 in 14,000 lies below 16 exponents; of numbers with much heavier tails (Student's t
 with 2 degrees of freedom) 1 in 1,100. The room is 4 for each 1,024 inputs, at least 4. A row that has more is told by its
 `count`; `check` refuses the matrix, and names the `escapes` that would do. bits=3 is a window of 8: normal numbers need 14 to
@@ -40,7 +43,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, UInt8, UInt16
 
-from jaxengine.weights import _codebook, _grouped
+from jaxengine.weights import _codebook, _grouped, _rows
 from jaxengine.weights.base import Weight, einsum, split_spec
 
 OPTIONS = {"bits": (4, 3), "escapes": (0, 1, 2, 4, 8, 16, 24, 32, 40, 64)}
@@ -49,20 +52,22 @@ ROOM = {4: 4, 3: 32}  # escapes in 1,024 inputs, where nobody says how many
 LEAST_ROOM = 4  # of a row
 GROUP = 128  # inputs whose indices stand in neighbouring words
 LIMIT = 2**21  # numbers that are decoded at a time
+ZERO = 256  # beside a base
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Lossless(Weight):
-    """rest: sign and mantissa, uint8 [out..., in...]. index: exponents over their row's base, uint16 [out..., words], of 3 bits
-    the lower two; high: the third, uint16 [out..., Ip / 16], else None. base: uint8 [out...]. place, exponent: of escapes,
-    [out..., C], unsigned and uint8; places that are not used lie beyond the row. count: the escapes that a row has, unsigned
-    [out...]; above C it has lost some."""
+    """rest: sign and mantissa, uint8 [out..., in...]. index: exponents over their row's base, uint16 [out..., words], of 3
+    bits the lower two; high: the third, uint16 [out..., Ip / 16], else None. base: uint16 [out...], and ZERO more in a row
+    whose index 0 is the exponent 0 instead. place, exponent: of escapes, [out..., C], unsigned and uint8; places that are
+    not used lie beyond the row. count: the escapes that a row has, unsigned [out...]; above C it has lost some.
+    """
 
     rest: UInt8[Array, "..."]
     index: UInt16[Array, "..."]
     high: UInt16[Array, "..."] | None
-    base: UInt8[Array, "..."]
+    base: UInt16[Array, "..."]
     place: Array
     exponent: UInt8[Array, "..."]
     count: Array
@@ -111,7 +116,8 @@ def _decoded(flat: Lossless) -> UInt16[Array, "O I"]:
     index = _grouped.unpack_plane(flat.index, 4 if flat.high is None else 2, G)[:, :I]
     if flat.high is not None:
         index |= _grouped.unpack_plane(flat.high, 1, G)[:, :I] << 2
-    exponent = index + flat.base
+    exponent = index + (flat.base & 0xFF).astype(jnp.uint8)
+    exponent = jnp.where((index == 0) & (flat.base >= ZERO), jnp.uint8(0), exponent)
     places = flat.place.astype(jnp.int32)
     exponent = exponent.at[jnp.arange(rows)[:, None], places].set(flat.exponent, mode="drop", unique_indices=True)
     rest = flat.rest.astype(jnp.uint16)
@@ -119,10 +125,7 @@ def _decoded(flat: Lossless) -> UInt16[Array, "O I"]:
 
 
 def _contracted(flat: Lossless, x: Array) -> Array:
-    """The matrix times the rows of x [M, I]: [O, M] in x's dtype, a block of outputs at a time.
-
-    Blocks are outputs that lie `blocks` apart: whichever way the outputs are split over devices, all have their part of each.
-    """
+    """The matrix times the rows of x [M, I]: [O, M] in x's dtype, a block of outputs at a time."""
     O, I = flat.rest.shape  # noqa: E741
     dtype, wide = x.dtype, x.astype(jnp.float32)  # the gradients of blocks are summed in float32
 
@@ -135,7 +138,7 @@ def _contracted(flat: Lossless, x: Array) -> Array:
     def block(main: Lossless, wide: Array, i: Array) -> Array:
         return product(jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, i, 1, keepdims=False), main), wide)
 
-    blocks, each = _blocks(O, I)
+    blocks, each = _rows.blocks_of(O, I, LIMIT)
     if blocks == 1:
         return jax.checkpoint(product)(flat, wide)
     main = jax.tree.map(lambda a: a[: each * blocks].reshape(each, blocks, -1), flat)
@@ -169,27 +172,10 @@ def room(inputs: int, bits: int, escapes: int) -> int:
 def encode(w: Array, *, out: int, bits: int = 4, escapes: int = 0) -> Lossless:
     """w [out..., in...] as bfloat16, losslessly. bits: of an exponent's index; escapes: room for so many in 1,024 inputs (0:
     4, or 32 of 3 bits). `check` tells whether that was enough."""
-    lead = w.shape[:out]
-    wide = w.reshape(math.prod(lead), -1)
-    rows = functools.partial(_encoded, bits=bits, C=room(wide.shape[1], bits, escapes))
-    # a block of rows after another, for what is made on the way is eight times the bytes of what is kept; blocks as in
-    # `_contracted`
-    blocks, each = _blocks(*wide.shape)
-    main = wide[: each * blocks].reshape(each, blocks, -1)
-    made = lax.map(lambda i: rows(lax.dynamic_index_in_dim(main, i, 1, keepdims=False)), jnp.arange(blocks))
-    flat = jax.tree.map(lambda a: a.swapaxes(0, 1).reshape(each * blocks, *a.shape[2:]), made)
-    if each * blocks < len(wide):
-        flat = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), flat, rows(wide[each * blocks :]))
-    made = jax.tree.map(lambda a: a.reshape(*lead, *a.shape[1:]), flat)
+    flat = w.reshape(*w.shape[:out], -1)
+    rows = functools.partial(_encoded, bits=bits, C=room(flat.shape[-1], bits, escapes))
+    made = _rows.in_blocks(rows, flat, out)  # what is made on the way is eight times the bytes of what is kept
     return dataclasses.replace(made, rest=made.rest.reshape(w.shape))
-
-
-def _blocks(O: int, I: int) -> tuple[int, int]:  # noqa: E741
-    """(blocks, rows of each) of at most LIMIT numbers; a power of two."""
-    blocks = 1
-    while blocks * LIMIT < O * I and 2 * blocks <= O:
-        blocks *= 2
-    return blocks, O // blocks
 
 
 def _encoded(w: Array, *, bits: int, C: int) -> Lossless:
@@ -201,8 +187,12 @@ def _encoded(w: Array, *, bits: int, C: int) -> Lossless:
 
     counts = jnp.zeros((O, 256), jnp.int32).at[jnp.arange(O)[:, None], exponent].add(1)
     upto = jnp.pad(jnp.cumsum(counts, axis=1), ((0, 0), (1, 0)))
-    base = jnp.argmax(upto[:, window:] - upto[:, :-window], axis=1).astype(jnp.int32)
+    held = upto[:, window:] - upto[:, :-window]
+    beside = upto[:, window:] - upto[:, 1 : 1 - window] + counts[:, :1]  # the zeros, and the window without its first
+    zero = (beside.max(axis=1) > held.max(axis=1))[:, None]
+    base = jnp.argmax(jnp.where(zero, beside, held), axis=1).astype(jnp.int32)
     index = exponent - base[:, None]
+    index = jnp.where(zero, jnp.where(exponent == 0, 0, jnp.where(index == 0, -1, index)), index)
     escaped = (index < 0) | (index >= window)
     index = jnp.where(escaped, 0, index).astype(jnp.uint8)
 
@@ -220,7 +210,7 @@ def _encoded(w: Array, *, bits: int, C: int) -> Lossless:
         rest=rest,
         index=planes[0],
         high=planes[1] if bits == 3 else None,
-        base=base.astype(jnp.uint8),
+        base=(base + jnp.where(zero[:, 0], ZERO, 0)).astype(jnp.uint16),
         place=place.astype(_unsigned(I + C)),
         exponent=kept.astype(jnp.uint8),
         count=escaped.sum(axis=1).astype(_unsigned(I)),

@@ -23,7 +23,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, UInt8, UInt16
 
-from jaxengine.weights import _codebook
+from jaxengine.weights import _codebook, _rows
 from jaxengine.weights._codebook import InShape
 from jaxengine.weights.base import Weight
 from pallas_kernels.quant_matmul.layout import E2M1, e8m0
@@ -73,14 +73,18 @@ class MXFP4(Weight):
 
 def encode(w: Array, *, out: int) -> MXFP4:
     """Quantise w [out..., in...] in groups of 32 of its flattened inputs."""
-    groups = _codebook.grouped(w, out, GROUP)
-    largest = lax.bitcast_convert_type(jnp.abs(groups).max(axis=-1), jnp.uint32)
-    # the exponent is read from the bits: a logarithm is rounded, and off by one just below a power of two
-    exponent = (largest >> 23).astype(jnp.int32) - LARGEST_EXPONENT
-    scale = jnp.maximum(exponent, LEAST).astype(jnp.uint8)
-    codes = _codebook.nearest(jnp.abs(groups), e8m0(scale), THRESHOLDS, TIES_UP)
-    codes += jnp.signbit(groups).astype(jnp.uint8) * jnp.uint8(8)
-    return MXFP4(_codebook.to_words(codes), scale, InShape(w.shape[out:]))
+
+    def rows(w: Array) -> MXFP4:
+        groups = _codebook.grouped(w, 1, GROUP)
+        largest = lax.bitcast_convert_type(jnp.abs(groups).max(axis=-1), jnp.uint32)
+        # the exponent is read from the bits: a logarithm is rounded, and off by one just below a power of two
+        exponent = (largest >> 23).astype(jnp.int32) - LARGEST_EXPONENT
+        scale = jnp.maximum(exponent, LEAST).astype(jnp.uint8)
+        codes = _codebook.nearest(jnp.abs(groups), e8m0(scale), THRESHOLDS, TIES_UP)
+        codes += jnp.signbit(groups).astype(jnp.uint8) * jnp.uint8(8)
+        return MXFP4(_codebook.to_words(codes), scale, InShape(w.shape[1:]))
+
+    return _rows.in_blocks(rows, w, out)
 
 
 def leaf_axes(axes: tuple[str | None, ...], out: int) -> MXFP4:

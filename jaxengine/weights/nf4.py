@@ -31,7 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt16
 
-from jaxengine.weights import _codebook
+from jaxengine.weights import _codebook, _rows
 from jaxengine.weights._codebook import InShape
 from jaxengine.weights.base import Weight
 from pallas_kernels.quant_matmul.layout import NF4 as TABLE
@@ -119,14 +119,18 @@ def _doubled(absmax: Array) -> tuple[Array, Array, Array]:
 
 def encode(w: Array, *, out: int, group_size: int = 64, double: bool = True) -> NF4:
     """Quantise w [out..., in...] in groups of its flattened inputs; double: the scales in 8 bits."""
-    groups = _codebook.grouped(w, out, group_size)
-    absmax, step, least = jnp.maximum(jnp.abs(groups).max(axis=-1), LEAST), None, None
-    scale = absmax
-    if double:
-        absmax, step, least = _doubled(absmax)
-        scale = _whole(absmax, step, least)
-    codes = _codebook.nearest(groups, scale, THRESHOLDS)
-    return NF4(_codebook.to_words(codes), absmax, step, least, InShape(w.shape[out:]))
+
+    def rows(w: Array) -> NF4:
+        groups = _codebook.grouped(w, 1, group_size)
+        absmax, step, least = jnp.maximum(jnp.abs(groups).max(axis=-1), LEAST), None, None
+        scale = absmax
+        if double:
+            absmax, step, least = _doubled(absmax)
+            scale = _whole(absmax, step, least)
+        codes = _codebook.nearest(groups, scale, THRESHOLDS)
+        return NF4(_codebook.to_words(codes), absmax, step, least, InShape(w.shape[1:]))
+
+    return _rows.in_blocks(rows, w, out)
 
 
 def leaf_axes(axes: tuple[str | None, ...], out: int, group_size: int = 64, double: bool = True) -> NF4:

@@ -1,18 +1,17 @@
 """Attention by positions: one call for prefill, decode and training, and which implementation serves it.
 
-`reference.py` is the meaning. It writes out all scores, which is right where they are few: a query or two for each kv head
-over any number of slots, where they take less than the keys do, or rows of up to a MiB; on a CPU it is also the faster one
-there. Everything else is served in linear memory: on a CPU by `xla.py`, in blocks; on a GPU by the first that serves of cuDNN,
-our Triton kernel and `xla.py`, or in the order that was measured on that card (`dispatch.by_measure`). A refusal is logged
-once, with its reason; `implementation` asks for one by name, and then a refusal is the caller's error. By name, or where a
-table has it, only: `mosaic_gpu.py`, our kernel for Hopper, which has not run on a card yet, and `tokamax.py`, the library of
-that name, where it is installed.
+`reference.py` is the meaning. On a GPU the first that serves of cuDNN, our Triton kernel and `xla.py` is taken, or in the order
+that was measured on that card (`dispatch.by_measure`); each needs memory linear in length, however few the queries are, for
+pieces of a long prompt are few queries too. On a CPU `xla.py` serves: in blocks, or, where scores are few, with all of them
+written out, which is the faster: a query or two for each kv head over any number of slots, where they take less than the keys
+do, or rows of up to a MiB. A refusal is logged once, with its reason; `implementation` asks for one by name, and then a
+refusal is the caller's error. By name, or where a table has it, only: `mosaic_gpu.py`, our kernel for Hopper, which has not
+run on a card yet, and `tokamax.py`, the library of that name, where it is installed.
 
-Two cores of a Xeon at 2.5 GHz, jax 0.12, 12 heads of 64, float32, CPU milliseconds, reference against blocks: one query over
+Two cores of a Xeon at 2.5 GHz, jax 0.12, 12 heads of 64, float32, CPU milliseconds, few against blocks: one query over
 2,048 slots 1.8 and 3.0, 8 such rows 12 and 33; with 4 kv heads 8 queries 1.7 and 1.4, 16 queries 3.6 and 2.9, 64 queries over
 8,192 slots 119 and 40; 512 tokens 31 and 20, 2,048 tokens 1220 and 197. In bfloat16 one query over 2,048 slots of 4 kv heads
-0.8 and 0.3 to 0.8, 8 such rows 3.7 and 7.6; of 12 kv heads 2.3 and 1.8, 68 and 26, for there the reference makes a copy in
-float32.
+0.8 and 0.3 to 0.8, 8 such rows 3.7 and 7.6; of 12 kv heads 2.3 and 1.8, 68 and 26, for there few makes a copy in float32.
 
 `sparse_attention` is the same over lists of key blocks, forwards, by our Triton kernel or `xla.py`.
 
@@ -29,7 +28,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import dispatch
 from pallas_kernels.attention import cudnn, reference, xla
 
-__all__ = ["NAMES", "ORDER", "attention", "sparse_attention"]
+__all__ = ["NAMES", "ORDER", "attention", "on_cpu", "sparse_attention"]
 
 ORDER = ("cudnn", "triton", "xla")  # on a GPU
 FEW = 32  # queries of a kv head, T N / K: their scores take no more than half of the bytes of float32 keys of 64
@@ -65,19 +64,21 @@ def attention(
     serve.
     """
     reference.check(q, k, v, q_positions, k_positions, window, softcap, sinks, q_segments, k_segments)
-    (_, T, N, _), (K, S) = q.shape, k.shape[1:3]
-    few = T == 1 or T * N // K <= FEW or 4 * N * T * S <= SMALL
-    order: tuple[str, ...] = ("reference",)
-    if not few:
-        what = "forward and backward" if training else "forward"
-        order = dispatch.by_measure(
-            "attention", ORDER, IMPLEMENTATIONS, what=what, dtype=q.dtype.name, head_dim=q.shape[3], tokens=T
-        )
+    what = "forward and backward" if training else "forward"
+    order = dispatch.by_measure(
+        "attention", ORDER, NAMES, what=what, dtype=q.dtype.name, head_dim=q.shape[3], tokens=q.shape[1]
+    )
     return dispatch.choose(
-        "attention", IMPLEMENTATIONS, order, "reference" if few else "xla", implementation,
+        "attention", IMPLEMENTATIONS, order, on_cpu(q, k), implementation,
         (q, k, v, q_positions, k_positions, sinks, q_segments, k_segments),
         scale=scale, window=window, softcap=softcap, return_lse=return_lse, contiguous=contiguous,
     )  # fmt: skip
+
+
+def on_cpu(q: Float[Array, "B T N H"], k: Float[Array, "B K S H"]) -> str:
+    """Which implementation serves on a CPU: 'few' or 'xla'."""
+    (_, T, N, _), (K, S) = q.shape, k.shape[1:3]
+    return "few" if T == 1 or T * N // K <= FEW or 4 * N * T * S <= SMALL else "xla"
 
 
 def sparse_attention(
@@ -101,8 +102,10 @@ def sparse_attention(
 ) -> Any:
     """attention in which each block of queries of a head sees the key blocks of a list only: `reference.sparse_attention`.
 
-    On a GPU our Triton kernel serves, and what it refuses, or a CPU, `xla.py`. implementation: 'reference', 'xla' or 'triton'.
-    Forward only: it is for reading prompts and for selection.
+    On a GPU our Triton kernel serves, and what it refuses, or a CPU, `xla.py`. No table decides between them: what is read
+    follows from the lists and not from the call's shape, so that a time measured of one call says nothing of another, and
+    there is nothing else that reads lists on a GPU. implementation: 'reference', 'xla' or 'triton'. Forward only: it is for
+    reading prompts and for selection.
     """
     reference.check(q, k, v, q_positions, k_positions, window, softcap, sinks, q_segments, k_segments)
     reference.check_blocks(q, blocks, block_q, block_k)
@@ -127,6 +130,11 @@ def _reference(*arguments: Any, **how: Any) -> Any:
 def _xla(*arguments: Any, **how: Any) -> Any:
     first, by_name = _named(*arguments, **how)
     return xla.attention(*first, **by_name)
+
+
+def _few(*arguments: Any, **how: Any) -> Any:
+    first, by_name = _named(*arguments, **how)
+    return xla.few(*first, **by_name)
 
 
 def _cudnn(*arguments: Any, **how: Any) -> Any:
@@ -161,9 +169,9 @@ def _tokamax(*arguments: Any, **how: Any) -> Any:
 
 IMPLEMENTATIONS = {
     "reference": _reference, "xla": _xla, "cudnn": _cudnn, "triton": _triton, "mosaic_gpu": _mosaic_gpu,
-    "tokamax": _tokamax,
+    "tokamax": _tokamax, "few": _few,
 }  # fmt: skip
-NAMES = tuple(IMPLEMENTATIONS)
+NAMES = tuple(n for n in IMPLEMENTATIONS if n != "few")  # which is for a CPU, and taken there where it is right
 
 
 def _sparse(function: Any, *arguments: Any, **how: Any) -> Any:

@@ -5,8 +5,8 @@
 A mask is never passed. Each query and each key slot has a position (-1: nothing there), and query t sees key s when
 both are there, s is not later than t, under a sliding window W fewer than W positions lie between them, and, where texts
 are packed, both are of one segment. The same call therefore serves prefill, decode, a ring buffer, a padded batch and
-training. Scores, softmax and the weighted sum are accumulated in float32. The scores [B, K, G, T, S] are materialised:
-right for few queries, where they are small, and `xla.py` for many.
+training. Inputs of any dtype are taken as the float32 numbers that they are, everything is float32, and what is given is
+rounded once, to q's dtype. The scores [B, K, G, T, S] are materialised.
 
 B batch, T queries, S slots, N query heads, K kv heads, G = N / K queries per kv head, H head dim.
 """
@@ -96,46 +96,52 @@ def _written_out(
     sinks: Array | None, return_lse: bool, allowed: Array | None,
 ) -> Any:  # fmt: skip
     """allowed [B, K, G, T, S]: what may be seen of what the masks leave."""
-    q_positions, k_positions, q_segments, k_segments = places
     B, T, N, H = q.shape
     K = k.shape[1]
-    G, S = N // K, k.shape[2]
-    # the queries of one kv head as one matrix in the order of the result, and keys first: XLA:CPU turns the scores of
-    # "btkgh,bksh->bkgts" over in memory afterwards, and reads keys that stand second at a third of the speed
-    q_rows = q.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, H)
-    scores = jnp.einsum("bksh,bkqh->bksq", k.astype(q.dtype), q_rows, preferred_element_type=jnp.float32).swapaxes(2, 3)
-    scores = scores.reshape(B, K, G, T, S) * scale
+    wide_q, wide_k, wide_v = (x.astype(jnp.float32) for x in (q, k, v))
+    rows = wide_q.reshape(B, T, K, N // K, H)
+    # a GPU's default for float32 is products of 10 bits
+    scores = jnp.einsum("btkgh,bksh->bkgts", rows, wide_k, precision=lax.Precision.HIGHEST) * scale
+    scores = hidden(scores, places, window, softcap, allowed)
+    weights, lse = softmax(scores, sinks)
+    out = jnp.einsum("bkgts,bksh->btkgh", weights, wide_v, precision=lax.Precision.HIGHEST)
+    out = out.reshape(B, T, N, H).astype(q.dtype)
+    return (out, lse) if return_lse else out
+
+
+def hidden(
+    scores: Float[Array, "B K G T S"], places: tuple[Any, ...], window: int | None, softcap: float | None,
+    allowed: Array | None = None,
+) -> Float[Array, "B K G T S"]:  # fmt: skip
+    """Scaled scores under the cap, NEVER where nothing is seen. places: q_positions, k_positions, q_segments, k_segments."""
+    q_at, k_at, q_of, k_of = places
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
     seen = visible(
-        q_positions[:, :, None], k_positions[:, None, :], window,
-        None if q_segments is None else q_segments[:, :, None],
-        None if k_segments is None else k_segments[:, None, :],
-    )  # fmt: skip
-    seen = seen[:, None, None] if allowed is None else seen[:, None, None] & allowed
-    scores = jnp.where(seen, scores, NEVER)
+        q_at[:, :, None], k_at[:, None, :], window,
+        None if q_of is None else q_of[:, :, None], None if k_of is None else k_of[:, None, :],
+    )[:, None, None]  # fmt: skip
+    return jnp.where(seen if allowed is None else seen & allowed, scores, NEVER)
+
+
+def softmax(
+    scores: Float[Array, "B K G T S"], sinks: Float[Array, "N"] | None
+) -> tuple[Float[Array, "B K G T S"], Float[Array, "B T N"]]:
+    """Weights over the slots, all zeros in a row that sees nothing, and the log-sum-exp; in float32, the sinks in both."""
+    B, K, G, T, _ = scores.shape
     top = jnp.maximum(scores.max(-1, keepdims=True), HIDDEN)
-    if sinks is not None:
-        sink = sinks.astype(jnp.float32).reshape(1, K, G, 1, 1)
+    sink = None if sinks is None else sinks.astype(jnp.float32).reshape(1, K, G, 1, 1)
+    if sink is not None:
         top = jnp.maximum(top, sink)
     top = lax.stop_gradient(top)  # it cancels
     weights = jnp.exp(scores - top)
     total = weights.sum(-1, keepdims=True)
-    if sinks is not None:
+    if sink is not None:
         total = total + jnp.exp(sink - top)
     some = total > 0
     total = jnp.where(some, total, 1.0)
-    weights = weights / total
-    # transposed apart from the einsum: asked for "btkgh" it puts v on the left, and that dot XLA:CPU refuses in bfloat16
-    # for some shapes ("Unsupported element type for DotThunk: BF16 x BF16 = F32", jaxlib 0.10.2 to 0.12)
-    out = jnp.einsum(
-        "bkgts,bksh->bkgth", weights.astype(q.dtype), v.astype(q.dtype), preferred_element_type=jnp.float32
-    )
-    out = out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H).astype(q.dtype)
-    if not return_lse:
-        return out
     lse = jnp.where(some, top + jnp.log(total), NEVER)
-    return out, lse.transpose(0, 3, 1, 2, 4).reshape(B, T, N)
+    return weights / total, lse.transpose(0, 3, 1, 2, 4).reshape(B, T, K * G)
 
 
 def visible(q_at: Array, k_at: Array, window: int | None, q_of: Array | None, k_of: Array | None) -> Array:

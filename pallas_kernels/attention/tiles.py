@@ -4,7 +4,8 @@ A tile must fit the shared memory that one block of threads can have (99 KiB on 
 on 8.0, 227 on 9.0 and 10.0), and its sums must fit registers: 255 a thread, beyond which they are kept in memory. The first
 has a closed form, `shared_bytes`, held against the compiler's own word in tests/test_attention_aot.py, and a tile that
 does not fit by it is never taken. The second has none, so `PREFERRED` lists per way of multiplying and head_dim what the
-compiler was seen to keep in registers, best first.
+compiler was seen to keep in registers, best first; with every mask at once up to 32 bytes a thread do not stay there on 8.0 and
+10.0, where a tile that they stay with would move more (`STACK_WITH_MASKS` in that test).
 
     mma     8.0 to 8.9 and 12.0: a warp multiplies 16 rows out of registers; more warps than rows / 16 repeat each other
     wgmma   9.0: four warps multiply 64 rows out of shared memory
@@ -75,12 +76,9 @@ PREFERRED: dict[tuple[str, int], dict[Kernel, tuple[Config, ...]]] = {
         "queries": (Config(128, 32, 8, 2),),
     },
     ("mma", 256): {
-        "forward": (
-            Config(64, 64, 8, 2),
-            Config(64, 32, 4, 2),
-        ),  # of the second 80 bytes a thread do not stay in registers
-        "keys": (Config(32, 32, 4, 3),),
-        "queries": (Config(64, 32, 4, 2), Config(32, 32, 4, 2)),
+        "forward": (Config(64, 64, 8, 2), Config(64, 32, 8, 2)),
+        "keys": (Config(32, 32, 8, 3),),
+        "queries": (Config(64, 32, 8, 2), Config(32, 32, 8, 2)),
     },
     ("wgmma", 64): {
         "forward": (Config(128, 128, 8, 2),),
@@ -94,23 +92,23 @@ PREFERRED: dict[tuple[str, int], dict[Kernel, tuple[Config, ...]]] = {
     },
     ("wgmma", 256): {
         "forward": (Config(128, 64, 8, 2),),
-        "keys": (Config(32, 32, 4, 3),),  # on mma: with 64 keys and more on wgmma the sums do not stay in registers
+        "keys": (Config(32, 32, 8, 3),),  # on mma: with 64 keys and more on wgmma the sums do not stay in registers
         "queries": (Config(128, 32, 8, 2),),
     },
     ("tcgen05", 64): {
         "forward": (Config(128, 64, 8, 3),),
-        "keys": (Config(32, 128, 8, 3),),
-        "queries": (Config(128, 64, 8, 3),),
+        "keys": (Config(32, 128, 8, 2),),
+        "queries": (Config(128, 64, 8, 2),),
     },
     ("tcgen05", 128): {
-        "forward": (Config(128, 128, 8, 2),),
+        "forward": (Config(128, 64, 8, 3),),
         "keys": (Config(16, 128, 8, 2),),
         "queries": (Config(128, 32, 8, 2),),
     },
     ("tcgen05", 256): {
         "forward": (Config(128, 64, 8, 2),),
-        "keys": (Config(32, 32, 4, 3),),  # on mma, for the same reason
-        "queries": (Config(64, 32, 4, 2),),
+        "keys": (Config(32, 32, 8, 3),),  # on mma, for the same reason
+        "queries": (Config(64, 32, 8, 2),),
     },
 }
 
@@ -142,17 +140,19 @@ def shared_bytes(
     The tiles that a program owns stand there throughout, one (forward: q) or two (k and v; q and do). Of the two that it
     walks over, and of the numbers per row beside them, there are as many as the walk is deep; one less where a tile goes
     from there to registers before the next arrives. Weights pass through where the second product's warps divide its
-    result along the head; on 10.0 they and what they multiply are turned there.
+    result along the head; on 10.0 they and what they multiply are turned there, beside barriers, and of the numbers there
+    are up to twice as many.
     """
     instruction, wide = _instruction(capability), padded(H)
     own, walked = (config.block_k, config.block_q) if kernel == "keys" else (config.block_q, config.block_k)
     held = own * wide * itemsize * (1 if kernel == "forward" else 2)
     vectors = (3 if kernel == "keys" else 1) + segments
     deep = max(1, config.stages - (instruction == "mma"))
-    total = held + deep * 2 * walked * wide * itemsize + max(1, config.stages - 1) * vectors * 4 * walked
+    copies = 2 * config.stages if instruction == "tcgen05" else max(1, config.stages - 1)
+    total = held + deep * 2 * walked * wide * itemsize + copies * vectors * 4 * walked
     turned = own * walked * itemsize
     if instruction == "tcgen05":
-        return total + 2048 + (0 if kernel == "forward" else 2 * turned + own * wide * itemsize)
+        return total + 2048 + 32 + (0 if kernel == "forward" else 2 * turned + own * wide * itemsize)
     if instruction == "wgmma" or own < max(wide, walked):
         return total + turned
     return total
@@ -162,19 +162,32 @@ def shared_bytes(
 
 
 def bytes_moved(
-    B: int, T: int, S: int, N: int, H: int, config: Config, *, window: int | None = None, itemsize: int = 2
-) -> int:
-    """What the programs of a forward pass read and write together, causal, the T queries being the last of S slots.
+    B: int, T: int, S: int, N: int, K: int, H: int, config: Config, *, kernel: Kernel = "forward", window: int | None = None,
+    itemsize: int = 2,
+) -> int:  # fmt: skip
+    """What the programs of a kernel read and write together, causal, the T queries being the last of S slots.
 
-    Queries and results once, log-sum-exps once, and for each tile of queries of each head the keys and values of the tiles
-    that it can see. Of these the programs that run at the same time share what the L2 cache holds.
+    What a program owns and makes once: forward q, out and the log-sum-exp, queries q, do, dq and two numbers a row, keys k, v,
+    dk and dv. And the tiles that it walks over: of k and v for each tile of queries of each head, of q, do and two numbers a
+    row for each tile of keys and each of its query heads. Of these the programs that run at the same time share what the L2
+    cache holds. Positions are not counted: 4 bytes of a row's hundreds.
     """
+    BQ, BK, row = config.block_q, config.block_k, H * itemsize
     walked = 0
-    for start in range(0, T, config.block_q):
-        first, last = S - T + start, S - T + min(start + config.block_q, T) - 1
-        lo = 0 if window is None else max(0, first - window + 1) // config.block_k * config.block_k
-        walked += min((last // config.block_k + 1) * config.block_k, S) - lo
-    return B * N * (2 * T * H * itemsize + 4 * T + 2 * walked * H * itemsize)
+    if kernel == "keys":
+        for start in range(0, S, BK):
+            # query t stands at S - T + t; it sees slots up to its own, and not before the window
+            first = max(0, start - (S - T))
+            end = T if window is None else min(T, min(start + BK, S) - 1 + window - (S - T))
+            if first < end:
+                walked += min(-(-end // BQ) * BQ, T) - first // BQ * BQ
+        return B * (K * 4 * S * row + N * walked * (2 * row + 8))
+    for start in range(0, T, BQ):
+        first, last = S - T + start, S - T + min(start + BQ, T) - 1
+        lo = 0 if window is None else max(0, first - window + 1) // BK * BK
+        walked += min((last // BK + 1) * BK, S) - lo
+    once = {"forward": 2 * row + 4, "queries": 3 * row + 8}[kernel]
+    return B * N * (T * once + 2 * walked * row)
 
 
 def fast_memory(limits: Limits) -> int:
@@ -182,14 +195,18 @@ def fast_memory(limits: Limits) -> int:
     return REGISTERS + limits.shared_memory
 
 
-def least_bytes(B: int, T: int, S: int, N: int, K: int, H: int, fast: int, *, itemsize: int = 2) -> float:
+def least_bytes(
+    B: int, T: int, S: int, N: int, K: int, H: int, fast: int, *, kernel: Kernel = "forward", itemsize: int = 2
+) -> float:
     """What any schedule of whole rows through a fast memory of `fast` bytes moves, causal, the queries being the last slots.
 
     With M elements of fast memory, between one load of M elements and the next at most M / H rows of q and of k each were
     there, hence (M / H)**2 scores made: M loads for each so many, T S H**2 / M in all. That is the order of
     FlashAttention's Theorem 2 and Proposition 3 (arXiv:2205.14135), and its order is the least there is where M >= H**2
-    (Saha and Ye, arXiv:2402.07443). And everything has to be read or written once.
+    (Saha and Ye, arXiv:2402.07443). A kernel of the way back makes every score again, of the same q and k. And everything has
+    to be read or written once.
     """
     pairs = T * (S - T) + T * (T + 1) // 2
-    once = B * (2 * T * N + 2 * S * K) * H * itemsize
+    queries, keys = {"forward": (2, 2), "keys": (2, 4), "queries": (3, 2)}[kernel]
+    once = B * (queries * T * N + keys * S * K) * H * itemsize
     return max(once, B * N * pairs * H**2 / (fast / itemsize) * itemsize)

@@ -21,6 +21,8 @@ Memory beside the arguments: a copy of the queries, which becomes that of the re
 The price is that k and v are read once for each block of queries, and five products backwards where saved weights need
 four.
 
+`few` writes all scores out, which is the faster on a CPU where they are few.
+
 B batch, T queries, S slots, N query heads, K kv heads, G = N / K, H head dim; I blocks of P queries, J blocks of C slots;
 R = G P rows of a kv head, head by head.
 """
@@ -37,7 +39,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.attention.reference import HIDDEN, NEVER, as_set, check, check_blocks, visible
+from pallas_kernels.attention.reference import HIDDEN, NEVER, as_set, check, check_blocks, hidden, softmax, visible
 from pallas_kernels.dispatch import gpu
 
 
@@ -100,6 +102,41 @@ def attention(
     apart = gpu() is None and k_segments is None and softcap is None and scale > 0
     how = _How(float(scale), window, softcap, min(at_once.queries, T), min(at_once.keys, S), apart)
     out, lse = _attend(how, q, k, v, sinks, _Places(q_positions, k_positions, q_segments, k_segments))
+    return (out, lse) if return_lse else out
+
+
+def few(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B K S H"],
+    v: Float[Array, "B K S H"],
+    q_positions: Int[Array, "B T"],
+    k_positions: Int[Array, "B S"],
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Float[Array, "N"] | None = None,
+    q_segments: Int[Array, "B T"] | None = None,
+    k_segments: Int[Array, "B S"] | None = None,
+    return_lse: bool = False,
+) -> Any:
+    """reference.attention for a CPU and few queries: all scores at once, in q's dtype where they and weights meet k and v."""
+    check(q, k, v, q_positions, k_positions, window, softcap, sinks, q_segments, k_segments)
+    (B, T, N, H), (K, S) = q.shape, k.shape[1:3]
+    G = N // K
+    # the queries of one kv head as one matrix in the order of the result, and keys first: XLA:CPU turns the scores of
+    # "btkgh,bksh->bkgts" over in memory afterwards, and reads keys that stand second at a third of the speed
+    rows = q.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, H)
+    scores = jnp.einsum("bksh,bkqh->bksq", k.astype(q.dtype), rows, preferred_element_type=jnp.float32).swapaxes(2, 3)
+    scores = scores.reshape(B, K, G, T, S) * scale
+    scores = hidden(scores, (q_positions, k_positions, q_segments, k_segments), window, softcap)
+    weights, lse = softmax(scores, sinks)
+    # transposed apart from the einsum: asked for "btkgh" it puts v on the left, and that dot XLA:CPU refuses in bfloat16
+    # for some shapes ("Unsupported element type for DotThunk: BF16 x BF16 = F32", jaxlib 0.10.2 to 0.12)
+    out = jnp.einsum(
+        "bkgts,bksh->bkgth", weights.astype(q.dtype), v.astype(q.dtype), preferred_element_type=jnp.float32
+    )
+    out = out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H).astype(q.dtype)
     return (out, lse) if return_lse else out
 
 

@@ -6,8 +6,8 @@ are, slots that a row cannot see are passed over, pages are followed in place, a
 `reference.py` is the meaning, and says how a cache may stand in memory: contiguous or in pages, raw or as codes of 8 or 4
 bits. On a GPU our Triton kernel serves, split over the slots (Flash-Decoding), and what it refuses `xla.py`, block by block;
 where a card was measured, the faster goes first (`dispatch.by_measure`).
-On a CPU raw contiguous keys and values go to `pallas_kernels.attention`, whose few-query form is the faster there, and the
-rest to `xla.py`. A refusal is logged once, with its reason; `implementation` asks for one by name, and then a refusal is the
+On a CPU raw contiguous keys and values go to the form for a CPU of `pallas_kernels.attention`, which is the faster there, and
+the rest to `xla.py`. A refusal is logged once, with its reason; `implementation` asks for one by name, and then a refusal is the
 caller's error.
 
 Two busy cores of a Xeon at 2.5 GHz, jax 0.12, one query of 32 heads over 8,192 slots of 8 kv heads of 128, float32, CPU
@@ -24,8 +24,8 @@ from typing import Any
 
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels import attention as plain
 from pallas_kernels import dispatch
-from pallas_kernels.attention import reference as plain
 from pallas_kernels.decode_attention import reference, xla
 
 __all__ = ["MOST_QUERIES", "NAMES", "ORDER", "decode_attention"]
@@ -90,7 +90,9 @@ def _plain(
 ) -> Any:  # fmt: skip
     if k_scale is not None or table is not None:
         raise dispatch.Refused("'plain' takes raw contiguous keys and values; 'xla' serves codes and pages")
-    return plain.attention(q, k.astype(q.dtype), v.astype(q.dtype), q_at, k_at, sinks=sinks, **how)
+    # by name: this is traced for a CPU, whatever card there is beside it
+    by = plain.on_cpu(q, k)
+    return plain.attention(q, k.astype(q.dtype), v.astype(q.dtype), q_at, k_at, sinks=sinks, implementation=by, **how)
 
 
 def _triton(*arguments: Any, **how: Any) -> Any:

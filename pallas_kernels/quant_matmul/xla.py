@@ -39,6 +39,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels import dispatch
 from pallas_kernels.quant_matmul import layout
 
 FEW_ROWS = 4  # in one reduction, at most
@@ -79,7 +80,7 @@ def quant_matmul(
         return lax.optimization_barrier(y)  # or each that uses it adds up the parts anew
 
     def gpu(x: Array, *w: Any) -> Array:
-        if kind == "int8" and not group_size:  # which XLA:GPU reads inside the dot
+        if kind == "int8" and not group_size and (len(x) == 1 or not dispatch.below_ampere()):  # read inside the dot
             return (_dot("mk,nk->mn", x, w[0]) * w[1].astype(jnp.float32)[None]).astype(dtype)
         return _by_outputs(x, *_matrix(w, kind, group_size), GPU_CHUNK, dtype)
 
@@ -377,6 +378,9 @@ def _chunked(
 
 def _dot(spec: str, a: Array, w: Array) -> Array:
     """In a's dtype, summed in float32; float32 itself is not to lose bits on its way into a GPU's dot."""
+    if len(a) == 1 and spec == "mk,nk->mn" and dispatch.below_ampere():
+        # XLA writes all of w in float32 for a row of float16 there; a sum reads it once
+        return (w.astype(jnp.float32) * a.astype(jnp.float32)).sum(-1)[None]
     exact = "highest" if a.dtype == jnp.float32 else None
     return jnp.einsum(spec, a, w.astype(a.dtype), precision=exact, preferred_element_type=jnp.float32)
 

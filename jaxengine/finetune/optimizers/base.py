@@ -5,7 +5,8 @@ A file has
     make(how, decayed, matrices) -> optax.GradientTransformation
     temporaries(shape, matrix) -> bytes that stand while a parameter is changed, beside its gradient and state
 where `decayed` is optax's mask of the leaves that weight decay acts on: matrices, not norms and biases; and matrices(tree)
-says of each leaf how it is a matrix inside a layer (Matrix), or None (both may be None: everything that has two dims).
+says of each leaf how it is a matrix or vector inside a layer (Matrix), or None (both may be None: everything that has two
+dims). A stack of layers' changes as each layer alone would.
 Parameters, gradients and states are float32 unless the file says otherwise, and every state is zeros before the first step.
 """
 
@@ -32,7 +33,7 @@ def optimizer(name: str) -> ModuleType:
 
 @dataclasses.dataclass(frozen=True)
 class Matrix:
-    """[stacked..., out..., in...]: the numbers of dims that are stacked, and of outputs."""
+    """[stacked..., out..., in...]: the numbers of dims that are stacked, and of outputs; out 0: it is a vector (norm, bias)."""
 
     stacked: int = 0
     out: int = 1

@@ -77,7 +77,7 @@ def scale_by_muon(b1: float, b2: float, eps: float, matrices: Any = None) -> opt
         leaves, structure = jax.tree.flatten(tree)
         if matrices is None:
             return [Matrix() if x.ndim == 2 else None for x in leaves]
-        return structure.flatten_up_to(matrices(tree))
+        return [m if m is not None and m.out else None for m in structure.flatten_up_to(matrices(tree))]
 
     def init(params: Any) -> Momenta:
         leaves, tree = jax.tree.flatten(params)

@@ -45,6 +45,10 @@ class Dora(Weight):
     def shape(self) -> tuple[int, ...]:
         return self.base.shape
 
+    @property
+    def beneath(self) -> Any:
+        return self.base
+
     def size(self) -> Float[Array, "..."]:
         """m / |W + s B A| of each output, float32."""
         a, b = jax.lax.stop_gradient((self.a.astype(jnp.float32), self.b.astype(jnp.float32)))

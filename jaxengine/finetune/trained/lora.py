@@ -40,6 +40,10 @@ class Lora(Weight):
     def shape(self) -> tuple[int, ...]:
         return self.base.shape
 
+    @property
+    def beneath(self) -> Any:
+        return self.base
+
     def dense(self) -> Array:
         held = self.base.dense() if isinstance(self.base, Weight) else self.base.astype(jnp.float32)
         return held + self.scale * jnp.tensordot(self.b.astype(jnp.float32), self.a.astype(jnp.float32), 1)
