@@ -58,6 +58,8 @@ from checkpoints.output import output_file
 from jaxengine import engine, proof, sampling, selftest
 from jaxengine.architecture import Architecture, architecture
 from jaxengine.command import SETTINGS, reported, start_jax
+from jaxengine.finetune.data import Documents, pack
+from jaxengine.finetune.run import Run, Settings
 from jaxengine.loading import from_arrays
 from jaxengine.model import Model
 from jaxengine.plan import Plan, layer_bytes, need
@@ -107,6 +109,8 @@ class Size:
     batches: tuple[int, ...] = (1, 32, 256)
     widest: int = 4096  # rows of the pass whose compute is not small beside its copy
     steps: int = 6  # of a call of decode
+    tuned: tuple[tuple[int, int], ...] = ((4, 4096), (16, 4096), (1, 4096))  # rows and tokens of a step of fine-tuning
+    tuned_steps: int = 3  # that are timed
     memory_layers: int = 12
     memory_batch: int = 8
     memory_length: int = 1024
@@ -129,7 +133,8 @@ class Size:
 
 FULL = Size()
 TINY = Size(
-    copies=(2**12, 2**14), rounds=2, width=NARROWEST, layers=3, batches=(1,), widest=2, steps=2, memory_layers=3,
+    copies=(2**12, 2**14), rounds=2, width=NARROWEST, layers=3, batches=(1,), widest=2, steps=2, tuned=((2, 16),), tuned_steps=2,
+    memory_layers=3,
     memory_batch=1, memory_length=64, vocabulary=96, narrow=NARROWEST, matmul=32, read=2**16, slots=8,
     table_tokens=(32,), table_refused=(32,), table_slots=(64,), table_heads=(16,), table_rounds=2, probed=(32,),
     table_matrix=(128, 256), table_rows=(1,), tables=False,
@@ -503,6 +508,44 @@ def decoding(size: Size, folder: Path) -> Iterator[Row]:
             beside = {"over_bfloat16": row["tokens_per_s"] / rates[batch]} if "int4" in name else {}
             yield {"form": name, "steps_a_call": size.steps, **row, **beside}
         del model
+
+
+def finetuning(size: Size, folder: Path) -> Iterator[Row]:
+    """Steps of LoRA (rank 8 beside every matrix, AdamW, layers run again) over layers of Llama 3 8B: tokens/s, what part of the
+    rate of a large product the step's own products are (mfu: forward and back to what came in, 4 operations a weight and
+    token; hfu: with what is run again, 6), and of streamed layers the part of the resident rate that is kept."""
+    del folder
+    limits = Limits.measured(size)
+    yield {"limits": limits.row()}
+    raw, made = shape_8b(size, size.layers, 2048), places(1)
+    for batch, context in size.tuned:
+        vocabulary = raw["vocab_size"]
+        drawn = np.random.default_rng(0).integers(3, vocabulary, ((2 + size.tuned_steps) * batch, context + 1))
+        packed = pack(Documents.of([(row.tolist(), [True] * (context + 1)) for row in drawn]), context)
+        resident = 0.0
+        for name in ("device, unrolled", "host, scan", "host, ahead"):
+            model = random_model(raw, made[name])
+            settings = Settings(schedule="constant", warmup=0, batch=batch, context=context, epochs=1)
+            run = Run(model, settings, packed)
+            times = []
+            for i in range(2 + size.tuned_steps):
+                start = time.perf_counter()
+                loss = next(run).loss
+                if i >= 2:
+                    times.append(time.perf_counter() - start)
+            tokens, middle = batch * context, statistics.median(times)
+            elements = sum(int(np.prod(s.shape)) for n, s in model.architecture.specs().items() if s.out is not None)
+            elements -= vocabulary * model.config.hidden_size  # the embedding is looked up
+            streamed = sum(layer_bytes(model.architecture, model.plan)) if model.plan.home != "device" else 0
+            resident = resident or tokens / middle
+            yield {
+                "form": name, "batch": batch, "context": context, "tokens_a_step": tokens, "loss": loss,
+                "seconds": spread(times), "tokens_per_s": tokens / middle,
+                "mfu": 4 * elements * tokens / middle / limits.matmul, "hfu": 6 * elements * tokens / middle / limits.matmul,
+                "of_resident": tokens / middle / resident, "aim": 0.9 if streamed and tokens >= 16384 else None,
+                "link_limit_s": 2 * streamed / limits.link, "of_link_limit": 2 * streamed / limits.link / middle,
+            }  # fmt: skip
+            del model, run
 
 
 IDENTITY = ("device, scan", "device, unrolled", "host, scan", "host, ahead", "split, scan", "split, ahead")
@@ -923,6 +966,7 @@ MEASUREMENTS = (
     Measurement("plans", plans, 150, on_card=False),
     *(Measurement(f"memory: {name}", functools.partial(memory, name=name), 90) for name in memory_plans(TINY)[1]),
     Measurement("decoding", decoding, 150),
+    Measurement("finetuning", finetuning, 120),
     Measurement("identity", identity, 120),
     Measurement("overlap", overlap, 45),
     Measurement("views", views, 45),

@@ -474,9 +474,8 @@ def test_under_limits_of_both_kinds_of_memory_the_rest_is_on_disk() -> None:
     assert n.host <= room
     assert n.disk == sum(layer_bytes(arch, base)[chosen.resident + chosen.kept :])
     ring = show_bytes(RING * layer)
-    with pytest.raises(
-        ValueError, match=rf"home 'disk' takes {ring} of host memory, where there are {show_bytes(layer)}\. Give"
-    ):
+    there = rf"home 'disk' takes {ring} of host memory, where there are {show_bytes(layer)}\. Nearest: weights='int8', or more"
+    with pytest.raises(ValueError, match=there):
         choose(arch, base, host.device + layer, length=64, ram=layer)
     with pytest.raises(
         ValueError, match=r"home 'host' takes .* home 'disk', which has two layers on the device, takes"

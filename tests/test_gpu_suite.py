@@ -58,7 +58,7 @@ def check_spreads(rows: list[dict[str, Any]]) -> None:
 def test_what_is_asked_of_a_card_is_measured() -> None:
     assert [m.name for m in MEASUREMENTS] == [
         "machine", "transfers", "slices", "passes", "plans", "memory: host, scan", "memory: host, ahead",
-        "memory: split, scan", "decoding", "identity", "overlap", "views", "serialised", "conditional",
+        "memory: split, scan", "decoding", "finetuning", "identity", "overlap", "views", "serialised", "conditional",
         "attention: mosaic_gpu", "attention: forward", "attention: backward", "attention: decode", "tables: quant_matmul",
     ]  # fmt: skip
     assert set(FULL.table_tokens) == {1024 * 2**i for i in range(6)}
@@ -145,6 +145,22 @@ def test_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert coded["over_bfloat16"] == pytest.approx(coded["tokens_per_s"] / plain["tokens_per_s"])
     # 4 bits and a bfloat16 scale a group, whose least is of 32 inputs here; vectors stay as they are
     assert coded["streamed_bytes"] < 0.5 * plain["streamed_bytes"]
+
+
+def test_finetuning(tmp_path: Path) -> None:
+    """The same losses from every place; what is kept of the resident rate stands beside the aim where there is one."""
+    limits, *rows = rows_of("finetuning", tmp_path)
+    assert set(limits["limits"]) == {"link_GBps", "memory_GBps", "matmul_TFLOPs"}
+    forms = ("device, unrolled", "host, scan", "host, ahead")
+    assert [(r["form"], r["tokens_a_step"]) for r in rows] == [(f, b * t) for b, t in TINY.tuned for f in forms]
+    check_spreads([r | {"seconds": r["seconds"] | {"rounds": TINY.rounds}} for r in rows])
+    assert {b * t for b, t in FULL.tuned} == {4096, 16384, 65536}
+    assert rows[0]["of_resident"] == 1
+    for r in rows:
+        assert r["loss"] == pytest.approx(rows[0]["loss"], rel=2**-8)  # of bfloat16
+        assert r["of_resident"] == pytest.approx(r["tokens_per_s"] / rows[0]["tokens_per_s"])
+        assert r["hfu"] == pytest.approx(1.5 * r["mfu"])
+        assert (r["link_limit_s"] > 0) == ("host" in r["form"])
 
 
 def test_identity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

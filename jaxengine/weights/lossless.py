@@ -154,9 +154,11 @@ def _contracted(flat: Lossless, x: Array) -> Array:
 
 
 def _bits(w: Array) -> UInt16[Array, "..."]:
-    """The bits of w rounded to bfloat16: to the nearest, ties to even; a NaN stays one."""
+    """The bits of w rounded to bfloat16: to the nearest, ties to even; a NaN stays one. Bits are returned as they are."""
     if w.dtype == jnp.bfloat16:
         return lax.bitcast_convert_type(w, jnp.uint16)
+    if w.dtype == jnp.uint16:
+        return w
     bits = lax.bitcast_convert_type(w.astype(jnp.float32), jnp.uint32)
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
     nan = (bits & 0x7FFFFFFF) > 0x7F800000
@@ -173,6 +175,8 @@ def encode(w: Array, *, out: int, bits: int = 4, escapes: int = 0) -> Lossless:
     """w [out..., in...] as bfloat16, losslessly. bits: of an exponent's index; escapes: room for so many in 1,024 inputs (0:
     4, or 32 of 3 bits). `check` tells whether that was enough."""
     flat = w.reshape(*w.shape[:out], -1)
+    if flat.dtype == jnp.bfloat16 and jax.__version_info__ < (0, 11):
+        flat = _bits(flat)  # its XLA:CPU slices bfloat16 as float32, which quiets NaNs; its later ones would hold a copy of w
     rows = functools.partial(_encoded, bits=bits, C=room(flat.shape[-1], bits, escapes))
     made = _rows.in_blocks(rows, flat, out)  # what is made on the way is eight times the bytes of what is kept
     return dataclasses.replace(made, rest=made.rest.reshape(w.shape))
