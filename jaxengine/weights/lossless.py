@@ -176,7 +176,8 @@ def encode(w: Array, *, out: int, bits: int = 4, escapes: int = 0) -> Lossless:
     4, or 32 of 3 bits). `check` tells whether that was enough."""
     flat = w.reshape(*w.shape[:out], -1)
     if flat.dtype == jnp.bfloat16 and jax.__version_info__ < (0, 11):
-        flat = _bits(flat)  # its XLA:CPU slices bfloat16 as float32, which quiets NaNs; its later ones would hold a copy of w
+        # its XLA:CPU slices bfloat16 as float32, which quiets NaNs; with later ones the bits would be a copy of w
+        flat = _bits(flat)
     rows = functools.partial(_encoded, bits=bits, C=room(flat.shape[-1], bits, escapes))
     made = _rows.in_blocks(rows, flat, out)  # what is made on the way is eight times the bytes of what is kept
     return dataclasses.replace(made, rest=made.rest.reshape(w.shape))
