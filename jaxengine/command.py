@@ -26,7 +26,7 @@ import click
 
 from jaxengine import machine
 from jaxengine.calibration.command import quantize
-from jaxengine.finetune.command import finetune
+from jaxengine.finetune.command import PLANNED, finetune, options
 from jaxengine.paths import cache_folder
 
 if TYPE_CHECKING:
@@ -427,13 +427,7 @@ def from_stdin() -> str:
     default="generate",
     help="What to plan for: generate; or training: lora, dora, full, lisa, badam, hift, mezo.",
 )
-@click.option(
-    "--tile",
-    metavar="N",
-    type=click.IntRange(1),
-    show_default="all",
-    help="Training: tokens of a row that a layer's MLP takes at a time.",
-)
+@options(PLANNED)
 @click.option(
     "--context", metavar="N", type=click.IntRange(1), show_default="2048", help="Tokens of a row, prompt included."
 )
@@ -484,7 +478,8 @@ def plan(
     ram: str | None,
     disk_rate: str,
     task: str,
-    tile: int | None,
+    target: tuple[str, ...],
+    remat: str | None,
     context: int | None,
     batch: int,
     weights: str | None,
@@ -498,11 +493,13 @@ def plan(
     proved: bool,
     as_json: bool,
     plot: Path | None,
+    **of_task: Any,
 ) -> None:
     """Say what runs in a card's memory, how, and how fast at best.
 
     FOLDER needs a config.json and no weights. No card is needed and nothing is allocated. With XLA's GPU compiler
-    installed, the chosen plan is compiled for the card, and XLA's own bytes stand beside the arithmetic.
+    installed, the chosen plan is compiled for the card, and XLA's own bytes stand beside the arithmetic. --rank to
+    --loss-chunk are of a --task that trains, and mean what they mean to `jaxengine finetune`.
     """
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     import jax
@@ -514,9 +511,9 @@ def plan(
     if plot is not None:
         picture.check(plot)
     outcome = plan_folder(
-        resolve(folder), gpu=gpu, memory=memory, ram=ram, batch=batch, context=context, task=task, tile=tile or 0,
-        weights=weights, weight_rules=weight_rules, dtype=dtype, kv=kv, stay=stay, attention=attention, mesh=mesh,
-        sharding=sharding, disk_rate=disk_rate,
+        resolve(folder), gpu=gpu, memory=memory, ram=ram, batch=batch, context=context, task=task,
+        targets=target, remat=remat or "", weights=weights, weight_rules=weight_rules, dtype=dtype, kv=kv, stay=stay,
+        attention=attention, mesh=mesh, sharding=sharding, disk_rate=disk_rate, **of_task,
     )  # fmt: skip
     if plot is not None:
         picture.draw(outcome, plot)
@@ -554,7 +551,7 @@ def _proved(outcome: Any) -> tuple[Any, Any, list[tuple[Any, list[str]]]]:
     for _ in range(3):
         proofs = prove(
             outcome.architecture, outcome.chosen.plan, outcome.card, batch=outcome.batch, length=outcome.context,
-            memory=outcome.memory, task=outcome.task, tile=outcome.tile,
+            memory=outcome.memory, task=outcome.task,
         )  # fmt: skip
         problems = [problem for p in proofs for problem in p.report.problems]
         if not problems:
@@ -585,7 +582,8 @@ def _show_outcome(outcome: Any, proofs: Any, why: str | None, refuted: Any = ())
     host = "" if o.ram is None else f" and {show_bytes(o.ram)} of host memory"
     each = f" each of {devices(o.candidates[0].plan)}" if devices(o.candidates[0].plan) > 1 else ""
     console.print(
-        f"{o.card.name}: {show_bytes(o.memory)}{each}{host} for {o.batch} x {o.context} tokens", highlight=False
+        f"{o.card.name}: {show_bytes(o.memory)}{each}{host} for {o.batch} x {o.context} tokens{o.of_task}",
+        highlight=False,
     )
     if o.card.notes:
         console.print(f"({o.card.notes})", highlight=False)
@@ -621,7 +619,7 @@ def _show_outcome(outcome: Any, proofs: Any, why: str | None, refuted: Any = ())
     if n.host:
         held = ", ".join(f"{show_bytes(x)} {what}" for what, x in parts.items() if x)
         console.print(f"in host memory: {held}", highlight=False)
-    what = "decoding steps" if o.task == "generate" else f"a step of {c.tokens} tokens"
+    what = "decoding steps" if o.task is None else f"a step of {c.tokens} tokens"
     console.print(
         f"{what}: at most {_rate(c.passes_per_second)} a second, {_rate(c.tokens_per_second)} tokens/s, by the {c.limit}:"
         f" {', '.join(f'{what} {_rate(s * 1000)} ms' for what, s in c.seconds)} a step",

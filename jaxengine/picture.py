@@ -112,7 +112,8 @@ def figure(outcome: Outcome) -> Figure:
     shown = [t for t in found if t == DEVICE or any(totals[t]) or limits[t] is not None]
     colours = _colours([f for fields in found.values() for f in fields])
 
-    title, head, foot = textwrap.wrap(outcome.card.name, 84), _heading(outcome), _ending(outcome)
+    named = outcome.card.name + (f", a step{outcome.of_task}" if outcome.of_task else "")
+    title, head, foot = textwrap.wrap(named, 84), _heading(outcome), _ending(outcome)
     fields = [f for t in shown for f in found[t] if any(getattr(c.need, f) for c in outcome.candidates)]
     columns = max(1, min(len(fields), 4 if len(fields) > 6 else 6))
     lines = 0.19 * len(foot) + 0.12 * bool(foot)

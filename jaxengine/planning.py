@@ -15,7 +15,7 @@ import operator
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 from jax.sharding import AbstractMesh
@@ -24,6 +24,8 @@ from jaxengine import machine
 from jaxengine.architecture import Architecture, architecture
 from jaxengine.engine import bucket
 from jaxengine.finetune import planning as tuning
+from jaxengine.finetune.planning import Options
+from jaxengine.finetune.settings import Task
 from jaxengine.plan import (
     DTYPES,
     Need,
@@ -53,7 +55,6 @@ AHEAD = (
     0.3,
     10,
 )  # copy over compute: outside, a scan that fetches each layer just before its use loses a tenth at most
-TASKS = ("generate", *tuning.TASKS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,9 +152,7 @@ def streamed_form(architecture: Architecture, plan: Plan, card: Card, batch: int
     return "ahead" if AHEAD[0] < moved / card.link / compute < AHEAD[1] else ""
 
 
-def worth_ahead(
-    architecture: Architecture, plan: Plan, what: tuning.Task, card: Card, *, batch: int, context: int
-) -> bool:
+def worth_ahead(architecture: Architecture, plan: Plan, what: Task, card: Card, *, batch: int, context: int) -> bool:
     """Whether a step can fetch layers one ahead, and its copies and compute are near enough to each other for it, as
     `streamed_form` asks of decoding."""
     if not what.runs_ahead(plan.remat):
@@ -173,16 +172,15 @@ def candidates(
     batch: int,
     context: int,
     disk_rate: float = DISK_RATE,
-    task: str = "generate",
-    tile: int = 0,
+    task: Task | None = None,
 ) -> list[Candidate]:
-    """The plan's variants on a card, from the nearest to the farthest."""
-    if task != "generate":
-        what, rows = tuning.task(task, tile), {"batch": batch, "context": context}
-        ahead = worth_ahead(architecture, plan, what, card, **rows)
-        made = tuning.variants(architecture, plan, what, memory=memory, ram=ram, ahead=ahead, **rows)
-        times = [tuning.seconds(architecture, v.plan, what, card, **rows) for v in made]
-        count = what.accumulate * batch * context
+    """The plan's variants on a card, from the nearest to the farthest. task: what is fine-tuned; None: text is generated."""
+    if task is not None:
+        rows = {"batch": batch, "context": context}
+        ahead = worth_ahead(architecture, plan, task, card, **rows)
+        made = tuning.variants(architecture, plan, task, memory=memory, ram=ram, ahead=ahead, **rows)
+        times = [tuning.seconds(architecture, v.plan, task, card, **rows) for v in made]
+        count = task.accumulate * batch * context
         return [Candidate(v.plan, v.need, v.refused, tuple(t.items()), count) for v, t in zip(made, times, strict=True)]
     form = streamed_form(architecture, plan, card, batch)
     found = variants(
@@ -201,17 +199,21 @@ def changes(
     batch: int,
     context: int,
     disk_rate: float = DISK_RATE,
-    task: str = "generate",
-    tile: int = 0,
+    task: Task | None = None,
 ) -> list[tuple[str, Candidate]]:
     """What would make it fit, where nothing does: each change alone, then two together, the first three that fit, or more
-    memory where there are not so many."""
-    single: list[tuple[str, dict[str, Any], dict[str, int]]] = []
+    memory where there are not so many. All else that was asked for stays as it is."""
+    single: list[tuple[str, dict[str, Any], dict[str, Any]]] = []
     if plan.stay:  # it costs only the time of copies that it saved
         single.append(("without stay", {"stay": ()}, {}))
+    if plan.remat and task is not None and len(tuning.remats(task)) > 1:
+        single.append(("remat as fits", {"remat": ""}, {}))
     if plan.weights == "dense" and not _as_they_are(task):
         single += [(f"weights {name}", {"weights": name}, {}) for name in ("int8", "int4")]
-    if plan.kv_codec == "raw" and task == "generate":
+    if task is not None and task.optimizer.name == "adamw":
+        fewer = dataclasses.replace(task.optimizer, name="adamw8bit")
+        single.append(("optimizer adamw8bit", {}, {"task": dataclasses.replace(task, optimizer=fewer)}))
+    if plan.kv_codec == "raw" and task is None:
         single.append(("kv int8", {"kv_codec": "int8"}, {}))
     for divisor in (2**i for i in range(1, 12)):
         if batch % divisor == 0:
@@ -225,19 +227,19 @@ def changes(
         if not (a[1].keys() & b[1].keys() or a[2].keys() & b[2].keys())
     ]
     found = []
+    asked: dict[str, Any] = {"memory": memory, "ram": ram, "batch": batch, "context": context, "task": task}
     for said, given, sizes in (*single, *pairs):
         if len(found) == 3:
             break
-        asked = {"memory": memory, "ram": ram, "batch": batch, "context": context} | sizes
+        how = asked | sizes
         changed = dataclasses.replace(plan, **given)
-        tried = candidates(architecture, changed, card, disk_rate=disk_rate, task=task, tile=tile, **asked)
+        tried = candidates(architecture, changed, card, disk_rate=disk_rate, **how)
         fit = [c for c in tried if c.fits]
         if fit:
             found.append((said, fit[0]))
-    asked = {"memory": memory, "ram": ram, "batch": batch, "context": context}
-    tried = candidates(architecture, plan, card, disk_rate=disk_rate, task=task, tile=tile, **asked)
+    tried = candidates(architecture, plan, card, disk_rate=disk_rate, **asked)
     by_device, by_host = (sorted(tried, key=operator.attrgetter(f"need.{tier}")) for tier in ("device", "host"))
-    more = [
+    more: list[dict[str, Any]] = [
         {"memory": c.need.device} for c in by_device if c.need.device > memory and (ram is None or c.need.host <= ram)
     ]
     more += [{"ram": c.need.host} for c in by_host if ram is not None and c.need.host > ram and c.need.device <= memory]
@@ -245,7 +247,7 @@ def changes(
     for sizes in more:
         if len(found) == 3:
             break
-        again = candidates(architecture, plan, card, disk_rate=disk_rate, task=task, tile=tile, **(asked | sizes))
+        again = candidates(architecture, plan, card, disk_rate=disk_rate, **(asked | sizes))
         fit = [c for c in again if c.fits]
         said = " and ".join(f"{name} {show_bytes(size)}" for name, size in sizes.items())
         seen = {(told, c.label()) for told, c in found}
@@ -254,9 +256,9 @@ def changes(
     return found
 
 
-def _as_they_are(task: str) -> bool:
+def _as_they_are(task: Task | None) -> bool:
     """Whether a task changes the model's own parameters, which are then in no other format."""
-    return task != "generate" and not tuning.task(task).beside
+    return task is not None and not task.beside
 
 
 def traps(architecture: Architecture, candidate: Candidate, card: Card) -> list[str]:
@@ -304,7 +306,8 @@ def traps(architecture: Architecture, candidate: Candidate, card: Card) -> list[
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What `plan` found: every candidate in order, the chosen one (None: nothing fits) and then what would fit."""
+    """What `plan` found: every candidate in order, the chosen one (None: nothing fits) and then what would fit. task: what
+    is fine-tuned (None: text is generated); remat: what was asked to be kept of layers ('': as fits)."""
 
     architecture: Architecture
     card: Card
@@ -314,8 +317,16 @@ class Outcome:
     context: int
     candidates: tuple[Candidate, ...]
     changes: tuple[tuple[str, Candidate], ...]
-    task: str = "generate"
-    tile: int = 0
+    task: Task | None = None
+    remat: str = ""
+
+    @property
+    def of_task(self) -> str:
+        """' of task lora (rank 64, optimizer lion)': what is not as usual in brackets; '' where text is generated."""
+        if self.task is None:
+            return ""
+        said = ", ".join(s for s in (tuning.differs(self.task), f"remat {self.remat}" if self.remat else "") if s)
+        return f" of task {self.task.name}" + (f" ({said})" if said else "")
 
     @property
     def chosen(self) -> Candidate | None:
@@ -350,9 +361,10 @@ class Outcome:
                 "steps_per_second": c.passes_per_second, "tokens_per_second": c.tokens_per_second,
             }  # fmt: skip
 
-        chosen = self.chosen
+        chosen, what = self.chosen, self.task
+        said = {"task": "generate"} if what is None else {"task": what.name, **what.said, "remat": self.remat}
         return {
-            "task": self.task, "tile": self.tile, "mesh": self.candidates[0].plan.mesh, "card": self.card.name,
+            **said, "mesh": self.candidates[0].plan.mesh, "card": self.card.name,
             "card_notes": self.card.notes, "memory": self.memory, "ram": self.ram,
             "batch": self.batch, "context": self.context, "chosen": None if chosen is None else one(chosen),
             "candidates": [one(c) for c in self.candidates], "short": self.short,
@@ -371,52 +383,54 @@ def plan_for(
     ram: int | None = None,
     batch: int = 1,
     context: int | None = None,
-    task: str = "generate",
-    tile: int = 0,
+    task: str | Task = "generate",
     disk_rate: float = DISK_RATE,
+    **options: Unpack[Options],
 ) -> Outcome:
     """The nearest plan that fits, every one that was looked at, and what would fit where none does.
 
     task: 'generate', or what is fine-tuned: 'lora' or 'dora' (rank 8 beside every matrix of a layer, AdamW), 'full' (every
-    parameter in float32, AdamW, arithmetic in bfloat16), 'lisa', 'badam' or 'hift' (some layers at a time, as their papers
-    say, AdamW), each on `batch` rows of `context` tokens a step. tile: of these, tokens of a row that a layer's feed-forward
-    block takes at a time (0: all).
+    parameter in float32, AdamW), 'lisa', 'badam' or 'hift' (some layers at a time, as their papers say, AdamW) or 'mezo' (every
+    parameter, without a gradient), each on `batch` rows of `context` tokens a part, with arithmetic in bfloat16. options: what
+    is said of it, as of a run's Settings: rank, targets, layers, optimizer, clip, compute, accumulate, loss_chunk, tile; or task
+    is a Task, such as a run's own (`Settings(...).task`). What is kept of layers for their way back is chosen, unless the plan
+    has a remat.
     plan: the choices that stand (dtype, weights, cache; a chunk if it has one); home, form and resident layers are chosen.
     memory: bytes of the card to use (all that a process can have, if not given); ram: bytes of host memory for layers, the
     rest being read from a disk that gives disk_rate bytes a second (no limit, and no disk, if not given); context: tokens
     of a row (2048, or what the model can at most), padded as a call pads them. A plan with a mesh is for so many such cards
     in one machine: memory is that of each, ram that of the machine, and what goes between cards is not in the speeds.
-    Raises ValueError for a task that is not done, or a budget larger than the card.
+    Raises ValueError for a task that is not done, an option that means nothing for it, or a budget larger than the card.
     """
-    if task not in TASKS:
-        raise ValueError(f"task is {task!r}; what is planned for is {', '.join(TASKS)}")
-    if task != "generate":
-        tuning.task(task, tile)
-    elif tile:
+    what = tuning.asked(task, **options)
+    if what is None and plan.remat:
         raise ValueError(
-            f"tile is {tile}, and task 'generate' takes a prompt in chunks, which are chosen: leave it out, or say a task that"
-            f" trains, such as 'lora'"
+            f"remat is {plan.remat!r}, and task 'generate' goes back through no layer: leave it out, or say a task that trains,"
+            f" such as 'lora'"
         )
-    if _as_they_are(task) and (plan.weights != "dense" or plan.weight_rules):
-        raise ValueError(
-            f"task {task!r} trains parameters as they are, and weights is {plan.weights!r}"
-            f"{' with rules for some' if plan.weight_rules else ''}: task 'lora' trains beside quantised ones"
-        )
-    if task == "full":
-        plan = dataclasses.replace(plan, dtype="float32")
-    if task != "generate" and plan.kv_codec != "raw":
-        raise ValueError(f"kv is {plan.kv_codec!r}; fine-tuning keeps no cache: leave it out")
-    if plan.mesh and task != "generate":
-        raise ValueError(f"mesh is {plan.mesh!r}; task {task!r} is planned for one card, and 'generate' for several")
+    if what is not None:
+        if not what.beside and (plan.weights != "dense" or plan.weight_rules):
+            raise ValueError(
+                f"task {what.name!r} trains parameters as they are, and weights is {plan.weights!r}"
+                f"{' with rules for some' if plan.weight_rules else ''}: task 'lora' trains beside quantised ones"
+            )
+        if what.name == "full":
+            plan = dataclasses.replace(plan, dtype="float32")
+        if plan.kv_codec != "raw":
+            raise ValueError(f"kv is {plan.kv_codec!r}; fine-tuning keeps no cache: leave it out")
+        if plan.mesh:
+            raise ValueError(
+                f"mesh is {plan.mesh!r}; task {what.name!r} is planned for one card, and 'generate' for several"
+            )
+        tuning.check(architecture, plan, what)
     check_mesh(architecture, plan)
     check_stay(architecture, plan)
-    computed = plan.dtype if task == "generate" else tuning.task(task).compute or plan.dtype
+    computed = plan.dtype if what is None else what.compute or plan.dtype
     if card.wide and computed == "bfloat16":
-        own = computed == plan.dtype
         raise ValueError(
-            f"{'dtype is' if own else f'task {task!r} computes in'} 'bfloat16', which a {card.name} does not multiply: XLA widens"
-            f" each matrix to float32 first, and no count of bytes here holds. {'Say' if own else 'Task lora computes in'}"
-            f" --dtype float16"
+            f"{'dtype is' if what is None else f'task {what.name!r} computes in'} 'bfloat16', which a {card.name} does not"
+            f" multiply: XLA widens each matrix to float32 first, and no count of bytes here holds. Say"
+            f" {'--dtype float16' if what is None else '--compute float32'}"
         )
     if memory is not None and memory > card.usable:
         raise ValueError(
@@ -429,16 +443,18 @@ def plan_for(
         raise ValueError(
             f"batch {batch} and context {context}; they are at least 1, and this model's context at most {most}"
         )
-    tile = tile if tile < context else 0  # all of a row, as without
+    if what is not None and what.tile >= context:  # all of a row, as without
+        what = dataclasses.replace(what, tile=0)
     asked: dict[str, Any] = {
         "memory": card.usable if memory is None else memory, "ram": ram, "batch": batch,
-        "context": bucket(context, least=64) if task == "generate" else context,  # as a call pads it
+        "context": bucket(context, least=64) if what is None else context,  # as a call pads it
+        "task": what,
     }  # fmt: skip
-    how: dict[str, Any] = {"disk_rate": disk_rate, "task": task, "tile": tile}
+    how: dict[str, Any] = {"disk_rate": disk_rate}
     found = tuple(candidates(architecture, plan, card, **how, **asked))
     fits = any(c.fits for c in found)
     others = () if fits else tuple(changes(architecture, plan, card, **how, **asked))
-    return Outcome(architecture, card, **asked, candidates=found, changes=others, task=task, tile=tile)
+    return Outcome(architecture, card, **asked, candidates=found, changes=others, remat=plan.remat)
 
 
 def plan_folder(
@@ -449,8 +465,8 @@ def plan_folder(
     ram: str | int | None = None,
     batch: int = 1,
     context: int | None = None,
-    task: str = "generate",
-    tile: int = 0,
+    task: str | Task = "generate",
+    remat: str = "",
     weights: str | None = None,
     weight_rules: Mapping[str, str] | Sequence[str | tuple[str, str]] = (),
     dtype: str | None = None,
@@ -460,13 +476,17 @@ def plan_folder(
     mesh: str = "",
     sharding: str = "single",
     disk_rate: str | int = int(DISK_RATE),
+    **options: Unpack[Options],
 ) -> Outcome:
     """`plan_for` a checkpoint folder and a card by its name or numbers ('rtx4090').
+
+    plan_folder(folder, gpu="rtx4090", memory="8GB", task="lora", rank=64, optimizer="lion", accumulate=2)
 
     Of the folder config.json is read, and where its weights are stored quantised their formats. Sizes as `jaxengine.load`
     takes them, and `stay` and weight_rules; weights: the format of the others (dense); dtype: the config's, if not given;
     mesh: 'tensor=2' for two such cards, split as the table `sharding` says; attention: its implementation by name, refused
-    where it does not serve on the card. `picture.figure` draws the outcome, and `proof.prove` compiles what was chosen.
+    where it does not serve on the card; remat: what is kept of layers for a task's way back ('': as fits); options: what is
+    said of a task. `picture.figure` draws the outcome, and `proof.prove` compiles what was chosen.
     Raises ValueError for what `plan_for` refuses and for an unknown card.
     """
     at, card = Path(folder), find(gpu)
@@ -475,6 +495,11 @@ def plan_folder(
     if raw.get("quantization_config") or (at / ORBAX).is_dir() or gguf_file(at) is not None:
         with open_source(at, found) as source:
             found, stored = source.architecture, source.plan
+    what = tuning.asked(task, **options)
+    if what is not None and what.name == "full" and dtype not in (None, "float32"):
+        raise ValueError(
+            f"dtype is {dtype!r}, and task 'full' keeps parameters in float32: leave it out (compute says the arithmetic's)"
+        )
     if stored is not None and weights is not None:
         raise ValueError(f"weights is {weights!r}, and the folder's are stored in formats of their own: leave it out")
     named = named or (stored.dtype if stored is not None else None)
@@ -485,18 +510,17 @@ def plan_folder(
     named_to_stay: Any = stay if isinstance(stay, str) else tuple(stay)  # a string, which Plan refuses
     plan = Plan(
         dtype=named, weights=start.weights, weight_rules=start.weight_rules, kv_codec=kv, mesh=mesh, sharding=sharding,
-        stay=named_to_stay, attention=attention,
+        stay=named_to_stay, attention=attention, remat=remat,
     )  # fmt: skip
     plan = with_rules(found, plan, weight_rules)
     check_formats(found, stored, plan)
     outcome = plan_for(
-        found, plan, card, batch=batch, context=context, task=task, tile=tile,
+        found, plan, card, batch=batch, context=context, task=what or "generate",
         memory=None if memory is None else parse_bytes(memory), ram=None if ram is None else parse_bytes(ram, "ram"),
         disk_rate=parse_bytes(disk_rate, "disk-rate"),
     )  # fmt: skip
     chosen = plan if outcome.chosen is None else outcome.chosen.plan
     device = jax.sharding.AbstractDevice(device_kind=card.limits.lowers_as, num_cores=card.cores, platform="gpu")
     with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("data",), abstract_device=device)):
-        computed = "" if task == "generate" else tuning.task(task).compute or "bfloat16"  # as the run does unless told
-        check_attention(found, chosen, training=task != "generate", dtype=computed)
+        check_attention(found, chosen, training=what is not None, dtype="" if what is None else what.compute)
     return outcome

@@ -20,6 +20,7 @@ from jaxengine import engine, outside, packing, placement, sampling
 from jaxengine.architecture import Architecture
 from jaxengine.engine import Engine
 from jaxengine.finetune import planning as tuning
+from jaxengine.finetune.settings import Task
 from jaxengine.homes.base import home
 from jaxengine.plan import Plan, brought_bytes, cache_bytes, likeness, mesh_of, resident_bytes, weight_bytes
 from pallas_kernels import aot
@@ -64,13 +65,12 @@ class Called:
 
 
 def programs(
-    architecture: Architecture, plan: Plan, mesh: Any, *, batch: int, length: int, task: str = "generate", tile: int = 0
+    architecture: Architecture, plan: Plan, mesh: Any, *, batch: int, length: int, task: Task | None = None
 ) -> dict[str, Called]:
     """Each program that generating runs, as `Model.generate` calls it for `batch` greedy rows whose prompts fill a cache of
-    `length` tokens; or the step of what is fine-tuned, on `batch` rows of `length` tokens."""
-    if task != "generate":
-        what = tuning.task(task, tile)
-        return {"step": Called(*tuning.program(architecture, plan, what, mesh, batch=batch, context=length))}
+    `length` tokens; or the step of what is fine-tuned, on `batch` rows of `length` tokens a part."""
+    if task is not None:
+        return {"step": Called(*tuning.program(architecture, plan, task, mesh, batch=batch, context=length))}
     how = Engine(architecture, plan.caching, plan.dtype, plan.sharding_rules(), mesh, plan.chunk, plan.attention)
     params = placement.abstract(architecture, plan, mesh)
     rows = [sampling.Sampling()] * batch
@@ -178,8 +178,7 @@ def prove(
     batch: int,
     length: int,
     memory: int | None = None,
-    task: str = "generate",
-    tile: int = 0,
+    task: Task | None = None,
 ) -> tuple[Proof, ...]:
     """Compile what generating, or a step of fine-tuning, runs for one such card; a program over `memory` bytes has that
     among its problems.
@@ -192,14 +191,14 @@ def prove(
             f"mesh is {plan.mesh!r}; programs are compiled ahead for the axes {', '.join(aot.AXES)}, not {further}"
         )
     with aot.target(card, **axes) as target:
-        found = programs(architecture, plan, cast(Any, target.mesh), batch=batch, length=length, task=task, tile=tile)
+        found = programs(architecture, plan, cast(Any, target.mesh), batch=batch, length=length, task=task)
         for name, called in found.items():
             start = time.perf_counter()
             compiled = target.compile(called.program.on("gpu"), *called.static, *target.place(called.abstract))
             device = called.device_bytes(compiled)
             limit = None if memory is None else memory - (device - aot.device_bytes(compiled))
             # what comes into layers is kept in host memory under remat 'offload', and is no argument
-            in_place = home(plan.home).TIER != "device" and not (task != "generate" and plan.remat == "offload")
+            in_place = home(plan.home).TIER != "device" and not (task is not None and plan.remat == "offload")
             report = audit(compiled, device_limit=limit, in_place=in_place)
             if "ahead" in {part.form for part in plan.parts(architecture)}:
                 report = dataclasses.replace(report, problems=(*report.problems, *exposed(report)))

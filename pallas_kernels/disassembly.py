@@ -334,7 +334,8 @@ def _parsed(text: str) -> tuple[Instruction, ...]:
 def innermost_loop(listing: Sequence[Instruction]) -> tuple[Instruction, ...]:
     """The instructions of the loop that has no other in it; of several, the one with the most matrix instructions, of as many
     the shortest. Where any loop has matrix instructions, those without (they wait for a barrier) do not count; where none has,
-    it is the longest. ValueError where there is no loop."""
+    it is the longest. What waits may stand behind the kernel's end (sm_100): a branch back from there is none. ValueError where
+    there is no loop."""
     spans = []
     for i in listing:
         if i.opcode.split(".")[0] == "BRA" and (target := re.search(r"0x([0-9a-f]+)\s*$", i.operands)):
@@ -344,6 +345,7 @@ def innermost_loop(listing: Sequence[Instruction]) -> tuple[Instruction, ...]:
     if not spans:
         raise ValueError("the kernel has no loop")
     bodies = {(start, end): tuple(i for i in listing if start <= i.address <= end) for start, end in spans}
+    spans = [a for a in spans if not any(i.opcode == "EXIT" for i in bodies[a])] or spans
     spans = [a for a in spans if matrix_instructions(bodies[a])] or spans
     inner = [a for a in spans if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in spans)]
 

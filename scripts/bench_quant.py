@@ -5,20 +5,26 @@
     python scripts/bench_quant.py --kind int4 --group-size 32 --affine    of other groups, with zeros
     python scripts/bench_quant.py --table                  on a GPU: what was fastest serves from now on
     python scripts/bench_quant.py --json FILE              a row of results a line
+    python scripts/bench_quant.py --compiled               what the compiler makes of the kernels for six cards, without one
     python scripts/bench_quant.py --decode                 tokens/s of a whole model, from GGUF files
     python scripts/bench_quant.py --decode --peer PROGRAM  the same files in llama.cpp's llama-bench, in turns
 
 A few rows are bounded by the bytes of codes and scales: GB/s of those is reported, and its fraction of the memory
-bandwidth that is measured in the same run. `to float32` and `to bfloat16` are a dense matrix's time over this one's: above 1 the
-codes are faster. Every call takes another matrix than the last, of enough to exceed four times the last-level cache;
-implementations take turns, round by round, and medians are compared. On a GPU every implementation that serves is
-measured, and a program is one pass over all matrices, so that launches from Python do not count. One whose results are not
-the reference's is told, and left out.
+bandwidth that is measured in the same run. `to float32` and `to bfloat16` are a dense matrix's time over this one's (on a GPU
+by cuBLAS), `to xla` the least of XLA's other forms': above 1 this one is faster. Every call takes another matrix than the last,
+of enough to exceed four times the last-level cache; implementations take turns, round by round, and medians are compared. On a
+GPU every implementation is measured, and beside them `xla, whole`: the whole matrix written out in the rows' dtype, and a dot. A
+program is one pass over all matrices, called several times before it is waited for, so that launches from Python do not count.
+One whose results are not the reference's is told, and left out.
 
-Aims of an H200 are multiples of bfloat16's speed at 16 rows or fewer (int4: Marlin's on an A100, github.com/IST-DASLab/marlin).
+Aims of an H200 are multiples of bfloat16's speed at 16 rows or fewer (int4: Marlin's on an A100, github.com/IST-DASLab/marlin),
+and at any number of rows no less than that of XLA's best form. They are of what serves: by the table, the fastest.
 
 With --table the times become the card's table, by which pallas_kernels/dispatch.py orders implementations from then on; all
 kinds are measured, and beside them what checkpoints bring (OTHERS: groups of 32, zeros).
+
+--compiled needs XLA's GPU compiler and no card: registers, stack and shared memory of the Triton kernels, and SASS instructions
+a weight in their loop (KERNELS.md, 3a: 3.1 for 4 bits is what an H200 has time for), of the packed and of the plain unpack.
 
 --decode: a random Llama of 125 M parameters is written as three GGUF files, F32, Q8_0 and Q4_0, all matrices of one type. Every
 round decodes from each of them once, on each side: batch 1, 63 tokens after a prompt of 128, greedy. The peer is told the
@@ -28,7 +34,9 @@ same (`llama-bench -p 0 -n 63 -d 128`) with as many threads as there are cores.
 from __future__ import annotations
 
 import functools
+import itertools
 import json
+import math
 import os
 import platform
 import shutil
@@ -37,7 +45,8 @@ import struct
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,18 +66,26 @@ from jaxengine.architecture import architecture, initialise
 from jaxengine.command import A_FILE, SETTINGS, reported, start_jax
 from jaxengine.plan import parameter_bytes
 from jaxengine.weights import base
-from pallas_kernels import dispatch
-from pallas_kernels.quant_matmul import case, layout, quant_matmul
+from pallas_kernels import aot, cards, disassembly, dispatch
+from pallas_kernels.quant_matmul import NAMES, case, layout, quant_matmul, reference
+from pallas_kernels.quant_matmul.config import CODES, Config, config
 
 GROUPS = {
     "int8": 0, "int5": 64, "int4": 128, "int3": 128, "int2": 64, "nf4": 64, "mxfp4": 32, "fp8": 0, "fp8_block": layout.BLOCK,
 }  # fmt: skip
 CPU_BYTES = 160 << 20  # of matrices, in turn: four times the last-level cache of most
-GPU_BYTES = 4 * (64 << 20)  # four times the largest L2
+LARGEST_L2 = 128 << 20  # of the cards in pallas_kernels/cards.py; what one that is not there is taken to have
+LONG, MOST = 5e-3, 30  # seconds that calls of a GPU take before they are waited for, and how many they are at most
 TABLE_ROWS = (1, 4, 16, 64, 256, 1024, 4096)
 CPU_SHAPES, GPU_SHAPES = ("4096x4096", "14336x4096"), ("4096x4096", "4096x14336", "8192x28672")
 AIMS = {"int4": dict(zip(GPU_SHAPES, (1.4, 2.4, 3.0), strict=True)), "int8": dict.fromkeys(GPU_SHAPES, 1.7),
         "nf4": dict.fromkeys(GPU_SHAPES, 1.6)}  # fmt: skip
+OF_XLA = 1.0  # what serves is to be no slower than XLA's best form
+WHOLE = "xla, whole"  # the whole matrix written out in the rows' dtype, and a plain dot: what serves nobody
+XLA = ("xla", WHOLE)
+GPU_NAMES = ("triton", "triton_plain", "mosaic_gpu", *XLA)
+DENSE = ("float32", "bfloat16")
+CUBLAS = {"xla_gpu_enable_triton_gemm": False}  # or XLA takes a kernel that it writes itself, where that is faster
 
 
 class Kind(NamedTuple):
@@ -92,7 +109,12 @@ OTHERS = (Kind("int4", 128, True), Kind("int4", 32), Kind("int4", 32, True), Kin
 
 
 class Row(NamedTuple):
-    """One measurement, as it is printed and stored."""
+    """One measurement, as it is printed and stored; None where nothing was measured beside it.
+
+    fraction: of the rate of memory. to_float32, to_bfloat16: a dense matrix's time over this one's; to_xla: the least of XLA's
+    forms', itself apart. serves: whether it is the fastest that can be asked for, which a card's table makes serve. aims: what
+    these are to be at least on a GPU, and whether they are.
+    """
 
     what: str
     shape: tuple[int, int]
@@ -101,63 +123,105 @@ class Row(NamedTuple):
     ms: float
     gigabytes: float
     fraction: float
-    to_float32: float
-    to_bfloat16: float
-    aim: float | None  # of to_bfloat16
+    to_float32: float | None
+    to_bfloat16: float | None
+    to_xla: float | None
+    serves: bool
+    aims: dict[str, float]
+    reached: dict[str, bool]
 
 
-def aim(kind: str, shape: tuple[int, int], rows: int) -> float | None:
-    """What a GPU is to reach of bfloat16's speed, where something is asked."""
-    return AIMS.get(kind, {}).get("x".join(map(str, shape))) if on_gpu() and rows <= 16 else None
+class Found(NamedTuple):
+    """What was measured of one kind, shape and number of rows.
+
+    beside: milliseconds of dense matrices. wrong: implementations with other numbers than the reference's, and how far off
+    (`off`). left_out: those that did not run, and why. unchecked: why numbers were held against nothing; then no row is for a
+    table.
+    """
+
+    rows: list[Row]
+    beside: dict[str, float]
+    wrong: dict[str, float]
+    left_out: dict[str, str]
+    unchecked: str
 
 
-def matrices(kind: Kind, N: int, K: int, count: int) -> list[tuple[Any, ...]]:
-    """Random codes and scales of a kind, and zeros where it has them."""
-    rng, (name, G, affine) = np.random.default_rng(0), kind
+def aims_of(kind: str, shape: tuple[int, int], rows: int) -> dict[str, float]:
+    """What serves is to reach on a GPU: of bfloat16's speed where something is asked, and of XLA's everywhere."""
+    if not on_gpu():
+        return {}
+    of_bfloat16 = AIMS.get(kind, {}).get("x".join(map(str, shape))) if rows <= 16 else None
+    return ({} if of_bfloat16 is None else {"to_bfloat16": of_bfloat16}) | {"to_xla": OF_XLA}
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def dense_matrix(dtype: str, N: int, K: int, seed: int) -> jax.Array:
+    return (0.01 * jax.random.normal(jax.random.key(seed), (N, K), jnp.float32)).astype(dtype)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def matrix(kind: Kind, N: int, K: int, seed: int) -> tuple[Any, ...]:
+    """Random codes and scales of a kind, and zeros where it has them; no NaN among them."""
+    name, G, affine = kind
+    keys = iter(jax.random.split(jax.random.key(seed), 4))
 
     def words(per: int) -> jax.Array:
-        return jnp.asarray(rng.integers(0, 1 << 16, (N, K // per), np.uint16))
+        return jax.random.bits(next(keys), (N, K // per), jnp.uint16)
 
-    def one() -> tuple[Any, jax.Array]:
-        scale = jnp.asarray(rng.uniform(0.5, 1, (N, K // G) if G else (N,)), jnp.float32) / 100
+    def numbers(shape: tuple[int, ...], least: int, end: int) -> jax.Array:
+        return jax.random.randint(next(keys), shape, least, end, jnp.int32)
+
+    def codes() -> Any:
         if name == "int8":
-            return jnp.asarray(rng.integers(-127, 128, (N, K), np.int8)), scale
+            return jnp.maximum(lax.bitcast_convert_type(jax.random.bits(next(keys), (N, K), jnp.uint8), jnp.int8), -127)
         if name in layout.FLOATS:
-            codes = rng.integers(0, 127, (N, K), np.uint8) | rng.integers(0, 2, (N, K), np.uint8) << 7  # never a NaN
-            codes = lax.bitcast_convert_type(jnp.asarray(codes), jnp.float8_e4m3fn)
-            return codes, scale if name == "fp8" else scale[: -(-N // G)]
-        if name == "mxfp4":
-            return words(4), jnp.asarray(rng.integers(118, 122, (N, K // G), np.uint8))
+            drawn = jax.random.bits(next(keys), (N, K), jnp.uint8)
+            finite = jnp.where((drawn & jnp.uint8(127)) == jnp.uint8(127), jnp.uint8(0), drawn)
+            return lax.bitcast_convert_type(finite, jnp.float8_e4m3fn)
         if name in ("int5", "int3"):
-            return (words(4 if name == "int5" else 8), words(16)), scale.astype(jnp.bfloat16)
-        return words(8 if name == "int2" else 4), scale if name == "nf4" else scale.astype(jnp.bfloat16)
+            return words(4 if name == "int5" else 8), words(16)
+        return words(8 if name == "int2" else 4)
 
-    def zeros() -> tuple[jax.Array, ...]:
-        made = jnp.asarray(rng.integers(0, 2 ** layout.BITS[name], (N, K // G)) if affine else 0, jnp.float32)
-        return (made.astype(jnp.bfloat16),) if affine else ()
-
-    return [(*one(), *zeros()) for _ in range(count)]
+    made = codes()
+    if name == "mxfp4":
+        return made, numbers((N, K // G), 118, 122).astype(jnp.uint8)
+    shape = (-(-N // G), -(-K // G)) if name == "fp8_block" else (N, K // G) if G else (N,)
+    scale = jax.random.uniform(next(keys), shape, jnp.float32, 0.005, 0.01)
+    if name not in ("int8", "nf4", *layout.FLOATS):
+        scale = scale.astype(jnp.bfloat16)
+    return (made, scale, *([numbers(shape, 0, 2 ** layout.BITS[name]).astype(jnp.bfloat16)] if affine else []))
 
 
 def size(tree: Any) -> int:
     return sum(a.nbytes for a in jax.tree.leaves(tree))
 
 
-def seconds(run: Callable[[], Any]) -> float:
-    """Wall time of one call, its result waited for."""
-    start = time.perf_counter()
-    jax.block_until_ready(run())
-    return time.perf_counter() - start
+def seconds(run: Callable[[], Any], calls: int = 1) -> float:
+    """Wall time of one call, of so many that are waited for together."""
+    start, out = time.perf_counter(), None
+    for _ in range(calls):
+        out = run()
+    jax.block_until_ready(out)
+    return (time.perf_counter() - start) / calls
 
 
-def bandwidth() -> float:
-    """Bytes/s of reading 1 GiB (CPU: 512 MiB), the best of a row maximum, a sum and a matrix times a vector."""
-    x = jnp.ones((2**15, 2**13 if on_gpu() else 2**12), jnp.float32)
+def often(run: Callable[[], Any]) -> int:
+    """How often a call is made before it is waited for; it has run before. On a GPU starting one takes as long as a short
+    one does."""
+    return min(MOST, math.ceil(LONG / max(seconds(run), 1e-9))) if on_gpu() else 1
+
+
+def bandwidth(nbytes: int | None = None) -> float:
+    """Bytes/s of reading so many (None: 1 GiB; CPU: 512 MiB), the best of a row maximum, a sum and a matrix times a vector."""
+    columns = 2**13 if on_gpu() else 2**12
+    x = jnp.ones((2**15 if nbytes is None else max(1, nbytes // (4 * columns)), columns), jnp.float32)
     v = jnp.ones((x.shape[1],), jnp.float32)
     reads = [jax.jit(lambda x: x.max(-1)), jax.jit(lambda x: x.sum()), jax.jit(lambda x: x @ v)]
-    for read in reads:
-        read(x).block_until_ready()
-    return x.nbytes / min(seconds(functools.partial(read, x)) for _ in range(7) for read in reads)
+    runs = [functools.partial(read, x) for read in reads]
+    for run in runs:
+        run().block_until_ready()
+    calls = [often(run) for run in runs]
+    return x.nbytes / min(seconds(run, n) for _ in range(7) for run, n in zip(runs, calls, strict=True))
 
 
 def on_gpu() -> bool:
@@ -165,9 +229,18 @@ def on_gpu() -> bool:
 
 
 class Turns:
-    """One product for each of several matrices; `time` is that of one product, `gave` the first program's last result."""
+    """One product for each of several matrices in turn, in one program; traced when it is made, and refused then.
 
-    def __init__(self, product: Callable[[jax.Array, Any], jax.Array], x: jax.Array, all_of_them: list[Any]):
+    On a CPU it is a program of one product, which is called with each. options: the compiler's, on a GPU.
+    """
+
+    def __init__(
+        self,
+        product: Callable[[jax.Array, Any], jax.Array],
+        x: jax.Array,
+        all_of_them: list[Any],
+        options: dict[str, Any] | None = None,
+    ):
         self.x, self.matrices = x, all_of_them
 
         def chained(x: jax.Array, matrices: list[Any]) -> jax.Array:
@@ -177,84 +250,202 @@ class Turns:
             assert y is not None
             return y
 
-        self.run = jax.jit(chained)
         self.each = [all_of_them] if on_gpu() else [[w] for w in all_of_them]
-        self.gave = self.run(x, self.each[0]).block_until_ready()
+        self._lowered, self._options = jax.jit(chained).lower(x, self.each[0]), options if on_gpu() else None
+
+    def compile(self) -> Callable[..., Any]:
+        """Takes its time, and may be called in a thread."""
+        self.run = self._lowered.compile(compiler_options=self._options)
+        return self.run
+
+    def begin(self) -> jax.Array:
+        """What the first program's last product gives."""
+        gave = self.run(self.x, self.each[0]).block_until_ready()
+        self.calls = often(lambda: self.run(self.x, self.each[0]))
+        return gave
 
     def time(self) -> float:
-        return statistics.median(seconds(lambda g=g: self.run(self.x, g)) for g in self.each) / len(self.each[0])
+        """Of one product."""
+        times = [seconds(lambda g=g: self.run(self.x, g), self.calls) for g in self.each]
+        return statistics.median(times) / len(self.each[0])
 
 
-def some(make: Callable[[int], list[Any]]) -> list[Any]:
-    """As many as do not fit the caches."""
-    return make(max(2, -(-(GPU_BYTES if on_gpu() else CPU_BYTES) // size(make(1)))))
+def distinct_bytes() -> int:
+    """Of matrices that a turn goes through, to be exceeded: four times the last-level cache."""
+    if not on_gpu():
+        return CPU_BYTES
+    try:
+        return 4 * cards.find(jax.devices()[0].device_kind).l2
+    except ValueError:
+        return 4 * LARGEST_L2
 
 
-def dense_matrices(dtype: Any, N: int, K: int) -> list[jax.Array]:
-    return some(lambda n: [0.01 * jax.random.normal(jax.random.key(i), (N, K), dtype) for i in range(n)])
+def some(one: Callable[[int], Any], nbytes: int | None = None) -> list[Any]:
+    """More bytes than these (None: than the caches hold), of two at least; one: made of a seed."""
+    first = one(0)
+    count = (distinct_bytes() if nbytes is None else nbytes) // size(first) + 1
+    return [first, *(one(i) for i in range(1, max(2, count)))]
+
+
+def dense_turns(name: str, x: jax.Array, weights: list[jax.Array]) -> Turns:
+    """Rows times matrices as numbers; on a GPU by cuBLAS."""
+    made = Turns(functools.partial(base.einsum, "bi,oi->bo"), x.astype(name), weights, CUBLAS)
+    made.compile()
+    made.begin()
+    return made
+
+
+def whole(x: jax.Array, w: tuple[Any, ...], kind: Kind) -> jax.Array:
+    """The matrix dequantised at once, in x's dtype, and a dot."""
+    codes, scale, *zero = w
+    dense = reference.dense(codes, scale, zero[0] if zero else None, kind=kind.kind, group_size=kind.group_size)
+    return jnp.einsum("mk,nk->mn", x, dense.astype(x.dtype))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def exact_matrix(w: tuple[Any, ...], kind: Kind) -> jax.Array:
+    """float32."""
+    codes, scale, *zero = w
+    return reference.dense(codes, scale, zero[0] if zero else None, kind=kind.kind, group_size=kind.group_size)
+
+
+@jax.jit
+def exact(x: jax.Array, dense: jax.Array) -> jax.Array:
+    """What the reference gives; one program for all kinds."""
+    return jnp.einsum("mk,nk->mn", x.astype(jnp.float32), dense, precision="highest").astype(x.dtype)
+
+
+@jax.jit
+def _apart(found: jax.Array, meant: jax.Array) -> jax.Array:
+    a, b = found.astype(jnp.float32), meant.astype(jnp.float32)
+    return jnp.linalg.norm(a - b) / jnp.linalg.norm(b)
+
+
+def off(found: jax.Array, meant: jax.Array, K: int) -> float:
+    """How far results are from the reference's, in times of what rounding allows: what is fast and wrong is to stand in no
+    table.
+
+    The root of the sum of squared differences, of random numbers: a weight and a result rounded to the result's dtype, each to
+    half an epsilon at most, and float32 sums of K products; twice of all that.
+    """
+    allowed = 2 * float(jnp.finfo(meant.dtype).eps) + 2.0**-24 * K**0.5
+    found_off = float(_apart(found, meant)) / allowed
+    return found_off if math.isfinite(found_off) else 1e30  # JSON has no infinity
 
 
 def alike(found: jax.Array, meant: jax.Array, K: int) -> bool:
-    """Whether results are the reference's but for rounding: what is fast and wrong is to stand in no table.
-
-    The sum of squared differences, of random numbers: a weight and a result rounded to the result's dtype, each to half an
-    epsilon at most, and float32 sums of K products; twice of all that.
-    """
-    a, b = (np.asarray(y, np.float64) for y in (found, meant))
-    allowed = 2 * float(jnp.finfo(meant.dtype).eps) + 2.0**-24 * K**0.5
-    return bool(np.linalg.norm(a - b) <= allowed * np.linalg.norm(b))
+    """Whether results are the reference's but for rounding."""
+    return off(found, meant, K) <= 1
 
 
-def coded_turns(kind: Kind, x: jax.Array, weights: list[tuple[Any, ...]]) -> dict[str, Turns]:
-    """By implementation: on a GPU all that serve this call, and whose results are the reference's."""
-    found: dict[str, Turns] = {}
+def names_for(kind: Kind, names: Sequence[str] | None) -> list[str]:
+    """Implementations to ask for: where nothing is said all of them on a GPU, and elsewhere the one that serves. The plain
+    unpack where it is another than the packed one: of four bits."""
+    asked = names if names is not None else GPU_NAMES if on_gpu() else ("xla",)
+    return [n for n in asked if n != "triton_plain" or layout.BITS[kind.kind] == 4]
+
+
+def made_ready(
+    kind: Kind, x: jax.Array, weights: list[tuple[Any, ...]], dense: jax.Array, names: Sequence[str] | None
+) -> tuple[dict[str, Turns], dict[str, float], dict[str, str], str]:
+    """(by implementation those that serve and have the reference's numbers, which are wrong, left out, unchecked: see
+    `Found`); traced one by one, and compiled at the same time. dense: the matrix of the last product, in float32."""
 
     def product_by(name: str) -> Callable[[jax.Array, Any], jax.Array]:
+        if name == WHOLE:
+            return functools.partial(whole, kind=kind)
         product = functools.partial(
             quant_matmul, kind=kind.kind, group_size=kind.group_size, dtype=x.dtype, implementation=name
         )
         return lambda x, w: product(x, *w)
 
     def say(name: str, what: object, style: str | None = None) -> None:
-        Console(stderr=True).print(f"{kind}, {len(x)} rows, {name}: {what}", style=style)
+        told = f"{kind}, {len(x)} rows, {name}: {what}"
+        Console(stderr=True).print(told, style=style, highlight=False, markup=False)
 
-    for name in ("triton", "mosaic_gpu", "xla") if on_gpu() else ("xla",):
+    traced: dict[str, Turns] = {}
+    ready: dict[str, Turns] = {}
+    wrong: dict[str, float] = {}
+    left_out: dict[str, str] = {}
+
+    def give_up(name: str, e: Exception) -> None:
+        left_out[name] = reason(e)
+        say(name, left_out[name], None if isinstance(e, dispatch.Refused) else "red")
+
+    # whatever goes wrong in one, and kernels go wrong in many ways, the others are measured
+    for name in names_for(kind, names):
         try:
-            found[name] = Turns(product_by(name), x, weights)
-        except dispatch.Refused as e:
-            say(name, e)
-        except (ValueError, RuntimeError, NotImplementedError) as e:  # the compiler's word: the others are measured
-            say(name, str(e).splitlines()[0][:160], "red")
-    for name, turns in list(found.items()):
-        if not alike(turns.gave, jax.jit(product_by("reference"))(x, turns.each[0][-1]), x.shape[1]):
-            say(name, "other numbers than the reference's; left out", "red")
-            del found[name]
-    return found
+            traced[name] = Turns(product_by(name), x, weights)
+        except Exception as e:
+            give_up(name, e)
+    try:
+        meant, unchecked = exact(x, dense).block_until_ready(), ""
+    except Exception as e:
+        meant, unchecked = None, f"the reference, against which numbers are held, did not run: {reason(e)}"
+        say("reference", f"{unchecked}; nothing of this is written to a table", "red")
+    # XLA's forms try products on the card while they are compiled, which is not to be two at a time
+    with ThreadPoolExecutor(max(1, len(traced))) as pool, ThreadPoolExecutor(1) as alone:
+        finished = {n: (alone if n in XLA else pool).submit(turns.compile) for n, turns in traced.items()}
+    for name, turns in traced.items():
+        try:
+            finished[name].result()
+            gave = turns.begin()
+        except Exception as e:
+            give_up(name, e)
+            continue
+        if meant is not None and (far := off(gave, meant, x.shape[1])) > 1:
+            wrong[name] = far
+            say(name, f"other numbers than the reference's, by {far:.3g} of the bound; left out", "red")
+        else:
+            ready[name] = turns
+    return ready, wrong, left_out, unchecked
+
+
+def reason(e: Exception) -> str:
+    said = next(iter(str(e).splitlines()), "")[:300]
+    return said if isinstance(e, dispatch.Refused) else f"{type(e).__name__}: {said}"
 
 
 def measured(
-    kinds: list[Kind], shapes: list[tuple[int, int]], rows: list[int], rounds: int, dtype: Any, limit: float
-) -> Iterator[tuple[dict[str, Any], list[Row]]]:
-    """For each shape, kind and number of rows: the row of a card's table, and what each implementation takes."""
+    groups: Sequence[tuple[Sequence[Kind], Sequence[int]]],
+    shapes: Sequence[tuple[int, int]],
+    rounds: int,
+    dtype: Any,
+    limit: float,
+    beside: Sequence[str] = DENSE,
+    names: Sequence[str] | None = None,
+    nbytes: int | None = None,
+) -> Iterator[tuple[Kind, dict[str, Any] | None, Found]]:
+    """For each shape, and of each group its kinds with each of its numbers of rows: the kind, the row of a card's table (None
+    where there is none), and what each implementation takes. beside: dtypes of dense matrices. names: what is asked for
+    (`names_for`). nbytes: of all matrices of a turn (`some`)."""
     for N, K in shapes:
-        xs = [jax.random.normal(jax.random.key(1), (M, K), dtype) for M in rows]
-        stored = {name: dense_matrices(name, N, K) for name in ("float32", "bfloat16")}
-        dense = [
-            {name: Turns(functools.partial(base.einsum, "bi,oi->bo"), x.astype(name), w) for name, w in stored.items()}
-            for x in xs
-        ]
-        for kind in kinds:
-            weights = some(functools.partial(matrices, kind, N, K))
-            for x, beside in zip(xs, dense, strict=True):
-                found = compared(str(kind), (N, K), x, beside, coded_turns(kind, x, weights), rounds, limit)
-                yield table_row(kind, x, weights[0], found), found
+        stored = {name: some(functools.partial(dense_matrix, name, N, K), nbytes) for name in beside}
+        xs: dict[int, jax.Array] = {}
+        dense: dict[int, dict[str, Turns]] = {}
+        for kinds, rows in groups:
+            for kind in kinds:
+                weights = some(functools.partial(matrix, kind, N, K), nbytes)
+                last = exact_matrix(weights[-1] if on_gpu() else weights[0], kind)
+                for M in rows:
+                    if M not in xs:
+                        xs[M] = jax.random.normal(jax.random.key(1), (M, K), dtype)
+                        dense[M] = {name: dense_turns(name, xs[M], w) for name, w in stored.items()}
+                    ready, wrong, left_out, unchecked = made_ready(kind, xs[M], weights, last, names)
+                    of_all, of_dense = compared(str(kind), (N, K), xs[M], dense[M], ready, rounds, limit)
+                    found = Found(of_all, of_dense, wrong, left_out, unchecked)
+                    yield kind, table_row(kind, xs[M], weights[0], found), found
 
 
-def table_row(kind: Kind, x: jax.Array, weight: tuple[Any, ...], found: list[Row]) -> dict[str, Any]:
-    """A row of the card's table: what each implementation that served took."""
+def table_row(kind: Kind, x: jax.Array, weight: tuple[Any, ...], found: Found) -> dict[str, Any] | None:
+    """A row of the card's table: what each implementation that served took; None where none did, or numbers were held against
+    nothing."""
+    times = {r.implementation: r.ms for r in found.rows if r.implementation in NAMES}
+    if found.unchecked or not times:
+        return None
     codes, _, *zero = weight
     told = case(x, codes, zero[0] if zero else None, kind.kind, kind.group_size)
-    return {"op": "quant_matmul", **told, "milliseconds": {r.implementation: r.ms for r in found}}
+    return {"op": "quant_matmul", **told, "milliseconds": times}
 
 
 def compared(
@@ -265,23 +456,129 @@ def compared(
     coded: dict[str, Turns],
     rounds: int,
     limit: float,
-) -> list[Row]:
-    """All take turns, round by round."""
+) -> tuple[list[Row], dict[str, float]]:
+    """All take turns, round by round; gives rows, and milliseconds of the dense ones."""
     turns = {**dense, **coded}
     times: dict[str, list[float]] = {name: [] for name in turns}
     for _ in range(rounds):
         for name, turn in turns.items():
             times[name].append(turn.time())
     median = {name: statistics.median(t) for name, t in times.items()}
+    fastest = min((n for n in coded if n in NAMES), key=lambda n: median[n], default=None)
     found = []
     for name, turn in coded.items():
-        rate = size(turn.matrices[0]) / median[name]
-        ratios = (median["float32"] / median[name], median["bfloat16"] / median[name])
+        t = median[name]
+        rate, of_xla = size(turn.matrices[0]) / t, [median[n] for n in XLA if n in coded and n != name]
+        to_float32, to_bfloat16 = (median[n] / t if n in dense else None for n in DENSE)
         row = Row(
-            kind, shape, len(x), name, 1e3 * median[name], rate / 1e9, rate / limit, *ratios, aim(kind, shape, len(x))
-        )
+            kind, shape, len(x), name, 1e3 * t, rate / 1e9, rate / limit, to_float32, to_bfloat16,
+            min(of_xla) / t if of_xla else None, name == fastest, {}, {},
+        )  # fmt: skip
+        if row.serves:
+            aims = {of: a for of, a in aims_of(kind, shape, len(x)).items() if getattr(row, of) is not None}
+            row = row._replace(aims=aims, reached={of: getattr(row, of) >= a for of, a in aims.items()})
         found.append(row)
-    return found
+    return found, {name: 1e3 * median[name] for name in dense}
+
+
+# --- what the compiler makes of the kernels, without a card ---------------------------------------------------------------
+
+GENERATIONS = ("A100", "RTX 3090", "RTX 4090", "H200", "B200", "RTX 5090")  # sm_80, 86, 89, 90, 100, 120
+COMPILED_KINDS = (*(Kind.usual(n) for n in ("int4", "int8", "nf4", "fp8", "mxfp4", "fp8_block")), *OTHERS)
+
+
+class Compiled(NamedTuple):
+    """A kernel as it is compiled for a card. Bytes of a block (limit: the card's most), registers and bytes of stack of a thread,
+    SASS instructions in a turn of the loop for each weight (None where nvdisasm is missing)."""
+
+    what: str
+    shape: tuple[int, int]
+    rows: int
+    implementation: str
+    card: str
+    tile: tuple[int, int, int]
+    warps: int
+    stages: int
+    splits: int
+    registers: int
+    stack: int
+    shared_memory: int
+    limit: int
+    instructions: float | None
+
+
+def abstract(kind: Kind, M: int, N: int, K: int, dtype: Any) -> tuple[Any, ...]:
+    """Rows, codes, scales and, if any, zeros."""
+    return jax.ShapeDtypeStruct((M, K), dtype), *jax.eval_shape(functools.partial(matrix, kind, N, K, 0))
+
+
+def compile_for(
+    card: str, kind: Kind, M: int, N: int, K: int, dtype: Any = jnp.bfloat16, implementation: str = "triton"
+) -> tuple[Any, disassembly.Kernel, Config]:
+    """The program, its kernel, and the tiles."""
+    product = functools.partial(
+        quant_matmul, kind=kind.kind, group_size=kind.group_size, dtype=dtype, implementation=implementation
+    )
+    with aot.target(aot.CARDS[card]) as target:
+        given = target.place(abstract(kind, M, N, K, dtype))
+        compiled = target.compile(jax.jit(lambda x, *w: product(x, *w)), *given)
+        gpu = dispatch.gpu()
+    assert gpu is not None
+    assert gpu.capability == aot.CARDS[card].capability
+    how: Any = {"bfloat16": jnp.dtype(dtype) == jnp.bfloat16, "affine": kind.affine}
+    tiles = config(M, N, K, kind.kind, kind.group_size, gpu, **how)
+    [kernel] = (k for k in disassembly.kernels(compiled) if k.name.startswith(("quant_matmul", "pallas_call")))
+    return compiled, kernel, tiles
+
+
+def instructions_per_weight(kernel: disassembly.Kernel, tiles: Config, kind: Kind) -> float:
+    """Of one thread, times threads, for each weight of a turn of the loop."""
+    loop = disassembly.innermost_loop(disassembly.instructions(kernel))
+    if not disassembly.matrix_instructions(loop):
+        raise ValueError(
+            f"{kernel.name}: its loop has no product on the tensor cores: {dict(disassembly.counts(loop))}"
+        )
+    weights = tiles.block_n * tiles.columns * tiles.unroll * (4 if layout.BITS[kind.kind] == 4 else 1)
+    return len(loop) * kernel.threads / weights
+
+
+def compiled_row(card: str, kind: Kind, M: int, N: int, K: int, implementation: str = "triton") -> Compiled:
+    _, kernel, tiles = compile_for(card, kind, M, N, K, implementation=implementation)
+    return Compiled(
+        str(kind), (N, K), M, implementation, card, (tiles.block_m, tiles.block_n, tiles.columns), tiles.warps, tiles.stages,
+        tiles.splits, kernel.registers, kernel.stack, kernel.shared_memory, aot.CARDS[card].limits.shared_memory_block,
+        instructions_per_weight(kernel, tiles, kind) if disassembly.missing() is None else None,
+    )  # fmt: skip
+
+
+def compiled_rows(kinds: Sequence[Kind], shapes: Sequence[tuple[int, int]], rows: Sequence[int]) -> Iterator[Compiled]:
+    """Each on every generation of cards, packed and, of four bits, plain."""
+    for kind in kinds:
+        for M in rows:
+            for N, K in shapes:
+                for name in names_for(kind, ("triton", "triton_plain")):
+                    for card in GENERATIONS:
+                        yield compiled_row(card, kind, M, N, K, name)
+
+
+def compiled_table(kinds: Sequence[Kind], shapes: Sequence[tuple[int, int]], rows: Sequence[int]) -> Iterator[Compiled]:
+    """Prints them as Markdown, a line for each kind, number of rows, shape and unpack, as soon as it is known."""
+    print(f"jax {jax.__version__}; registers, shared memory (stack, where there is any): instructions a weight\n")
+    print(f"| kind | rows | shape | by | {' | '.join(GENERATIONS)} |")
+    print(f"|---|---|---|---|{'---|' * len(GENERATIONS)}")
+    every = compiled_rows(kinds, shapes, rows)
+    while line := list(itertools.islice(every, len(GENERATIONS))):
+        cells = []
+        for c in line:
+            spilt = f" ({c.stack})" if c.stack else ""
+            counted = "" if c.instructions is None else f": {c.instructions:.2f}"
+            cells.append(f"{c.registers}, {c.shared_memory}{spilt}{counted}")
+        c = line[0]
+        print(
+            f"| {c.what} | {c.rows} | {c.shape[0]}x{c.shape[1]} | {c.implementation} | {' | '.join(cells)} |",
+            flush=True,
+        )
+        yield from line
 
 
 # --- a whole model, from a file that llama.cpp reads too -----------------------------------------------------------------
@@ -478,6 +775,11 @@ def decoded(shape: dict[str, Any], peer: str | None, rounds: int, file: Path | N
 @click.option("--rounds", metavar="N", type=click.IntRange(1), default=5, help="Rounds, whose medians are printed.")
 @click.option("--dtype", metavar="DTYPE", show_default="float32; GPU: bfloat16", help="Of the rows.")
 @click.option("--table", is_flag=True, help="On a GPU: keep the times as this card's table, which decides what serves.")
+@click.option(
+    "--compiled",
+    is_flag=True,
+    help="The kernels as they are compiled for six cards, without one, instead of their speed.",
+)
 @click.option("--decode", is_flag=True, help="Tokens/s of a whole model from GGUF files, instead of single products.")
 @click.option(
     "--peer", metavar="PROGRAM", help="With --decode: llama.cpp's llama-bench, by its path or its name on the PATH."
@@ -500,6 +802,7 @@ def main(
     rounds: int,
     dtype: str | None,
     table: bool,
+    compiled: bool,
     decode: bool,
     peer: str | None,
     config: Path | None,
@@ -511,14 +814,19 @@ def main(
         raise click.UsageError(f"{'--config' if peer is None else '--peer'} is of a whole model: say --decode too")
     if decode:
         ours = {
-            f"--{n.replace('_', '-')}": n for n in ("kind", "group_size", "affine", "rows", "shape", "dtype", "table")
+            f"--{n.replace('_', '-')}": n
+            for n in ("kind", "group_size", "affine", "rows", "shape", "dtype", "table", "compiled")
         }
         context = click.get_current_context()
         if odd := [n for n, p in ours.items() if context.get_parameter_source(p) is ParameterSource.COMMANDLINE]:
             raise click.UsageError(f"{odd[0]} is of single products: leave it out with --decode")
         decoded(SHAPE_125M if config is None else json.loads(config.read_text()), peer, rounds, file)
         return
-    shapes = [parsed(s) for s in shape or (GPU_SHAPES if on_gpu() else CPU_SHAPES)]
+    if compiled and (table or dtype is not None):
+        raise click.UsageError(f"{'--table' if table else '--dtype'} is of speed: leave it out with --compiled")
+    if compiled and (said := aot.missing()):
+        raise click.UsageError(f"--compiled: {said}")
+    shapes = [parsed(s) for s in shape or (GPU_SHAPES if on_gpu() or compiled else CPU_SHAPES)]
     if group_size is not None and (group_size % 16 or any(K % group_size for _, K in shapes)):
         raise click.BadParameter(
             f"{group_size} is no multiple of 16 that divides the inputs, {', '.join(str(K) for _, K in shapes)}; 32, 64 and"
@@ -527,38 +835,60 @@ def main(
         )
     if table and not on_gpu():
         raise click.UsageError("--table is of a GPU, and there is none: on a CPU 'xla' serves every call")
+    if compiled:
+        those = chosen(kind, group_size, affine, OTHERS) if kind else list(COMPILED_KINDS)
+        if without := [str(k) for k in those if k.kind not in CODES]:
+            raise click.UsageError(
+                f"--compiled: there is no kernel of {', '.join(without)}; there are {', '.join(CODES)}"
+            )
+        told = ""
+        for c in compiled_table(those, shapes, rows or (1, 16, 64)):
+            told += json.dumps(c._asdict()) + "\n"
+            if file is not None:  # after each: a long run may be stopped
+                file.write_text(told)
+        return
     kinds = chosen(kind, group_size, affine, OTHERS if table else ())
     Ms = list(rows or (TABLE_ROWS if table else (1, 4, 16, 64, 256) + ((4096,) if on_gpu() else ())))
     limit = bandwidth()
     device = jax.devices()[0]
     machine = f"{device.device_kind}, {platform.machine()}, jax {jax.__version__}, {limit / 1e9:.1f} GB/s read"
-    shown = Table("kind", "shape", "rows", "by", "ms", "GB/s", "of memory", "to float32", "to bfloat16", title=machine)
-    if on_gpu():
-        shown.add_column("aim")
     found: list[Row] = []
     kept: Path | None = None
-    every = measured(kinds, shapes, Ms, rounds, jnp.dtype(dtype or ("bfloat16" if on_gpu() else "float32")), limit)
-    for row, rows_of_one in track(every, "measuring", len(shapes) * len(Ms) * len(kinds), console=Console(stderr=True)):
-        found += rows_of_one
-        kept = (
-            dispatch.write_table(device.device_kind, [row]) if table else None
-        )  # after each: a long run may be stopped
-    for r in found:
-        N, K = r.shape
-        numbers = (
-            f"{r.ms:.3f}",
-            f"{r.gigabytes:.1f}",
-            f"{r.fraction:.2f}",
-            f"{r.to_float32:.2f}",
-            f"{r.to_bfloat16:.2f}",
-        )
-        numbers += (f"{r.aim or ''}",) if on_gpu() else ()
-        shown.add_row(r.what, f"{N}x{K}", str(r.rows), r.implementation, *numbers)
-    Console().print(shown)
+    dropped: list[str] = []
+    every = measured([(kinds, Ms)], shapes, rounds, jnp.dtype(dtype or ("bfloat16" if on_gpu() else "float32")), limit)
+    progress = track(every, "measuring", len(shapes) * len(Ms) * len(kinds), console=Console(stderr=True))
+    for of, row, one in progress:
+        found += one.rows
+        if table and row is not None:  # after each: a long run may be stopped
+            kept = dispatch.write_table(device.device_kind, [row])
+        elif table:
+            dropped.append(f"{of}: {one.unchecked or 'nothing served'}")
+    console = Console()
+    # in a file or a pipe its columns would be cut to those of a terminal of 80
+    (console if console.is_terminal else Console(width=200)).print(tabulated(found, machine))
     if kept is not None:
         print(f"wrote {kept}")
     if file is not None:
         file.write_text("".join(json.dumps({"machine": machine, **r._asdict()}) + "\n" for r in found))
+    if dropped:
+        raise click.ClickException(f"not written to the table: {'; '.join(dropped)}")
+
+
+def tabulated(found: list[Row], machine: str) -> Table:
+    """What has something to say, a row a measurement."""
+    columns: dict[str, Callable[[Row], Any]] = {
+        "kind": lambda r: r.what, "shape": lambda r: "{}x{}".format(*r.shape), "rows": lambda r: str(r.rows),
+        "by": lambda r: r.implementation, "ms": lambda r: f"{r.ms:.3f}", "GB/s": lambda r: f"{r.gigabytes:.1f}",
+        "of memory": lambda r: f"{r.fraction:.2f}", "to float32": lambda r: r.to_float32 and f"{r.to_float32:.2f}",
+        "to bfloat16": lambda r: r.to_bfloat16 and f"{r.to_bfloat16:.2f}", "to xla": lambda r: r.to_xla and f"{r.to_xla:.2f}",
+        "aims": lambda r: ", ".join(f"{a:g} {of}".replace("_", " ") for of, a in r.aims.items()),
+        "reached": lambda r: ", ".join("yes" if r.reached[of] else "no" for of in r.aims),
+    }  # fmt: skip
+    told = {name: value for name, value in columns.items() if any(value(r) for r in found)}
+    table = Table(*told, title=machine)
+    for r in found:
+        table.add_row(*(value(r) or "" for value in told.values()))
+    return table
 
 
 def chosen(names: tuple[str, ...], group_size: int | None, affine: bool, others: tuple[Kind, ...]) -> list[Kind]:

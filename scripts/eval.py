@@ -1,22 +1,25 @@
 """Measures the demo checkpoint under any plan: bits per byte on held-out Python source, and each task's accuracy.
 
     python scripts/eval.py [FOLDER] [--weights int8] [--kv int8] [--samples 200] [--json FILE]
-    python scripts/eval.py [FOLDER] --table [--of int8 --of nf4 ...] [--samples 200] [--markdown FILE]
+    python scripts/eval.py [FOLDER] --table [--of int8 --of "int4 by gptq" ...] [--samples 200] [--markdown FILE]
 
 Bits per byte come from `Model.logits` (the weights alone: no cache is read back); answers come from greedy
 `Model.generate`, so they pass through the cache as a user's text does. Every figure stands with its standard error over
 the sample: binomial for a task, between windows for the text. Two plans asked with the same samples and seed see the
 same questions, so that their difference is finer than these errors say. --table shows it for one weight format after
-another: bits per byte above the first one's, window by window, with the error of the difference.
+another: bits per byte above the first one's, window by window, with the error of the difference. "int4 by gptq" is int4 whose
+codes are chosen by text (`jaxengine quantize`), the files of Python's library that are not held out: 64 rows of 256 tokens.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import platform
 import random
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +35,8 @@ from rich.table import Table
 from tokenizers import Tokenizer
 
 import jaxengine
+from jaxengine.calibration.grid import FORMATS as CHOSEN
+from jaxengine.calibration.run import METHODS, quantize
 from jaxengine.command import SETTINGS, load, loads, reported, resolve, start_jax
 from jaxengine.formats import find
 from jaxengine.plan import parameter_bytes
@@ -41,9 +46,13 @@ TEXT = "bits per byte"
 # about from most bytes to fewest; the first is what the others are held against. kquant is what GGUF's K types are held as;
 # its codes are chosen here by rounding alone, where llama.cpp searches for steps: a file's are better
 FORMATS = (
-    "dense", "lossless", "int8:outliers=8", "kquant:bits=6", "int8", "fp8", "kquant:bits=5", "int5", "kquant",
-    "int4:group_size=32", "int4:affine=true", "mxfp4", "nf4", "int4", "kquant:bits=3", "int3", "kquant:bits=2", "int2",
+    "dense", "lossless", "int8:outliers=8", "kquant:bits=6", "int8", "fp8", "fp8:scale=tensor", "fp8:scale=block128",
+    "fp8:dtype=e5m2", "kquant:bits=5", "int5", "kquant", "nf4:double=false", "int4:group_size=32", "int4:affine=true", "mxfp4",
+    "nf4", "int4:group_size=64", "int4:group_size=64 by gptq", "int4:group_size=64 by awq", "int4", "kquant:bits=3",
+    "int3:affine=true", "int3", "int3 by gptq", "int3 by awq", "kquant:bits=2", "int2:affine=true", "int2", "int2 by gptq",
 )  # fmt: skip
+TRAIN_FILES = 40  # of text that codes are chosen by: rows are drawn from them
+BY = " by "  # between a format and the method that chooses its codes by text
 # of tasks, by how their names begin
 GROUPS = {"recall": "recall", "copy": "copy", "sums": ("addition", "subtraction"), "chat": "chat"}
 
@@ -141,8 +150,7 @@ def rows(
     """A row for each format, the first being what the others are held against."""
     first: list[float] = []
     for text in formats:
-        given: dict[str, Any] = loading | {"weights": text}
-        model = load(folder, **given)
+        model = loaded(folder, text, seed, loading)
         bits, sizes = text_bits(model, tokenizer, samples, seed)
         first = first or bits
         above = per_byte([b - a for a, b in zip(first, bits, strict=True)], sizes)
@@ -150,6 +158,31 @@ def rows(
         each = {g: [v for task, v in found.items() if task.startswith(names)] for g, names in GROUPS.items()}
         groups = {g: sum(values) / len(values) for g, values in each.items()}
         yield Row(text, *weight_size(model), per_byte(bits, sizes), above, groups)
+
+
+def loaded(folder: str, text: str, seed: int, loading: dict[str, Any]) -> jaxengine.Model:
+    """The checkpoint in a format, rounded to nearest, or by the method that is named with it."""
+    weights, by, method = text.partition(BY)
+    if not by:
+        given: dict[str, Any] = loading | {"weights": weights}
+        return load(folder, **given)
+    with tempfile.TemporaryDirectory() as temporary:
+        written, out = Path(temporary) / "train.txt", Path(temporary) / "quantized"
+        written.write_text("\n".join(itertools.islice((t for _, t in tasks.text_files("train")), TRAIN_FILES)))
+        quantize(resolve(folder), written, weights=weights, method=method, out=out, samples=64, context=256, seed=seed,
+                 dtype=loading.get("dtype"))  # fmt: skip
+        return load(str(out), **loading)
+
+
+def check_format(text: str) -> None:
+    """An error for a format, or a method of choosing its codes, that there is not."""
+    weights, by, method = text.partition(BY)
+    found = find(weights)
+    if by and method not in METHODS:
+        raise click.BadParameter(f"{text!r}: codes are chosen by {' or '.join(METHODS)}", param_hint="--of")
+    if by and found.name not in CHOSEN:
+        said = f"{text!r}: codes are chosen by text in {', '.join(CHOSEN)}; others are rounded to nearest"
+        raise click.BadParameter(said, param_hint="--of")
 
 
 def weight_size(model: jaxengine.Model) -> tuple[float, int]:
@@ -225,7 +258,7 @@ def main(
     if not as_table and (formats or markdown_file is not None):
         raise click.UsageError("--of and --markdown belong to --table: say --table too.")
     for text in formats:
-        find(text)  # refuses one that there is not before the first is measured
+        check_format(text)  # before the first is measured
     path = Path(resolve(folder))
     vocabulary = path / "tokenizer.json"
     if not vocabulary.is_file():
@@ -245,7 +278,7 @@ def main(
     if as_table:
         kept = {"folder": str(path), "device": device, "jax": jax.__version__, "seed": seed, "samples": samples}
         found: list[Row] = []
-        show = lambda line: print("  ".join(f"{cell:<17}" for cell in line).rstrip(), flush=True)  # noqa: E731
+        show = lambda line: print("  ".join(f"{cell:<26}" for cell in line).rstrip(), flush=True)  # noqa: E731
         print(f"{path}, {samples} samples, {device}")
         show(HEAD)
         for row in rows(folder, formats or FORMATS, tokenizer, samples, seed, loading):

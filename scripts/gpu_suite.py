@@ -3,6 +3,7 @@
     python scripts/gpu_suite.py                          scripts/results/<card>-<date>.json
     python scripts/gpu_suite.py --only transfers,passes  a part of it
     python scripts/gpu_suite.py --only attention         attention's three, which have more time then, and more rows
+    python scripts/gpu_suite.py --only quant_matmul      the same of quantised matrices, a measurement a shape
     python scripts/gpu_suite.py --keep-tables            measures, and leaves the card's table as it is
     python scripts/gpu_suite.py --tiny --out FILE        the same on tiny sizes, here on a CPU: no measurement
 
@@ -17,8 +18,9 @@ streamed, reads of the card's own memory, and a large matmul.
 What it measures of attention and of quant_matmul becomes the card's table, by which pallas_kernels/dispatch.py orders
 implementations from then on, as --table of bench_attention.py and bench_quant.py does with more cases and more time; with
 --keep-tables it does not, and rows that were measured with more care stay. No row is kept of a kernel whose numbers are not
-those of the form in XLA: `wrong` says by how much, in times of what rounding allows. The three of attention have more rows
-than time, what is asked first coming first: they divide what is left of it, and what they had when it was over counts.
+those of the form in XLA (of quant_matmul: of the reference): `wrong` says by how much, in times of what rounding allows. Both
+have more rows than time, what is asked first coming first: they divide what is left of it, and what they had when it was over
+counts. `aims` at the end of the file is every number that something is asked of, and whether it is reached (an H200's).
 
 B batch, L layers, MiB 2**20 bytes, GB 10**9 bytes.
 """
@@ -55,7 +57,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from rich.console import Console
 
 from checkpoints.output import output_file
-from jaxengine import engine, proof, sampling, selftest
+from jaxengine import engine, outside, proof, sampling, selftest
 from jaxengine.architecture import Architecture, architecture
 from jaxengine.command import SETTINGS, reported, start_jax
 from jaxengine.finetune.data import Documents, pack
@@ -126,8 +128,11 @@ class Size:
     table_heads: tuple[int, ...] = (128, 64, 256)
     table_rounds: int = 7
     probed: tuple[int, ...] = (256, 4096)  # tokens of a kernel's first calls
-    table_matrix: tuple[int, int] = (4096, 14336)
-    table_rows: tuple[int, ...] = (1, 16, 64, 256, 1024)
+    # of quantised matrices [outputs, inputs], each a measurement of its own: few rows, where codes save time, more, and more yet
+    table_matrices: tuple[tuple[int, int], ...] = ((4096, 14336), (8192, 28672), (4096, 4096))
+    table_rows: tuple[tuple[int, ...], ...] = ((16, 1, 4), (64, 256, 4096), (1024,))
+    table_bytes: int | None = None  # of a turn's matrices; None: more than four times the last-level cache
+    probed_rows: tuple[int, ...] = (16, 256)
     tables: bool = True  # whether they are kept: what decides what serves
 
 
@@ -137,7 +142,7 @@ TINY = Size(
     memory_layers=3,
     memory_batch=1, memory_length=64, vocabulary=96, narrow=NARROWEST, matmul=32, read=2**16, slots=8,
     table_tokens=(32,), table_refused=(32,), table_slots=(64,), table_heads=(16,), table_rounds=2, probed=(32,),
-    table_matrix=(128, 256), table_rows=(1,), tables=False,
+    table_matrices=((128, 256), (256, 128), (128, 128)), table_rows=((1,), (), ()), table_bytes=0, probed_rows=(2,), tables=False,
 )  # fmt: skip
 
 # --- what measurements share ----------------------------------------------------------------------------------------
@@ -432,10 +437,22 @@ def places(resident: int) -> dict[str, Plan]:
     }
 
 
+FROM_PYTHON = (
+    "host, python"  # the walk over layers is Python's: a program a layer, its weights copied beside the one before
+)
+PYTHON_PLAN = Plan(dtype="bfloat16", home="host", form="python")
+
+
 def one_pass(how: engine.Engine, params: Any, tokens: jax.Array) -> jax.Array:
     """One token of each row through all layers, keeping no cache."""
     attend = engine.plain(tokens, jnp.ones((tokens.shape[0],), jnp.int32))
     return engine.forward(how, params, tokens, attend, lay_out(params["banks"], lambda kind: ()))[0]
+
+
+def pass_from_python(how: engine.Engine, params: Any, tokens: jax.Array) -> jax.Array:
+    """The same from outside of compiled programs, as such a model's logits are computed."""
+    attend = outside.plain(how, tokens, jnp.ones((tokens.shape[0],), jnp.int32))
+    return outside.forward(how, params, tokens, attend, lay_out(params["banks"], lambda kind: ()))[0]
 
 
 def pass_by_data(how: engine.Engine, params: Any, tokens: jax.Array, order: jax.Array) -> jax.Array:
@@ -467,9 +484,11 @@ def passes(size: Size, folder: Path) -> Iterator[Row]:
             ("", compiled_here(one_pass, static_argnums=0), ()),
             (", double buffering", compiled_here(one_pass, static_argnums=0, options=double), ()),
         ],
+        FROM_PYTHON: [("", pass_from_python, ())],
     }
+    made = places(1) | {FROM_PYTHON: PYTHON_PLAN}
     for name, ways in variants.items():
-        model = random_model(raw, places(1)[name])
+        model = random_model(raw, made[name])
         for said, run, more in ways:
             for batch in (*size.batches, size.widest):
                 tokens = jnp.zeros((batch, 1), jnp.int32)
@@ -481,13 +500,13 @@ def passes(size: Size, folder: Path) -> Iterator[Row]:
 
 def decoding(size: Size, folder: Path) -> Iterator[Row]:
     """tokens/s of the engine's own decode, beside the limit; layers of Llama 3 8B, a cache of a few hundred tokens. What int4
-    gains where layers are streamed stands in its rows."""
+    gains where layers are streamed stands in its rows, beside what is asked of it at one row."""
     del folder
     limits = Limits.measured(size)
     yield {"limits": limits.row()}
     raw, streamed = shape_8b(size, size.layers, 2048), "host, scan"
     rates: dict[int, float] = {}
-    made = places(max(1, size.layers // 4))
+    made = places(max(1, size.layers // 4)) | {FROM_PYTHON: PYTHON_PLAN}
     for name, plan in (made | {f"{streamed}, int4": dataclasses.replace(made[streamed], weights="int4")}).items():
         model = random_model(raw, plan)
         for batch in size.batches:
@@ -496,7 +515,7 @@ def decoding(size: Size, folder: Path) -> Iterator[Row]:
 
             def run(model: Model = model, steps: Any = steps, values: Any = values, stop_ids: Any = stop_ids) -> Any:
                 nonlocal now
-                now, chosen, _ = engine.decode(
+                now, chosen, _ = model.runs.decode(
                     model.engine, steps, 0, model.params, now, values, stop_ids, limit  # noqa: B023
                 )  # fmt: skip
                 return chosen
@@ -505,9 +524,20 @@ def decoding(size: Size, folder: Path) -> Iterator[Row]:
             row = limits.of_pass(model, batch, [s / size.steps for s in times])
             if name == streamed:
                 rates[batch] = row["tokens_per_s"]
-            beside = {"over_bfloat16": row["tokens_per_s"] / rates[batch]} if "int4" in name else {}
+            beside: Row = {}
+            if "int4" in name:
+                beside = {"over_bfloat16": row["tokens_per_s"] / rates[batch]}
+                beside |= aim("over_bfloat16", STREAMED_INT4, beside["over_bfloat16"]) if batch == 1 else {}
             yield {"form": name, "steps_a_call": size.steps, **row, **beside}
         del model
+
+
+STREAMED_INT4 = 3.4  # times the tokens/s of streamed bfloat16: of bytes it is 3.9
+
+
+def aim(of: str, least: float, got: float) -> Row:
+    """What is asked of a row's field, and whether it is reached; nothing where there is no card."""
+    return {"aim": least, "aim_of": of, "reached": got >= least} if on_gpu() else {}
 
 
 def finetuning(size: Size, folder: Path) -> Iterator[Row]:
@@ -927,20 +957,62 @@ def decode_attention(size: Size, folder: Path) -> Iterator[Row]:
     return attention_rows(size, folder, functools.partial(caches_of, size))
 
 
-def quant_table(size: Size, folder: Path) -> Iterator[Row]:
-    """ms of each implementation of quant_matmul, what is asked most first."""
-    del folder
+PRODUCTS_PROBED = f"products, {PROBED}"  # the file that says that this op's came back
+
+
+def product_groups(size: Size, bench: Any) -> list[tuple[list[Any], tuple[int, ...]]]:
+    """(kinds, numbers of rows), what is asked most first: kinds with aims at few rows, which is where the aims are."""
+    usual = {n: bench.Kind.usual(n) for n in bench.GROUPS}
+    aimed = [usual.pop(n) for n in bench.AIMS]
+    bare = [usual.pop(n) for n in ("int5", "int3", "int2")]  # of which there is no kernel
+    affine, *others = bench.OTHERS
+    others, (few, more, most) = [*others, *bare], size.table_rows
+    served = [affine, *usual.values()]
+    groups = [(aimed, few), (aimed, more), (served, few), (served, more), (others, few), (others, more), (aimed, most)]
+    return [(kinds, rows) for kinds, rows in groups if rows]
+
+
+def product_rows(size: Size, cases: Iterable[Any]) -> Iterator[Row]:
+    """A row a case: of each implementation its milliseconds, GB/s of codes and scales, fraction of the memory's rate, and ratios
+    to bfloat16 in cuBLAS and to XLA's best form; of what serves the aims."""
+    for kind, row, found in cases:
+        sides = [{n: v for n, v in r._asdict().items() if v not in (None, {})} for r in found.rows]
+        known = {n: v for n in ("wrong", "left_out", "unchecked") if (v := getattr(found, n))}
+        case = {"case": str(kind), "dense_milliseconds": found.beside}
+        yield ({} if row is None else kept(size, row)) | case | known | {"sides": sides}
+
+
+def probe_products(size: Size, folder: Path) -> Iterator[Row]:
+    """As `probe`, of quantised matrices."""
     import bench_quant as bench
 
-    usual = {n: bench.Kind.usual(n) for n in ("int4", "int8", "nf4", "fp8", "mxfp4", "fp8_block")}
-    kinds = [usual.pop("int4"), bench.OTHERS[0], *usual.values(), *bench.OTHERS[1:]]
+    groups = [([bench.Kind.usual(n) for n in ("int4", "int8", "fp8")], size.probed_rows)]
+    shapes, names = size.table_matrices[:1], (PROBED, *names_of(("xla",)))
+    untold, dtype = dataclasses.replace(size, tables=False), jnp.dtype(jnp.bfloat16)
+    for row in product_rows(untold, bench.measured(groups, shapes, 1, dtype, 1.0, (), names, size.table_bytes)):
+        times = {s["implementation"]: s["ms"] for s in row["sides"]}  # of one round: no more is said of them
+        yield {n: v for n, v in row.items() if n in ("case", "rows", "wrong", "left_out", "unchecked")} | {"ms": times}
+    (folder / PRODUCTS_PROBED).touch()
+
+
+def products(size: Size, folder: Path, which: int) -> Iterator[Row]:
+    """Rows times quantised matrices of one shape, of every kind."""
+    import bench_quant as bench
+
+    limit = bench.bandwidth(size.read)
+    distinct = bench.distinct_bytes() if size.table_bytes is None else size.table_bytes
+    yield {"limits": {"memory_GBps": limit / 1e9}, "distinct_bytes": distinct}
+    hangs = on_gpu() and not (folder / PRODUCTS_PROBED).exists()
+    asked = bench.GPU_NAMES if on_gpu() else bench.XLA
+    names, shapes = [n for n in asked if not (hangs and n == PROBED)], [size.table_matrices[which]]
+    dtype = jnp.dtype(jnp.bfloat16)
     cases = bench.measured(
-        kinds, [size.table_matrix], list(size.table_rows), size.rounds, jnp.dtype(jnp.bfloat16), bench.bandwidth()
+        product_groups(size, bench), shapes, size.rounds, dtype, limit, ("bfloat16",), names, distinct
     )
-    for row, found in cases:
-        more = {"beside_bfloat16": {r.implementation: r.to_bfloat16 for r in found},
-                "of_memory": {r.implementation: r.fraction for r in found}}  # fmt: skip
-        yield kept(size, row) | more
+    for row in product_rows(size, cases):
+        if hangs:
+            row["left_out"] = row.get("left_out", {}) | {PROBED: "it did not come back from its first calls"}
+        yield row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -977,7 +1049,11 @@ MEASUREMENTS = (
     Measurement("attention: forward", attention_forward, 200, shares=True),
     Measurement("attention: backward", attention_backward, 200, shares=True),
     Measurement("attention: decode", decode_attention, 160, shares=True),
-    Measurement("tables: quant_matmul", quant_table, 110, shares=True),
+    Measurement(f"quant_matmul: {PROBED}", probe_products, 45),
+    *(
+        Measurement(f"quant_matmul: {N}x{K}", functools.partial(products, which=i), 160, shares=True)
+        for i, (N, K) in enumerate(FULL.table_matrices)
+    ),
 )
 FEWEST = 40  # seconds below which one that shares has hardly started
 
@@ -1046,18 +1122,36 @@ def against_plan(results: Mapping[str, Row]) -> list[Row]:
     return joined
 
 
+def aims(results: Mapping[str, Row]) -> list[Row]:
+    """Everything that something is asked of, in rows and in their sides: what, how much, what it is, whether it is reached."""
+    found: list[Row] = []
+    for name, result in results.items():
+        for row in result["rows"]:
+            for side in (row, *row.get("sides", ())):
+                asked = side.get("aims") or ({side["aim_of"]: side["aim"]} if "aim_of" in side else {})
+                case = [row.get("case", row.get("form")), side.get("shape"), side.get("rows", side.get("batch"))]
+                for of, least in asked.items():
+                    found.append({
+                        "measurement": name, "case": ", ".join(str(c) for c in case if c is not None),
+                        "by": side.get("by") or side.get("implementation"), "of": of, "aim": least, "got": side.get(of),
+                        "reached": None if side.get(of) is None else side[of] >= least,
+                    })  # fmt: skip
+    return found
+
+
 def write(path: Path, report: Row) -> None:
     with output_file(path, overwrite=True) as file:
         file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 def chosen_measurements(only: str) -> list[Measurement]:
-    """Those named, in full or by what stands before the colon, and `machine` before them, and before attention's the probe
-    that they look at; UsageError for a name that there is not."""
+    """Those named, in full or by what stands before the colon, and `machine` before them, and before attention's and those of
+    quantised matrices the probe that they look at; UsageError for a name that there is not."""
     names = [n.strip() for n in only.split(",") if n.strip()]
     whole, known = {m.name for m in MEASUREMENTS}, {m.name.partition(":")[0] for m in MEASUREMENTS}
-    if any(n.startswith("attention: ") for n in names):
-        names.append(f"attention: {PROBED}")
+    for op in ("attention", "quant_matmul"):
+        if any(n.startswith(f"{op}: ") for n in names):
+            names.append(f"{op}: {PROBED}")
     known |= whole
     if unknown := [n for n in names if n not in known]:
         raise click.UsageError(f"--only: there is no {unknown[0]!r}; the measurements are {', '.join(sorted(known))}")
@@ -1111,12 +1205,19 @@ def run_all(out: Path | None, tiny: bool, only: str, minutes: float, keep_tables
                     moment = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d-%H%M%S")
                     out = ROOT / "scripts" / "results" / f"{card}-{moment}.json"
             report["memory_against_plan"] = against_plan(results)
+            report["aims"] = aims(results)
             report["seconds"] = time.perf_counter() - start
             if out is not None:
                 write(out, report)
     assert out is not None
     failed = [n for n, r in results.items() if "error" in r or "cut" in r]
     console.print(f"{out}: {len(results) - len(failed)} of {len(results)} measurements whole", highlight=False)
+    if asked := report["aims"]:
+        for missed in (a for a in asked if a["reached"] is not True):
+            got = "not measured" if missed["got"] is None else f"{missed['got']:.3g}"
+            said = f"    {missed['measurement']}, {missed['case']}, {missed['by']}: {got} {missed['of']}, of {missed['aim']:g}"
+            console.print(said, highlight=False, markup=False, soft_wrap=True)
+        console.print(f"{sum(a['reached'] is True for a in asked)} of {len(asked)} aims reached", highlight=False)
     return out
 
 

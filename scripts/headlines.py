@@ -445,7 +445,7 @@ def bytes_of(task: str, arch: Architecture, plan: Plan, card: Card, batch: int, 
     """What a task needs, by arithmetic."""
     if task == "generate":
         return need(arch, plan, batch=batch, context=length, wide=card.wide)
-    return tuning.need(arch, plan, tuning.task(task, tile), batch=batch, context=length)
+    return tuning.need(arch, plan, tuning.task(task, tile=tile), batch=batch, context=length)
 
 
 def quantities(headline: Headline, arch: Architecture, needed: Need, length: int) -> dict[str, str]:
@@ -484,9 +484,9 @@ def figures(headline: Headline, *, compiled: bool) -> Figures:
         baseline = bytes_of(like, arch, headline.baseline, card, headline.batch, length).device
     if compiled:
         asked = {"batch": headline.batch, "length": length}
-        proofs = prove(arch, headline.plan, card, task=headline.task, tile=headline.tile, **asked)
+        proofs = prove(arch, headline.plan, card, task=tuning.asked(headline.task, tile=headline.tile), **asked)
         if headline.baseline is not None:
-            baseline_proofs = prove(arch, headline.baseline, card, task=like, **asked)
+            baseline_proofs = prove(arch, headline.baseline, card, task=tuning.asked(like), **asked)
     said = quantities(headline, arch, needed, length)
     seconds = time.perf_counter() - start
     return Figures(headline, card, needed, proofs, baseline, baseline_proofs, said, seconds)

@@ -507,6 +507,27 @@ def test_packed_texts_see_their_own_tokens() -> None:
         np.testing.assert_allclose(whole["dk"][0][b, :, cut], alone["dk"][0][0], rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize("serves", ["reference", "few", "blocks", "lists"])
+def test_a_sink_of_minus_infinity_is_none(serves: str) -> None:
+    """Of one head; in rows that see nothing too, which are zeros there."""
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.normal(size=s).astype(np.float32) for s in ((2, 5, 4, 8), (2, 2, 9, 8), (2, 2, 9, 8)))
+    at = np.array([[-1, 0, 1, 2, 3], [-1, -1, -1, 8, 8]], np.int32), np.array([[*range(9)], [*range(9)]], np.int32)
+    sinks = np.array([-np.inf, 0.3, -1e35, 1], np.float32)
+    call: Any = {"reference": reference.attention, "few": xla.few, "blocks": xla.attention}.get(serves)
+    if call is None:
+        blocks = np.zeros((2, 4, 1, 1), np.int32)
+        call = functools.partial(xla.sparse_attention, blocks=blocks, block_q=16, block_k=16)
+    bare, found = (
+        call(q, k, v, *at, scale=0.35, return_lse=True, **given) for given in ({}, {"sinks": jnp.asarray(sinks)})
+    )
+    for head in (0, 2):
+        np.testing.assert_allclose(found[0][:, :, head], bare[0][:, :, head], rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(found[1][..., 0], bare[1][..., 0], rtol=1e-6)
+    assert not np.asarray(found[0])[[0, 1, 1, 1], [0, 0, 1, 2]].any()
+    assert abs(np.asarray(found[0] - bare[0]))[..., 1, :].max() > 1e-2
+
+
 def test_a_sink_takes_its_part() -> None:
     """A sink as one more key with the score s and the value 0."""
     x = case(1, 3, 5, 2, 1, 8, [[2, 3, 4]], [range(5)], sinks=True)

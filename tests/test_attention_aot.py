@@ -20,9 +20,10 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import aot, disassembly
+from pallas_kernels.attention import attention, triton
 from pallas_kernels.attention import tiles as tiling
-from pallas_kernels.attention import triton
 from pallas_kernels.attention.tiles import Config, Tiles
+from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.shapes import ATTENTIONS, Heads
 
 pytestmark = [pytest.mark.aot, pytest.mark.skipif(aot.missing() is not None, reason=str(aot.missing()))]
@@ -231,6 +232,39 @@ def test_split_over_two_cards() -> None:
     assert found["attention_forward"][:2] == (length // tiles.forward.block_q, N // 2)
     assert found["attention_backward_keys"][:2] == (length // tiles.keys.block_k, K // 2)
     assert found["attention_backward_queries"][:2] == (length // tiles.queries.block_q, N // 2)
+
+
+def test_hoppers_own_kernel_split_over_two_cards() -> None:
+    """As Triton's: a table may choose it there."""
+    H = 128
+    how = P(None, None, "tensor"), P(None, "tensor"), P(None, "tensor"), P(), P()
+    with aot.target(aot.CARDS["H200"], tensor=2) as target:
+        given = [
+            jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(target.mesh, spec))
+            for x, spec in zip(shapes(H, 1024), how, strict=True)
+        ]
+        program = compiled(target, jax.jit(functools.partial(attention, scale=0.1, implementation="mosaic_gpu")), given)
+    text = program.as_text()
+    assert "mosaic_gpu" in text
+    assert not re.search(r"(all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(", text)
+
+
+def test_float32_is_not_rounded_by_tensor_cores() -> None:
+    """No kernel of ours takes it: the forms in jnp serve, with products of float32 (a card's default would be TF32, 10 bits)."""
+    like, S = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32), 4096
+    calls = {
+        "attention": (attention, shapes(64, 1024, jnp.float32)),
+        "decode": (
+            decode_attention,
+            (*shapes(128, 16, jnp.float32)[:1], *shapes(128, S, jnp.float32)[1:3], like((1, 16)), like((1, S))),
+        ),
+    }
+    with aot.target(aot.CARDS["A100"]) as target:
+        for name, (function, arguments) in calls.items():
+            program = compiled(target, jax.jit(functools.partial(function, scale=0.1)), arguments)
+            opcodes = {i.opcode for kernel in disassembly.kernels(program) for i in disassembly.instructions(kernel)}
+            assert any(o.startswith("FFMA") for o in opcodes), name
+            assert not [o for o in opcodes if o.startswith("HMMA")], name
 
 
 def test_a_tile_too_large_is_told_by_the_compiler_and_by_the_form() -> None:

@@ -1,10 +1,12 @@
-"""scripts/bench_quant.py --decode: that its files are what they say, and what is done with a peer's answers.
+"""scripts/bench_quant.py: what stands beside a product's time, and of --decode that its files are what they say, and what is
+done with a peer's answers.
 
-No time is asserted. The peer is a program of two lines which checks what it is told.
+No time is asserted: those of products are made up. The peer is a program of two lines which checks what it is told.
 """
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import runpy
@@ -12,6 +14,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from oracles import packed
@@ -19,6 +23,8 @@ from oracles import packed
 import jaxengine
 from jaxengine.architecture import architecture, initialise
 from jaxengine.weights.base import Weight
+from pallas_kernels import aot, cards
+from pallas_kernels.quant_matmul import reference
 
 ROOT = Path(__file__).parent.parent
 SHAPE = {
@@ -130,3 +136,86 @@ def test_a_peer_that_fails(shape: str, tmp_path: Path, monkeypatch: pytest.Monke
     code, _, err = run(monkeypatch, *given)
     assert code
     assert "no such device" in err
+
+
+# ---- products
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    return importlib.import_module("bench_quant")
+
+
+def test_matrices_exceed_four_times_the_cache(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The card's own, and that of the largest where it is not known."""
+    assert max(c.l2 for c in cards.CARDS.values()) == bench.LARGEST_L2
+    assert bench.distinct_bytes() == bench.CPU_BYTES
+    monkeypatch.setattr(bench, "on_gpu", lambda: True)
+    for name, l2 in (("NVIDIA H200", 50 << 20), ("NVIDIA B200", 253 << 19), ("NVIDIA Z9", 128 << 20)):
+        monkeypatch.setattr(bench.jax, "devices", lambda name=name: [type("Device", (), {"device_kind": name})])
+        assert bench.distinct_bytes() == 4 * l2
+        made = bench.some(lambda seed: np.broadcast_to(np.uint8(seed % 256), (2**20,)))
+        assert 4 * l2 < bench.size(made) <= 4 * l2 + 2**20
+        assert made[3][0] == 3
+    assert len(bench.some(lambda seed: np.broadcast_to(np.uint8(0), (2**30,)))) == 2  # at least
+
+
+def test_matrices_are_distinct_and_finite(bench: Any) -> None:
+    usual = (bench.Kind.usual(n) for n in ("int8", "int5", "int2", "nf4", "mxfp4", "fp8", "fp8_block"))
+    for kind in (*usual, bench.Kind("int4", 32, True)):
+        a, b = (bench.matrix(kind, 128, 256, seed) for seed in (0, 1))
+        for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+            assert not np.array_equal(np.asarray(x), np.asarray(y)), kind
+        dense = bench.exact_matrix(a, kind)
+        assert np.isfinite(dense).all(), kind
+        assert len(np.unique(np.asarray(dense))) > 16, kind
+        codes, scale, *zero = a
+        how = {"kind": kind.kind, "group_size": kind.group_size}
+        np.testing.assert_array_equal(dense, reference.dense(codes, scale, zero[0] if zero else None, **how))
+        assert bool(zero) == kind.affine
+
+
+@pytest.mark.aot
+@pytest.mark.skipif(aot.missing() is not None, reason=str(aot.missing()))
+@pytest.mark.parametrize("M", [1, 16, 4096])
+def test_dense_is_cublas_on_a_card(bench: Any, M: int) -> None:
+    """What int4 is held against is the library's product, and not one that XLA writes itself."""
+    like = jax.ShapeDtypeStruct
+    given = like((M, 4096), jnp.bfloat16), like((4096, 4096), jnp.bfloat16)
+    product = jax.jit(bench.functools.partial(bench.base.einsum, "bi,oi->bo"))
+    with aot.target(aot.CARDS["H200"]) as target:
+        text = target.compile(product, *target.place(given), **bench.CUBLAS).as_text()
+    assert "__cublas$lt$matmul" in text
+    assert "__triton" not in text
+
+
+@pytest.mark.aot
+@pytest.mark.skipif(aot.missing() is not None, reason=str(aot.missing()))
+def test_the_whole_matrix_is_written_out_once(bench: Any) -> None:
+    """XLA's form that the issue names: beside the result one matrix in 16 bits."""
+    N, K, kind = 4096, 4096, bench.Kind.usual("int4")
+    with aot.target(aot.CARDS["H200"]) as target:
+        x, *w = target.place(bench.abstract(kind, 16, N, K, jnp.bfloat16))
+        compiled = target.compile(jax.jit(lambda x, *w: bench.whole(x, w, kind)), x, *w)
+    assert 2 * N * K <= compiled.memory_analysis().temp_size_in_bytes < 2.2 * N * K
+
+
+@pytest.mark.aot
+@pytest.mark.skipif(aot.missing() is not None, reason=str(aot.missing()))
+def test_kernels_are_told_as_they_are_compiled(
+    bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Both unpacks on one line each, a card a column; the file has what the table has."""
+    monkeypatch.setattr(bench, "GENERATIONS", ("RTX 4090", "H200"))
+    lines = list(bench.compiled_table([bench.Kind.usual("mxfp4")], [(1024, 1024)], [1]))
+    out = capsys.readouterr().out.splitlines()
+    assert [(c.implementation, c.card) for c in lines] == [
+        (n, c) for n in ("triton", "triton_plain") for c in ("RTX 4090", "H200")
+    ]
+    assert out[2].endswith("| RTX 4090 | H200 |")
+    for line, first in zip(out[-2:], (lines[0], lines[2]), strict=True):
+        assert line.startswith(
+            f"| mxfp4 | 1 | 1024x1024 | {first.implementation} | {first.registers}, {first.shared_memory}"
+        )
+    assert all(c.shared_memory <= c.limit and c.registers <= 255 for c in lines)

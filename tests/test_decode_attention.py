@@ -230,6 +230,15 @@ def test_the_oracles_agree() -> None:
     np.testing.assert_allclose(out[defined], loops[defined], rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_a_sink_of_minus_infinity_is_none(implementation: str) -> None:
+    """Of one head, in a row that sees nothing too."""
+    x = inputs(Case((3, 2, 24, 4, 2, 4), places="any", sinks=True))
+    x.arrays["sinks"][0] = -np.inf
+    x.arrays["q_positions"][0] = -1
+    agrees(served(x, decode_attention, implementation=implementation), x, blocks=3)
+
+
 @settings(max_examples=6, deadline=None)
 @given(st.data())
 def test_any_call(data: st.DataObject) -> None:

@@ -247,14 +247,42 @@ def test_a_table_holds_formats_against_the_first(tokenizer, monkeypatch, tmp_pat
 
 
 def test_the_table_has_every_format():
-    assert {text.partition(":")[0] for text in evaluation.FORMATS} == set(technique.names(WEIGHTS))
+    """And each choice that is no size, and what is rounded with text beside what is rounded to nearest."""
+    plain = [text for text in evaluation.FORMATS if evaluation.BY not in text]
+    assert {text.partition(":")[0] for text in plain} == set(technique.names(WEIGHTS))
+    assert {"fp8:dtype=e5m2", "fp8:scale=tensor", "fp8:scale=block128", "nf4:double=false"} < set(plain)
+    by_text = [text.split(evaluation.BY) for text in evaluation.FORMATS if evaluation.BY in text]
+    assert {method for _, method in by_text} == set(evaluation.METHODS)
+    assert {weights for weights, _ in by_text} <= set(plain)
+    for text in evaluation.FORMATS:
+        evaluation.check_format(text)
 
 
-@pytest.mark.parametrize("words", [("--of", "int8"), ("--table", "--weights", "int8"), ("--table", "--of", "int9")])
-def test_eval_refuses_what_makes_no_table(words):
+@pytest.mark.thorough
+def test_a_row_of_codes_that_are_chosen_by_text(tokenizer, monkeypatch, tmp_path):
+    """The table's own rows: fewer bits a byte are lost than by rounding to nearest."""
+    monkeypatch.setattr(evaluation, "accuracy", lambda *given: evaluation.Figure(0.0, 0, 1))
+    given = {"dtype": "float32", "form": "scan"}
+    dense, near, chosen = evaluation.rows("demo", ["dense", "int2", "int2 by gptq"], tokenizer, 24, 0, given)
+    assert (near.bits, near.nbytes) == (chosen.bits, chosen.nbytes)
+    assert dense.text.value < chosen.text.value < near.text.value
+    assert chosen.above.value + 3 * (chosen.above.error + near.above.error) < near.above.value
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--of", "int8"), "--of and --markdown belong to --table"),
+        (("--table", "--weights", "int8"), "say --of int8"),
+        (("--table", "--of", "int9"), "There is no 'int9'"),
+        (("--table", "--of", "int4 by luck"), "codes are chosen by gptq or awq"),
+        (("--table", "--of", "nf4 by gptq"), "codes are chosen by text in int8, int4, int3, int2"),
+    ],
+)
+def test_eval_refuses_what_makes_no_table(words, said):
     found = CliRunner().invoke(evaluation.main, [str(FOLDER), *words])
     assert found.exit_code == 2
-    assert "--of" in found.output or "There is no 'int9'" in found.output
+    assert said in " ".join(found.output.replace("│", " ").split())
 
 
 def test_eval_refuses_a_folder_of_another_model(tmp_path):

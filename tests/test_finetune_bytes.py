@@ -2,7 +2,8 @@
 
 tests/test_tuning_plan.py and tests/test_mezo.py have the rows that the parts for gaps and for copies under way were made on.
 These differ from them in width, depth, key heads, rows, card or what is trained. The parts for tiles, for the form 'ahead',
-for DoRA and for codes were corrected on the rows here. All are held to the 5 % that a plan promises.
+for DoRA, for codes, for targets and for optimizers of 8 bits were corrected on the rows here. All are held to the 5 % that a
+plan promises.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ from test_tuning_plan import BF16, F32
 
 from jaxengine.architecture import architecture
 from jaxengine.finetune import planning as tuning
+from jaxengine.finetune.optimizers.base import Optimizer
+from jaxengine.finetune.trained._lowrank import LowRank
+from jaxengine.finetune.trained.base import trained
 from jaxengine.plan import layer_bytes
 from pallas_kernels import aot
 from pallas_kernels.audit import audit
@@ -38,6 +42,8 @@ SHAPES: dict[str, dict[str, Any]] = {
 HOST = {"home": "host"}
 AHEAD = {"home": "host", "form": "ahead"}
 Row = tuple[str, str, str, dict[str, Any], int, int, dict[str, Any]]
+RANK_64 = {"options": LowRank(rank=64)}
+EIGHT_BITS, MEZO = Optimizer("adamw8bit"), Optimizer("mezo", 1e-6, eps=1e-3)
 ROWS: list[Row] = [
     ("small", "RTX 4090", "lora", AHEAD, 4, 1024, {}),
     ("small", "RTX 4090", "lora", HOST | {"stay": ("k", "v")}, 4, 1024, {}),
@@ -52,11 +58,21 @@ ROWS: list[Row] = [
     ("small", "H200", "lora", HOST | {"weights": "int4"}, 4, 1024, {}),
     ("8B", "H200", "lora", HOST | {"weights": "int8"}, 2, 2048, {}),
     ("8B", "RTX 4090", "lora", HOST | {"weights": "nf4"}, 1, 2048, {}),
+    ("small", "RTX 4090", "lora", HOST, 4, 1024, RANK_64 | {"optimizer": Optimizer("lion")}),
+    ("small", "H200", "lora", {}, 4, 1024, RANK_64),
+    ("thin", "RTX 4090", "lora", HOST, 2, 1024, {"options": LowRank(targets=("q", "v"))}),
+    ("small", "RTX 4090", "lora", HOST, 4, 1024, {"options": LowRank(rank=32, targets=("gate", "up"))}),
+    ("small", "RTX 4090", "dora", HOST, 4, 1024, RANK_64),
+    ("small", "RTX 4090", "lora", HOST, 4, 1024, {"compute": "float32"}),
+    ("small", "RTX 4090", "full", HOST, 4, 1024, {"optimizer": Optimizer("lion")}),
+    ("small", "H200", "full", {}, 2, 1024, {"optimizer": Optimizer("lion")}),
+    ("small", "RTX 4090", "lora", HOST, 4, 1024, {"optimizer": MEZO, "clip": 0.0, "accumulate": 2}),
 ]
 FURTHER: list[Any] = [
     # the noise of every parameter takes long to compile
     ("thin", "RTX 3090", "mezo", HOST, 8, 512, {}),
     ("wide", "RTX 3090", "mezo", HOST, 1, 512, {}),
+    ("thin", "RTX 3090", "mezo", HOST, 2, 1024, {"accumulate": 2}),
     ("wide", "H200", "dora", {"remat": "none"}, 2, 1024, {}),
     ("thin", "H200", "dora", {"remat": "none"}, 2, 1024, {}),
     ("small", "RTX 4090", "lora", {}, 4, 1024, {}),
@@ -77,6 +93,31 @@ FURTHER: list[Any] = [
     ("small", "A100", "lora", {"weights": "fp8"}, 4, 1024, {}),
     ("8B", "RTX 4090", "lora", HOST, 2, 2048, {}),
     ("8B, long", "H200", "full", HOST | {"remat": "offload"}, 1, 500_000, {"tile": 8192}),
+    ("small", "H200", "lora", {}, 4, 1024, {"options": LowRank(targets=("down",))}),
+    ("small", "H200", "lora", {}, 4, 1024, {"options": LowRank(targets=("q", "k", "v", "o"))}),
+    ("wide", "RTX 4090", "lora", HOST, 2, 1024, {"options": LowRank(targets=("q", "v"))}),
+    ("small", "RTX 4090", "lora", HOST, 4, 1024, {"options": LowRank(targets=("gate", "down"))}),
+    ("small", "H200", "full", {}, 2, 1024, {"optimizer": EIGHT_BITS}),
+    (
+        "small",
+        "RTX 4090",
+        "badam",
+        HOST,
+        4,
+        1024,
+        {"options": trained("badam").Options(layers=2), "optimizer": EIGHT_BITS},
+    ),
+    *(
+        pytest.param(*row, marks=pytest.mark.xfail(raises=AssertionError, strict=True, reason=reason))
+        for reason, *row in (
+            # live are 5.04 GB, of the 5.07 that are counted
+            ("7 % under: XLA's heap has gaps", "small", "H200", "full", {}, 2, 1024, {"accumulate": 2}),
+            ("20 % over", "small", "RTX 4090", "full", HOST, 4, 1024, {"optimizer": Optimizer("adafactor")}),
+            ("8 % under", "small", "RTX 4090", "full", HOST, 4, 1024, {"clip": 0.0}),
+            ("10 % under", "small", "RTX 4090", "lisa", HOST, 4, 1024, {"compute": "float32"}),
+            ("16 % under", "small", "H200", "lora", {"dtype": "float32"}, 4, 1024, {}),
+        )
+    ),
 ]
 
 

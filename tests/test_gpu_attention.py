@@ -3,7 +3,7 @@
     pytest -m gpu tests/test_gpu_attention.py
 
 The cases, the oracles and their bounds are those of tests/test_attention_triton.py, tests/test_attention_mosaic.py and
-tests/test_decode_attention.py, where the kernels are interpreted; here in 16 bits alone, which is what they take on a card, with
+tests/test_decode_attention.py, where the kernels are interpreted; here in 16 bits, which is what they take on a card, with
 the tiles that are chosen there, and with cases of several tiles beside them. Ours give the same bits each time. The
 kernel with barriers of its own comes last: with one too many it never comes back.
 
@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import test_attention_matrix as matrix
 import test_attention_mosaic as mosaic
 import test_attention_triton as tiled
 import test_decode_attention as few
@@ -101,9 +102,9 @@ def forward(case: Case, name: str | None) -> None:
         near(value, wanted[what], what)
 
 
-def both(case: Case, name: str | None) -> None:
-    """With gradients, through the log-sum-exp too."""
-    x = tiled.inputs(case)
+def both(case: Case, name: str | None, x: Any = None) -> None:
+    """With gradients, through the log-sum-exp too. x: the numbers (None: the case's)."""
+    x = tiled.inputs(case) if x is None else x
 
     def run(q: Any, k: Any, v: Any, sinks: Any, do: Any, dlse: Any) -> Any:
         out, pull = jax.vjp(called(case, x, name), q, k, v, sinks)
@@ -123,6 +124,20 @@ def both(case: Case, name: str | None) -> None:
 @pytest.mark.parametrize("case", [*in_16_bits(tiled.GRADIENTS), *LONGER], ids=str)
 def test_forward_and_gradients(case: Case, name: str) -> None:
     both(case, name)
+
+
+@pytest.mark.parametrize("name", ["triton", "xla"])
+@pytest.mark.parametrize("combination", matrix.SAMPLE, ids=matrix.named)
+def test_published_lengths(combination: Any, name: str) -> None:
+    """The sample of FlashAttention's matrix, its lengths as published."""
+    case, x = matrix.in_tiles(combination)
+    both(case, name, x)
+
+
+@pytest.mark.parametrize("case", [c for c in tiled.GRADIENTS if c.dtype == "float32"], ids=str)
+def test_float32(case: Case) -> None:
+    """Which no kernel of ours takes: products of float32, and not of the tensor cores' 10 bits."""
+    both(case, None)
 
 
 @pytest.mark.parametrize("name", ["triton", None], ids=["triton", "what serves"])

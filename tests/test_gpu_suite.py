@@ -59,8 +59,23 @@ def test_what_is_asked_of_a_card_is_measured() -> None:
     assert [m.name for m in MEASUREMENTS] == [
         "machine", "transfers", "slices", "passes", "plans", "memory: host, scan", "memory: host, ahead",
         "memory: split, scan", "decoding", "finetuning", "identity", "overlap", "views", "serialised", "conditional",
-        "attention: mosaic_gpu", "attention: forward", "attention: backward", "attention: decode", "tables: quant_matmul",
+        "attention: mosaic_gpu", "attention: forward", "attention: backward", "attention: decode",
+        "quant_matmul: mosaic_gpu", "quant_matmul: 4096x14336", "quant_matmul: 8192x28672", "quant_matmul: 4096x4096",
     ]  # fmt: skip
+    # of all kinds, what has an aim of bfloat16's speed comes first
+    import bench_quant as bench  # pyright: ignore[reportMissingImports]
+
+    groups = gpu_suite.product_groups(FULL, bench)
+    kinds = [[str(k) for k in kinds] for kinds, _ in groups]
+    assert (kinds[0], set(groups[0][1])) == (["int4", "int8", "nf4"], {1, 4, 16})
+    assert (kinds[1], set(groups[1][1])) == (kinds[0], {64, 256, 4096})
+    every: dict[str, set[int]] = {}
+    for names, (_, rows) in zip(kinds, groups, strict=True):
+        for name in names:
+            every.setdefault(name, set()).update(rows)
+    assert set(every) == {*map(str, bench.OTHERS), *bench.GROUPS}
+    assert all(rows >= {1, 4, 16, 64, 256, 4096} for rows in every.values())
+    assert {"{}x{}".format(*shape) for shape in FULL.table_matrices} == set(bench.GPU_SHAPES)
     assert set(FULL.table_tokens) == {1024 * 2**i for i in range(6)}
     assert set(FULL.table_heads) == {64, 128, 256}
     assert (min(FULL.table_slots), max(FULL.table_slots)) == (8192, 131072)
@@ -105,6 +120,7 @@ def test_passes(tmp_path: Path) -> None:
         "host, scan, read by a kernel",
         "host, ahead",
         "host, ahead, double buffering",
+        "host, python",
     }
     assert {(r["form"], r["batch"]) for r in rows} == {(f, b) for f in forms for b in (*TINY.batches, TINY.widest)}
     check_spreads(rows)
@@ -120,6 +136,8 @@ def test_all_ways_of_a_pass_give_the_same(monkeypatch: pytest.MonkeyPatch) -> No
     """What is timed is a pass over all layers, in order."""
     raw = gpu_suite.shape_8b(TINY, 3, 64)
     tokens, found = jax.numpy.arange(5, dtype=jax.numpy.int32)[:, None], []
+    model = gpu_suite.random_model(raw, dataclasses.replace(gpu_suite.PYTHON_PLAN, dtype="float32"))
+    found.append(gpu_suite.pass_from_python(model.engine, model.params, tokens))
     for name in ("device, unrolled", "host, scan", "host, ahead"):
         plan = dataclasses.replace(gpu_suite.places(1)[name], dtype="float32")
         model = gpu_suite.random_model(raw, plan)
@@ -138,10 +156,10 @@ def test_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_suite, "places", lambda resident: {"host, scan": places(resident)["host, scan"]})
     limits, *rows = rows_of("decoding", tmp_path)
     assert set(limits["limits"]) == {"link_GBps", "memory_GBps", "matmul_TFLOPs"}
-    forms = [("host, scan", b) for b in TINY.batches] + [("host, scan, int4", b) for b in TINY.batches]
+    forms = [(f, b) for f in ("host, scan", "host, python", "host, scan, int4") for b in TINY.batches]
     assert [(r["form"], r["batch"]) for r in rows] == forms
     check_spreads(rows)
-    plain, coded = rows[0], rows[len(TINY.batches)]
+    plain, coded = rows[0], rows[2 * len(TINY.batches)]
     assert coded["over_bfloat16"] == pytest.approx(coded["tokens_per_s"] / plain["tokens_per_s"])
     # 4 bits and a bfloat16 scale a group, whose least is of 32 inputs here; vectors stay as they are
     assert coded["streamed_bytes"] < 0.5 * plain["streamed_bytes"]
@@ -178,28 +196,80 @@ def test_memory(tmp_path: Path) -> None:
     assert all(r["compiled_here"] > 0 for r in rows[1:])
 
 
-def small_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No GiB is read, and of each kind there are two matrices."""
-    import bench_quant  # pyright: ignore[reportMissingImports]
-
-    monkeypatch.setattr(bench_quant, "bandwidth", lambda: 1e10)
-    monkeypatch.setattr(bench_quant, "CPU_BYTES", 1)
+KINDS = (
+    "int4", "int8", "nf4", "int4, groups of 128, zeros", "mxfp4", "fp8", "fp8_block", "int4, groups of 32",
+    "int4, groups of 32, zeros", "int8, groups of 32", "int5", "int3", "int2",
+)  # fmt: skip
 
 
-def test_the_table_of_products(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each case once; nothing is kept of tiny sizes, nor of a CPU."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    small_products(monkeypatch)
-    rows = rows_of("tables: quant_matmul", tmp_path)
-    assert [(r["op"], r["kind"], r["scales"], r["group_size"]) for r in rows] == [("quant_matmul", *of) for of in (
-        ("int4", "of groups", 128), ("int4", "of groups, zeros", 128), ("int8", "of outputs", 256),
-        ("nf4", "of groups", 64), ("fp8", "of outputs", 256), ("mxfp4", "of groups", 32),
-        ("fp8_block", "of groups", 128), ("int4", "of groups", 32), ("int4", "of groups, zeros", 32),
-        ("int8", "of groups", 32),
+def test_products(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each case once, beside the whole matrix written out and a dense one; nothing is kept of tiny sizes, nor of a CPU."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    limits, *rows = rows_of("quant_matmul: 4096x14336", tmp_path)
+    assert limits["limits"]["memory_GBps"] > 0
+    assert FULL.table_bytes is None  # what the card's cache asks for
+    assert [r["case"] for r in rows] == list(KINDS)
+    assert [(r["op"], r["kind"], r["scales"], r["group_size"]) for r in rows[:4]] == [("quant_matmul", *of) for of in (
+        ("int4", "of groups", 128), ("int8", "of outputs", 256), ("nf4", "of groups", 64),
+        ("int4", "of groups, zeros", 128),
     )]  # fmt: skip
-    assert all(r["dtype"] == "bfloat16" for r in rows)
-    assert [list(r["milliseconds"]) for r in rows] == [["xla"]] * 10
+    for row in rows:
+        assert not {"wrong", "left_out", "unchecked"} & set(row), row
+        assert (row["outputs"], row["inputs"], row["rows"], row["dtype"]) == (128, 256, 1, "bfloat16")
+        sides = {s["implementation"]: s for s in row["sides"]}
+        assert list(sides) == ["xla", "xla, whole"]
+        ours, whole = sides.values()
+        # what nobody is served by is in no table
+        assert row["milliseconds"] == {"xla": ours["ms"]}
+        assert (ours["serves"], whole["serves"]) == (True, False)
+        assert ours["to_xla"] == pytest.approx(whole["ms"] / ours["ms"])
+        assert ours["to_bfloat16"] == pytest.approx(row["dense_milliseconds"]["bfloat16"] / ours["ms"])
+        assert ours["fraction"] == pytest.approx(ours["gigabytes"] / limits["limits"]["memory_GBps"])
+        assert "aims" not in ours  # which are of a GPU
+    int4 = {s["implementation"]: s for s in rows[0]["sides"]}["xla"]
+    assert int4["gigabytes"] * int4["ms"] * 1e6 == pytest.approx(128 * 256 / 2 + 128 * 2 * 2)
     assert not list(tmp_path.iterdir())
+
+
+def test_products_ask_for_a_kernel_that_may_hang_only_after_it_came_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, *_ = rows_of("quant_matmul: mosaic_gpu", tmp_path)
+    assert set(first["left_out"]) == {"mosaic_gpu"}  # on a CPU, which is an answer
+    assert list(first["ms"]) == ["xla"]
+    assert not gpu_suite.aims({"quant_matmul: mosaic_gpu": {"rows": [first]}})
+    assert (tmp_path / gpu_suite.PRODUCTS_PROBED).exists()
+    import bench_quant as bench  # pyright: ignore[reportMissingImports]
+
+    seen: list[list[str]] = []
+
+    def measured(groups: Any, shapes: Any, rounds: int, dtype: Any, limit: float, *more: Any) -> Any:
+        names = more[1]
+        seen.append(list(names))
+        yield bench.Kind.usual("int4"), None, bench.Found([], {}, {}, {"triton": "not today"}, "")
+
+    monkeypatch.setattr(bench, "measured", measured)
+    monkeypatch.setattr(gpu_suite, "on_gpu", lambda: True)
+    _, row = gpu_suite.products(TINY, tmp_path, 0)
+    assert row["left_out"] == {"triton": "not today"}
+    (tmp_path / gpu_suite.PRODUCTS_PROBED).unlink()
+    _, row = gpu_suite.products(TINY, tmp_path, 0)
+    assert row["left_out"] == {"triton": "not today", "mosaic_gpu": "it did not come back from its first calls"}
+    assert seen == [list(bench.GPU_NAMES), [n for n in bench.GPU_NAMES if n != "mosaic_gpu"]]
+
+
+def test_a_wrong_product_is_a_row_of_the_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By how much, and in no table."""
+    import bench_quant as bench  # pyright: ignore[reportMissingImports]
+
+    whole = bench.whole
+    monkeypatch.setattr(bench, "whole", lambda x, w, kind: whole(x, w, kind) * x.dtype.type(1.25))
+    monkeypatch.setattr(gpu_suite, "product_groups", lambda size, bench: [([bench.Kind.usual("int4")], (1,))])
+    _, row = rows_of("quant_matmul: 8192x28672", tmp_path)
+    assert (row["outputs"], row["inputs"]) == TINY.table_matrices[1]
+    assert set(row["wrong"]) == {"xla, whole"}
+    assert row["wrong"]["xla, whole"] == pytest.approx(0.25 / (2 * 2**-7), rel=0.1)
+    assert [s["implementation"] for s in row["sides"]] == ["xla"]
 
 
 REFUSED = ["a soft-cap", "sinks", "packed texts", "a window"]
@@ -447,6 +517,33 @@ def test_bytes_used_stand_beside_those_planned() -> None:
     assert row["peak_of_compiled_here"] == pytest.approx(1.25)
 
 
+def test_all_aims_stand_together() -> None:
+    """Of rows, of their sides, and of sides with several."""
+    results: dict[str, Any] = {
+        "decoding": {"rows": [
+            {"form": "int4", "batch": 1, "over_bfloat16": 3.5, "aim": 3.4, "aim_of": "over_bfloat16", "reached": True},
+        ]},
+        "attention": {"rows": [
+            {"case": "forward", "sides": [
+                {"by": "ours", "shape": "T8", "to_cudnn": 0.5, "aim": 0.92, "aim_of": "to_cudnn", "reached": False},
+                {"by": "ours, triton", "aim": 0.55, "aim_of": "to_cudnn"}, {"by": "jax", "to_xla": 3.0},
+            ]},
+        ]},
+        "products": {"rows": [
+            {"limits": {}}, {"case": "int4", "sides": [
+                {"implementation": "triton", "rows": 16, "shape": [4, 8], "to_bfloat16": 1.6, "to_xla": 0.9,
+                 "aims": {"to_bfloat16": 1.4, "to_xla": 1.0}},
+            ]},
+        ]},
+    }  # fmt: skip
+    found = [tuple(a[k] for k in ("case", "by", "of", "aim", "got", "reached")) for a in gpu_suite.aims(results)]
+    assert found == [
+        ("int4, 1", None, "over_bfloat16", 3.4, 3.5, True), ("forward, T8", "ours", "to_cudnn", 0.92, 0.5, False),
+        ("forward", "ours, triton", "to_cudnn", 0.55, None, None), ("int4, [4, 8], 16", "triton", "to_bfloat16", 1.4, 1.6, True),
+        ("int4, [4, 8], 16", "triton", "to_xla", 1.0, 0.9, False),
+    ]  # fmt: skip
+
+
 # --- the runner -----------------------------------------------------------------------------------------------------
 
 
@@ -530,6 +627,7 @@ def test_the_time_that_is_left_is_divided() -> None:
 def test_of_attention_one_can_be_asked_for() -> None:
     """In full, and then what it looks at goes before it."""
     names = lambda only: [m.name for m in gpu_suite.chosen_measurements(only)]  # noqa: E731
+    assert names("quant_matmul: 4096x4096") == ["machine", "quant_matmul: mosaic_gpu", "quant_matmul: 4096x4096"]
     assert names("attention: decode") == ["machine", "attention: mosaic_gpu", "attention: decode"]
     assert names("attention")[1:] == [m.name for m in MEASUREMENTS if m.name.startswith("attention")]
 

@@ -56,6 +56,14 @@ def test_the_same_form_gives_the_same_bits(case: str) -> None:
     assert found[0] == found[1] == [data[f"generated_{i}"].tolist() for i in range(len(prompts))]
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_driven_from_python_every_home_gives_the_same_bits(family: str) -> None:
+    """The form has a program for each piece, which is the same wherever its layer comes from."""
+    prompt = golden(family)[0][0]
+    host, disk = (load(family, home=name, form="python").logits(prompt) for name in ("host", "disk"))
+    np.testing.assert_array_equal(disk, host)
+
+
 @pytest.mark.parametrize(("family", "place"), CASES, ids=[f"{f}-{'-'.join(map(str, p.values()))}" for f, p in CASES])
 def test_tokens_and_logits(family: str, place: dict[str, Any]) -> None:
     prompts, data = golden(family)
@@ -81,6 +89,18 @@ def gradients(model: jaxengine.Model, ids: list[int]) -> dict[str, np.ndarray]:
 
     found = gradient(model.params)
     return {n: np.asarray(jax.device_get(f())) for n, f in stored(model.architecture, model.plan, found).items()}
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f not in ("gemma2", "gemma3_text")])
+def test_gradients_in_the_same_form_have_the_same_bits(family: str) -> None:
+    """Of like layers; of alternating ones those that are streamed have a loop of their own on the way back."""
+    ids = golden(family)[0][0][:6]
+    wanted, found = (
+        gradients(load(family, **place), ids) for place in ({"form": "scan"}, {"home": "host", "form": "scan"})
+    )
+    assert found.keys() == wanted.keys()
+    for name, w in wanted.items():
+        np.testing.assert_array_equal(found[name], w, err_msg=name)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -16,8 +16,9 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from test_live_finetune import HOW, RTOL, STEPS, batch_of, batches, model_of  # noqa: E402
+from oracles.tuning import HOW, RTOL, STEPS, batch_of, batches  # noqa: E402
 from test_live_finetune import folder as folder  # noqa: E402
+from test_live_finetune import model_of  # noqa: E402
 
 from jaxengine.finetune import sampled  # noqa: E402
 from jaxengine.finetune.data import permutation  # noqa: E402

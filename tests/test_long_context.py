@@ -1,4 +1,4 @@
-"""No program of any family holds an array of [T, S]: prefill and a step of training, compiled for 32k tokens.
+"""No program of any family holds an array of [T, S]: prefill, decoding and a step of training, compiled for 32k tokens.
 
 Small models of each family (two layers, one with a sliding window and one without where the family has both; four heads of
 64) are compiled on abstract arguments and never run, as `Model.generate` and fine-tuning compile them, for the CPU and for a
@@ -117,12 +117,12 @@ def on_cpu(family: str, what: str, tokens: int = T) -> tuple[Any, int]:
 STEP = 2.5 if jax.__version_info__ >= (0, 11) else 3.5  # XLA:CPU over arithmetic that is for a GPU: 2.0, and 2.6 to 3.3
 
 
-@pytest.mark.parametrize("what", ["prefill", "step"])
+@pytest.mark.parametrize("what", ["prefill", "decode", "step"])
 @pytest.mark.parametrize("family", EACH)
 def test_on_a_cpu(family: str, what: str) -> None:
     compiled, counted = on_cpu(family, what)
     assert widest(compiled.as_text()) <= WIDEST * T
-    assert aot.device_bytes(compiled) <= {"prefill": 1.35, "step": STEP}[what] * counted
+    assert aot.device_bytes(compiled) <= {"prefill": 1.35, "decode": 1.0, "step": STEP}[what] * counted
 
 
 @pytest.mark.parametrize(("family", "what"), [("gemma2", "prefill"), ("gpt2", "prefill"), ("llama", "step")])
@@ -141,6 +141,29 @@ def test_on_a_card(family: str, what: str) -> None:
         compiled = target.compile(program.on("gpu"), *static, *target.place(abstract))
     assert widest(compiled.as_text()) <= WIDEST * T
     assert aot.device_bytes(compiled) <= 1.05 * counted
+
+
+def of_all_slots(text: str, slots: int) -> set[str]:
+    """Shapes of the numbers, positions and masks left out, that a program has of so many slots."""
+    shapes = re.findall(r"\b(?:f|bf)\d+\[([\d,]+)\]", text)
+    return {s for s in shapes if any(int(d) >= slots for d in s.split(","))}
+
+
+@pytest.mark.aot
+@pytest.mark.skipif(aot.missing() is not None, reason=str(aot.missing()))
+@pytest.mark.parametrize("family", FEW)
+def test_decoding_on_a_card(family: str) -> None:
+    """A token after 32k: of numbers only keys and values have all slots or a window's; no score is written."""
+    with aot.target(aot.CARDS["RTX 4090"]) as target:
+        program, static, abstract, counted = called(family, "decode", Plan(dtype="bfloat16"), target.mesh)
+        compiled = target.compile(program.on("gpu"), *static, *target.place(abstract))
+    arch = small(family, T)
+    attends = [arch.attention(kind) for kind in arch.kinds]
+    caches = {f"1,{a.num_kv_heads},{min(T, a.window or T)},64" for a in attends}
+    found = of_all_slots(compiled.as_text(), min(int(c.split(",")[2]) for c in caches))
+    learned = {",".join(map(str, s.shape)) for s in arch.outer()[1].values()}  # embeddings of positions
+    assert found - learned == caches
+    assert aot.device_bytes(compiled) <= counted
 
 
 @pytest.mark.aot

@@ -315,3 +315,14 @@ def test_a_loop_that_waits_is_not_the_kernels() -> None:
     ]  # fmt: skip
     assert [i.address for i in disassembly.innermost_loop(listing)] == [16, 32, 48, 64]
     assert [i.address for i in disassembly.innermost_loop([listing[1], listing[2]])] == [16, 32]
+
+
+def test_a_wait_behind_the_end_is_no_loop() -> None:
+    """On sm_100 one stands there and goes back into the loop; what lies between is shorter than it, and has its products."""
+
+    def at(address: int, opcode: str, operands: str = "") -> disassembly.Instruction:
+        return disassembly.Instruction(address, opcode, operands)
+
+    loop = [*(at(16 * i, "LOP3") for i in range(1, 7)), at(112, "UTCHMMA"), at(128, "BRA", "0x10")]
+    listing = [at(0, "MOV"), *loop, at(144, "EXIT"), at(160, "SYNCS"), at(176, "BRA", "0xa0"), at(192, "BRA", "0x60")]
+    assert list(disassembly.innermost_loop(listing)) == loop

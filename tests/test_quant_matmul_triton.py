@@ -19,6 +19,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from pallas_kernels import quant_matmul as op
 from pallas_kernels import shapes
 from pallas_kernels.cards import CARDS, LIMITS
 from pallas_kernels.dispatch import Gpu, Refused
@@ -296,6 +297,33 @@ def test_inside_shard_map() -> None:
     split = P(("data", "tensor"), None)
     inside = jax.shard_map(one, mesh=mesh(), in_specs=(P(), split, split), out_specs=P(None, split[0]), check_vma=False)
     case.check(jax.jit(inside)(*map(as_jax, (x, codes, scale))), x, case.dense(codes, scale, None))
+
+
+# -- the plain unpack, by name
+
+
+@pytest.mark.parametrize(("kind", "group_size"), [("int4", 128), ("nf4", 64), ("mxfp4", 32)])
+def test_the_plain_unpack_has_a_name(kind: str, group_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What serves then is asked for numbers in plain jnp, as the interpreter runs them here."""
+    x, codes, scale, _ = map(as_jax, Case(kind, group_size, 3, 64, 256).arrays())
+    how: Any = {"kind": kind, "group_size": group_size, "dtype": jnp.float32}
+    asked = []
+
+    def serving(x: Any, *rest: Any, packed: bool | None = None, **how: Any) -> jax.Array:
+        asked.append(packed)
+        return jnp.zeros((3, 64))
+
+    monkeypatch.setattr(triton, "quant_matmul", serving)
+    for name in ("triton", "triton_plain"):
+        op.quant_matmul(x, codes, scale, **how, implementation=name)
+    assert asked == [None, False]
+    assert "triton_plain" in op.NAMES  # a card's table may have it
+
+
+def test_without_a_gpu_the_plain_unpack_refuses() -> None:
+    x, codes, scale, _ = map(as_jax, Case("int4", 128, 1, 64, 128).arrays())
+    with pytest.raises(Refused, match="no GPU"):
+        op.quant_matmul(x, codes, scale, kind="int4", group_size=128, dtype=jnp.float32, implementation="triton_plain")
 
 
 # -- refusals and tiles

@@ -7,21 +7,28 @@ state), of which a gradient that is made in bfloat16 takes 2.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import re
+from pathlib import Path
 from typing import Any
 
 import jax
 import pytest
+from click.testing import CliRunner
 from oracles.golden import GOLDEN
 from test_planning import BF16, LLAMA_3_8B, SMALL
 
+import jaxengine
 from jaxengine.architecture import architecture
+from jaxengine.command import app
 from jaxengine.finetune import planning as tuning
+from jaxengine.finetune.command import chosen_plan, finetune
 from jaxengine.finetune.optimizers.base import Matrix, Optimizer
+from jaxengine.finetune.settings import Settings
 from jaxengine.plan import Plan
-from jaxengine.planning import plan_for
+from jaxengine.planning import plan_folder, plan_for
 from pallas_kernels import aot
 from pallas_kernels.audit import Report, audit
 from pallas_kernels.cards import find
@@ -152,11 +159,239 @@ def test_every_family_and_task_is_planned_for(family: str) -> None:
         ({"task": "mezo", "tile": 512}, "tile is 512; bytes of task 'mezo'"),
         ({"task": "full", "tile": -1}, "tile is -1; it is so many tokens of a row, or 0 for all"),
         ({"task": "full:tile=8192"}, "task is 'full:tile=8192'; what is planned for is generate, lora"),
+        ({"rank": 64}, "rank is 64, and task 'generate' trains nothing: leave it out, or say a task .* 'lora'"),
+        ({"layers": 2}, "layers is 2, and task 'generate' trains nothing: .* such as 'lisa'"),
+        ({"clip": 0.0}, "clip is 0.0, and task 'generate' trains nothing"),
+        ({"compute": "float32"}, "task 'generate' computes in its dtype: leave it out"),
+        (
+            {"plan": Plan(dtype="bfloat16", remat="dots")},
+            "remat is 'dots', and task 'generate' goes back through no layer",
+        ),
+        (
+            {"task": "full", "rank": 8},
+            "rank is 8, and task 'full' puts nothing beside a matrix: it goes with lora, dora",
+        ),
+        ({"task": "mezo", "targets": ["q"]}, "targets is .*q.*, and task 'mezo' puts nothing beside a matrix"),
+        (
+            {"task": "lora", "layers": 2},
+            "layers is 2, and task 'lora' trains no layers in turn: it goes with lisa, badam",
+        ),
+        (
+            {"task": "mezo", "optimizer": "lion"},
+            "optimizer is 'lion', and task 'mezo' .*: say task 'full', or leave it out",
+        ),
+        ({"task": "lisa", "optimizer": "mezo"}, "train is 'lisa' and optimizer 'mezo', which trains lora, dora, all"),
+        ({"task": "lora", "optimizer": "mezo", "tile": 512}, "tile is 512; bytes of optimizer 'mezo'"),
+        ({"task": "mezo", "clip": 1.0}, "clip is 1.0, and 'mezo' makes no gradient"),
+        (
+            {"task": "mezo", "plan": Plan(dtype="bfloat16", remat="dots")},
+            "remat is 'dots', and 'mezo' makes no gradient",
+        ),
+        ({"task": "hift", "plan": Plan(dtype="bfloat16", remat="dots")}, "say 'full' or 'offload'"),
+        ({"task": "lora", "tile": 512, "plan": Plan(dtype="bfloat16", remat="dots")}, "tile is 512 and remat 'dots'"),
+        ({"task": "lora", "optimizer": "adam"}, "Did you mean 'adamw'"),
+        ({"task": "lora", "compute": "float16"}, "it can be bfloat16 or float32; gradients in float16"),
+        ({"task": "lora", "rank": 0}, "rank is 0; it is a whole number, at least 1"),
+        ({"task": "lora", "accumulate": 0}, "accumulate is 0; it is a whole number, at least 1"),
+        ({"task": "lora", "targets": ["query"]}, "'query' matches no matrix .* Nearest: "),
+        ({"task": "badam", "layers": 33}, "layers is 33, and this llama has 32"),
+        ({"task": Settings().task, "rank": 64}, "rank beside a Task, which says them itself"),
     ],
 )
 def test_what_is_not_done_is_refused(given: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         plan_for(ARCH_8B, given.pop("plan", BF16), find("rtx4090"), **given)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Options of a task
+
+SAID: list[tuple[str, dict[str, Any]]] = [
+    ("lora", {"rank": 64, "optimizer": "adamw8bit", "targets": ["q", "down"]}),
+    ("dora", {"rank": 16, "optimizer": "lion", "accumulate": 2, "remat": "offload"}),
+    ("lora", {"optimizer": "mezo", "accumulate": 2}),
+    ("full", {"optimizer": "adafactor", "compute": "float32", "clip": 0.0}),
+    ("full", {"optimizer": "lion", "tile": 16, "loss_chunk": 8}),
+    ("lisa", {"layers": 3, "optimizer": "sgd"}),
+    ("hift", {"layers": 2, "optimizer": "muon", "remat": "offload"}),
+    ("mezo", {"compute": "float32", "loss_chunk": 16}),
+]
+
+
+def as_words(said: dict[str, Any]) -> list[str]:
+    """As they are typed."""
+    found = []
+    for name, value in said.items():
+        if name == "targets":
+            found += [word for target in value for word in ("--target", target)]
+        else:
+            found += [f"--{name.replace('_', '-')}", str(value)]
+    return found
+
+
+@pytest.mark.parametrize(("task", "said"), SAID, ids=str)
+@pytest.mark.parametrize("memory", ["64MB", "5.5MB"])
+def test_a_run_counts_the_same_and_chooses_the_same(
+    task: str, said: dict[str, Any], memory: str, tmp_path: Path
+) -> None:
+    """What `jaxengine finetune --memory` decides, and what `jaxengine plan --task` says beforehand, of the same words."""
+    (data := tmp_path / "data.txt").write_text("x")
+    train = {"full": "all", "mezo": "all"}.get(task, task)
+    rows = ["--batch", "2", "--context", "64", "--memory", memory]
+    words = ["--train", train, *as_words(said), *rows, *(["--optimizer", "mezo"] if task == "mezo" else [])]
+    words += ["--learning-rate", "0.1"]
+    given = finetune.make_context("finetune", ["demo", str(data), "--out", "x", *words]).params
+    beside = {"folder", "data", "out", "held_out", "eval_every", "save_every", "keep", "best", "merge", "skip_bad"}
+    folder, chosen = jaxengine.demo_folder(), None
+    with contextlib.suppress(ValueError):  # what needs least is over it
+        chosen = chosen_plan(folder, {n: x for n, x in given.items() if n not in beside})
+    typed = ["plan", folder, "--gpu", "4090", "--task", task, *as_words(said), *rows, "--json", "--no-compile"]
+    shown = CliRunner().invoke(app, typed)
+    outcome = plan_folder(folder, gpu="4090", memory=memory, task=task, batch=2, context=64, **said)
+    found = json.loads(shown.output)
+    assert found["candidates"] == json.loads(json.dumps(outcome.to_dict()))["candidates"]
+    assert (found["task"], shown.exit_code) == (task, 1 if chosen is None else 0)
+    assert {n: found[n] for n in said} == said
+    assert (outcome.chosen is None) == (chosen is None)
+    if outcome.chosen is None or chosen is None:
+        return
+    arch, plan, settings = chosen
+    assert settings.task.said == {n: outcome.to_dict()[n] for n in settings.task.said}
+    wanted = tuning.need(arch, plan, settings.task, batch=2, context=64)
+    alike = ("home", "resident", "remat", "stay", "dtype")  # on a CPU layers are scanned that a card has written out
+    same = {tuple(getattr(c.plan, n) for n in alike): c.need for c in outcome.candidates if c.plan.form != "ahead"}
+    key = tuple(getattr(plan, n) for n in alike)
+    assert (same[key].trained, same[key].optimizer) == (wanted.trained, wanted.optimizer)
+    if plan.home != "device":
+        assert same[key] == wanted
+        assert tuple(getattr(outcome.chosen.plan, n) for n in alike) == key
+
+
+def test_sizes_of_options() -> None:
+    """Rank 64 is eight times rank 8 (peft: 20,971,520), and AdamW's two moments, Lion's one, bytes of the papers."""
+    elements = 8 * 20_971_520
+
+    def need(name: str, **said: Any) -> Any:
+        return tuning.need(ARCH_8B, BF16, tuning.task(name, **said), batch=1, context=512)
+
+    for optimizer, each in (("adamw", 8), ("lion", 4), ("adamw8bit", 2 * (1 + 4 / 256))):
+        found = need("lora", rank=64, optimizer=optimizer)
+        assert (found.trained, found.gradients) == (4 * elements, 4 * elements)
+        assert found.optimizer == pytest.approx(each * elements, rel=1e-3)
+    assert need("lora", rank=64, optimizer="mezo").optimizer == 0
+    # q and v: 32 layers of (4096 + 4096) and (4096 + 1024) numbers a rank
+    assert need("lora", rank=16, targets=["q", "v"]).trained == 4 * 16 * 32 * (8192 + 5120)
+    layer = (8.03e9 - 2 * 128256 * 4096) / 32
+    assert need("badam", layers=4).trained == pytest.approx(16 * layer, rel=1e-3)
+
+
+def test_parts_make_a_step_of_more_tokens() -> None:
+    card = find("rtx4090")
+    for task in ("lora", "full", "lisa", "mezo"):
+        one, two = (
+            plan_for(ARCH_8B, BF16, card, context=512, task=task, accumulate=n).candidates[-1] for n in (None, 2)
+        )
+        assert two.tokens == 2 * one.tokens
+        assert dict(two.seconds)["matmuls"] == pytest.approx(2 * dict(one.seconds)["matmuls"])
+
+
+def test_what_would_fit_keeps_what_was_asked() -> None:
+    asked: dict[str, Any] = {"memory": 3 * 10**9, "context": 4096, "task": "lora", "rank": 256}
+    plan = dataclasses.replace(BF16, remat="full")
+    found = plan_for(ARCH_8B, plan, find("rtx4090"), **asked)
+    assert found.chosen is None
+    assert found.changes
+    for said, c in found.changes:
+        assert c.need.trained == 4 * 32 * 20_971_520
+        assert c.plan.remat == "full" or "remat as fits" in said
+    # of the model's own parameters 8 bytes each go where 2 would do
+    asked = {"memory": 24 * 10**9, "ram": 60 * 10**9, "context": 512, "task": "full", "tile": 64}
+    found = plan_for(ARCH_8B, BF16, find("rtx4090"), **asked)
+    assert found.chosen is None
+    assert "optimizer adamw8bit" in {said for said, _ in found.changes}
+    again = plan_for(ARCH_8B, BF16, find("rtx4090"), optimizer="adamw8bit", **asked)
+    assert again.chosen is not None
+    assert again.chosen.need == dict(found.changes)["optimizer adamw8bit"].need
+
+
+def test_targets_that_differ_between_layers_are_of_layers_that_are_written_out() -> None:
+    """As no step scans them: what cannot be is not chosen."""
+    found = plan_for(ARCH_8B, BF16, find("rtx4090"), memory=6 * 10**9, context=512, task="lora", targets=["layers.3.q"])
+    refused = {c.plan.home for c in found.candidates if c.refused == "layers that are scanned have the same targets"}
+    assert refused >= {"host"}
+    assert found.chosen is not None
+    assert found.chosen.plan.home == "split"
+    assert found.chosen.plan.resident > 3
+
+
+def test_dora_beside_a_part_of_a_joined_matrix_is_refused() -> None:
+    arch = architecture(json.loads((GOLDEN / "phi3" / "config.json").read_text()))
+    with pytest.raises(ValueError, match="DoRA needs a magnitude for all of its outputs: target k, v too"):
+        plan_for(arch, Plan(dtype="float32"), find("rtx4090"), context=16, task="dora", targets=["q"])
+
+
+def test_options_as_they_are_typed(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_3_8B))
+    words = ["plan", str(tmp_path), "--gpu", "4090", "--memory", "12GB", "--no-compile"]
+    said = [
+        "--task",
+        "lora",
+        "--rank",
+        "64",
+        "--target",
+        "q",
+        "--target",
+        "v",
+        "--optimizer",
+        "lion",
+        "--remat",
+        "offload",
+    ]
+    shown = " ".join(CliRunner().invoke(app, [*words, *said, "--accumulate", "2"]).output.split())
+    assert "1 x 2048 tokens of task lora (rank 64, targets q, v, optimizer lion, accumulate 2, remat offload)" in shown
+    assert "a step of 4096 tokens" in shown
+    assert "of task lora plan" in " ".join(CliRunner().invoke(app, [*words, "--task", "lora"]).output.split())
+    found = json.loads(CliRunner().invoke(app, [*words, *said, "--json"]).output)
+    asked = {
+        "task": "lora",
+        "rank": 64,
+        "targets": ["q", "v"],
+        "optimizer": "lion",
+        "compute": "bfloat16",
+        "remat": "offload",
+    }
+    assert {n: found[n] for n in asked} == asked
+    assert {c["plan"]["remat"] for c in found["candidates"]} == {"offload"}
+    # (4096 + 4096) and (4096 + 1024) numbers a layer and rank; of Lion one moment
+    assert found["chosen"]["bytes"]["trained"] == found["chosen"]["bytes"]["optimizer"] == 4 * 64 * 32 * (8192 + 5120)
+    for odd, why in (
+        (["--rank", "8"], "rank is 8, and task 'generate' trains nothing"),
+        (["--task", "full", "--dtype", "bfloat16"], "task 'full' keeps parameters in float32: leave it out"),
+        (["--task", "lora", "--remat", "some"], "remat is 'some'; it can be none, full, dots, offload"),
+    ):
+        refused = CliRunner().invoke(app, [*words, *odd])
+        assert (refused.exit_code, why in refused.output) == (2, True), refused.output
+
+
+@pytest.mark.aot
+@pytest.mark.skipif(aot.missing() is not None, reason=str(aot.missing()))
+def test_the_proof_is_of_these_options(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(SMALL | {"vocab_size": 8192, "num_hidden_layers": 3}))
+    words = ["plan", str(tmp_path), "--gpu", "4090", "--task", "lora", "--json", "--batch", "2", "--context", "512"]
+    words += ["--memory", "500MB", "--remat", "full"]
+    plain, said = (
+        json.loads(CliRunner().invoke(app, [*words, *more]).output)
+        for more in ([], ["--rank", "32", "--optimizer", "lion", "--accumulate", "2"])
+    )
+    for found in (plain, said):
+        [step] = found["compiled"]
+        assert step["device"] == pytest.approx(found["chosen"]["bytes"]["device"], rel=0.05)
+        assert step["problems"] == []
+    assert said["compiled"][0]["device"] != plain["compiled"][0]["device"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The compiled step
 
 
 def both_ways(report: Report, text: str) -> bool:

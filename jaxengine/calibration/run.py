@@ -7,6 +7,10 @@ On the device stand one layer (two with AWQ), two batches of rows and one H with
 layer and x, which is a mapped file. With GPTQ the
 matrices of a layer are rounded in the order in which they run, each group from what the rounded ones before it give it.
 
+The body is the one that `walk` runs; the loop is not `walk.drive`, in which a layer is brought once, gone through once, and
+the next one comes meanwhile. Here each is gone through once for every group of matrices, with weights that change in between
+(and AWQ tries several); a run begins at any layer; and a second layer that waits would be a layer more in memory.
+
 **Where it stands.** Beside OUT is a hidden folder of finished layers, of the samples as they come into the next one, and of
 what was asked for. A run that was killed goes on after the last finished layer, with the same bytes as an unbroken one on
 the same machine. OUT appears at the end, whole (checkpoints/output.py), and the folder is gone.

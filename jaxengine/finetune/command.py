@@ -16,33 +16,69 @@ import click
 if TYPE_CHECKING:
     from jaxengine.architecture import Architecture
     from jaxengine.finetune.data import Documents
-    from jaxengine.finetune.run import Record, Settings
+    from jaxengine.finetune.run import Record
+    from jaxengine.finetune.settings import Settings
     from jaxengine.plan import Plan
 
 A_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 A_FOLDER = click.Path(file_okay=False, path_type=Path)
 CONTEXT = 1024  # tokens of a row, where nobody says how many and the model takes as many
 
+# None where nothing is said, and Settings has what is usual: so they are the options of `jaxengine plan --task` too
+RANK = click.option("--rank", metavar="R", type=click.IntRange(1), show_default="8", help="Rank of LoRA and DoRA.")
+TARGET = click.option(
+    "--target", metavar="PATTERN", multiple=True, show_default="*",
+    help="Matrices that have one beside them: q, layers.3.*; may be given several times.",
+)  # fmt: skip
+LAYERS = click.option(
+    "--layers", metavar="M", type=click.IntRange(1), show_default="2, 1, 1",
+    help="Of lisa, badam, hift: layers at a time.",
+)  # fmt: skip
+ACCUMULATE = click.option(
+    "--accumulate", metavar="N", type=click.IntRange(1), show_default="1", help="Times --batch rows in a step."
+)
+OPTIMIZER = click.option(
+    "--optimizer", metavar="NAME", show_default="adamw",
+    help="adamw, adamw8bit, muon, lion, sgd, adafactor; or mezo, without a gradient.",
+)  # fmt: skip
+CLIP = click.option(
+    "--clip", metavar="NORM", type=float, show_default="1; mezo none", help="The largest norm of a gradient; 0 for any."
+)
+COMPUTE = click.option("--compute", metavar="DTYPE", show_default="bfloat16", help="Arithmetic in bfloat16 or float32.")
+TILE = click.option(
+    "--tile", metavar="N", type=click.IntRange(1), show_default="all",
+    help="Tokens of a row that a layer's feed-forward block takes at a time.",
+)  # fmt: skip
+LOSS_CHUNK = click.option(
+    "--loss-chunk", metavar="N", type=click.IntRange(1), show_default="as fit 256 MB",
+    help="Tokens of a row whose logits stand at a time.",
+)  # fmt: skip
+
+
+def remat(usual: str) -> Any:
+    """The option --remat; usual: what is kept where nothing is said."""
+    return click.option(
+        "--remat", metavar="WHAT", show_default=usual,
+        help="Kept of a layer for its way back: none (all), dots, full (nothing), offload.",
+    )  # fmt: skip
+
+
+PLANNED = (RANK, TARGET, LAYERS, OPTIMIZER, CLIP, COMPUTE, ACCUMULATE, remat("as fits"), TILE, LOSS_CHUNK)
+
 WHAT = (
     click.option(
         "--train", metavar="WHAT", show_default="lora",
         help="What is trained: lora, dora, all parameters, or some layers at a time: lisa, badam, hift.",
     ),
-    click.option("--rank", metavar="R", type=click.IntRange(1), show_default="8", help="Rank of LoRA and DoRA."),
+    RANK,
     click.option("--alpha", metavar="A", type=float, show_default="16", help="Their scale times the rank."),
     click.option("--rs", is_flag=True, help="Their scale as alpha by the root of the rank (rsLoRA)."),
-    click.option(
-        "--target", metavar="PATTERN", multiple=True, show_default="*",
-        help="Matrices that have one beside them: q, layers.3.*; may be given several times.",
-    ),
+    TARGET,
     click.option(
         "--adapter", metavar="FOLDER", type=click.Path(exists=True, file_okay=False, path_type=Path),
         help="A PEFT folder, LoRA or DoRA, to start from: its rank, alpha, scale and targets are kept.",
     ),
-    click.option(
-        "--layers", metavar="M", type=click.IntRange(1), show_default="2, 1, 1",
-        help="Of lisa, badam, hift: layers at a time.",
-    ),
+    LAYERS,
     click.option(
         "--every", metavar="K", type=click.IntRange(1), show_default="20, 100", help="Of lisa, badam: steps of a turn."
     ),
@@ -53,7 +89,7 @@ WHAT = (
 )  # fmt: skip
 HOW = (
     click.option("--batch", metavar="N", type=click.IntRange(1), default=4, help="Rows at a time."),
-    click.option("--accumulate", metavar="N", type=click.IntRange(1), default=1, help="Times --batch rows in a step."),
+    ACCUMULATE,
     click.option(
         "--context", metavar="N", type=click.IntRange(1), show_default=f"{CONTEXT} or the model's", help="Tokens of a row."
     ),
@@ -61,10 +97,7 @@ HOW = (
     click.option(
         "--epochs", metavar="N", type=click.IntRange(1), show_default="1", help="Stop after the data were read N times."
     ),
-    click.option(
-        "--optimizer", metavar="NAME", default="adamw",
-        help="adamw, adamw8bit, muon, lion, sgd, adafactor; or mezo, without a gradient.",
-    ),
+    OPTIMIZER,
     click.option(
         "--learning-rate", metavar="RATE", type=float,
         show_default="2e-4, of all parameters 1e-5; lion a third; mezo 5e-5, 1e-6",
@@ -79,18 +112,11 @@ HOW = (
         "--eps", metavar="EPS", type=float, show_default="1e-8; mezo 1e-2, of all parameters 1e-3",
         help="Of the optimizer: beside a root, or of mezo the size of the noise.",
     ),
-    click.option(
-        "--clip", metavar="NORM", type=float, show_default="1; mezo none", help="The largest norm of a gradient; 0 for any."
-    ),
-    click.option("--compute", metavar="DTYPE", default="bfloat16", help="Arithmetic in bfloat16 or float32."),
-    click.option(
-        "--remat", metavar="WHAT", show_default="full, with --memory as fits",
-        help="Kept of a layer for its way back: none (all), dots, full (nothing), offload.",
-    ),
-    click.option(
-        "--tile", metavar="N", type=click.IntRange(1), show_default="all",
-        help="Tokens of a row that a layer's feed-forward block takes at a time.",
-    ),
+    CLIP,
+    COMPUTE,
+    remat("full, with --memory as fits"),
+    TILE,
+    LOSS_CHUNK,
     click.option("--seed", metavar="N", type=click.IntRange(0), default=0, help="The same seed gives the same losses."),
 )  # fmt: skip
 LOADING = (
@@ -282,7 +308,8 @@ def chosen_plan(folder: str, given: dict[str, Any]) -> tuple[Architecture, Plan,
     from jaxengine.architecture import architecture
     from jaxengine.export import one_dtype
     from jaxengine.finetune.planning import variants
-    from jaxengine.finetune.run import Settings, begun, check
+    from jaxengine.finetune.run import begun, check
+    from jaxengine.finetune.settings import Settings
     from jaxengine.machine import available_ram, pool_limit_bytes
     from jaxengine.plan import Plan, parse_bytes, show_bytes, with_rules
     from jaxengine.planning import worth_ahead

@@ -14,24 +14,26 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import Any, NamedTuple, cast
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypedDict, Unpack, cast
 
 import jax
 import jax.numpy as jnp
 
 from jaxengine import placement
 from jaxengine.architecture import Architecture
-from jaxengine.engine import Engine, Program
+from jaxengine.engine import Program
 from jaxengine.finetune import layered, mezo, sampled, tiles
 from jaxengine.finetune import step as whole
 from jaxengine.finetune.optimizers.base import Matrix, Optimizer
 from jaxengine.finetune.optimizers.base import optimizer as find_optimizer
-from jaxengine.finetune.step import Batch, Tuning
-from jaxengine.finetune.trained._lowrank import LowRank
-from jaxengine.finetune.trained.all import Options as Every
+from jaxengine.finetune.settings import ADAPTERS, TASKS, Settings, Task
+from jaxengine.finetune.step import Batch
+from jaxengine.finetune.trained._lowrank import each as each_target
 from jaxengine.finetune.trained.base import targets, trained
 from jaxengine.homes.base import home
 from jaxengine.plan import (
+    SCORES,
     Need,
     Plan,
     Variant,
@@ -47,68 +49,111 @@ from jaxengine.plan import (
 GAPS = 0.05  # between buffers of unlike sizes that copies hold for a while, of their bytes
 
 
-@dataclasses.dataclass(frozen=True)
-class Task:
-    """What is fine-tuned, as far as bytes go. compute: the dtype of the arithmetic ('': the plan's); accumulate: parts of
-    a batch."""
+class Options(TypedDict, total=False):
+    """What may be said of a task, named and meant as in Settings; None or nothing: as usual."""
 
-    train: str
-    options: Any
-    optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
-    compute: str = ""
-    accumulate: int = 1
-    clip: float = 1.0
-    loss_chunk: int = 0
-    tile: int = 0
-
-    def tuning(self, architecture: Architecture, plan: Plan, mesh: Any) -> Tuning:
-        """The step that this task and plan make."""
-        dtype = self.compute or plan.dtype
-        engine = Engine(architecture, plan.caching, dtype, plan.sharding_rules(), mesh, attention=plan.attention)
-        return Tuning(
-            engine, self.train, self.options, self.optimizer, plan.remat or "full", self.clip, self.loss_chunk, self.tile,
-        )  # fmt: skip
-
-    def layered(self, plan: Plan) -> bool:
-        """Whether each layer's gradient is used as it is made: where every parameter is trained and not all are on the
-        device."""
-        return self.train == "all" and plan.home != "device" and self.optimizer.order > 0
-
-    def runs_ahead(self, remat: str) -> bool:
-        """Whether its step can fetch each streamed layer while the one before it is computed."""
-        return self.beside and self.optimizer.order > 0 and remat != "dots"
-
-    @property
-    def beside(self) -> bool:
-        """Whether what is trained stands beside weights, of any format, and not in their place."""
-        return self.train in ("lora", "dora")
-
-    @property
-    def sampled(self) -> bool:
-        """Whether layers are trained in turn."""
-        return self.train in sampled.SAMPLED
+    rank: int | None
+    targets: Sequence[str] | None
+    layers: int | None
+    optimizer: str | None
+    clip: float | None
+    compute: str | None
+    accumulate: int | None
+    loss_chunk: int | None
+    tile: int | None
 
 
-TASKS = {
-    "lora": Task("lora", LowRank()),
-    "dora": Task("dora", LowRank()),
-    "full": Task("all", Every(), compute="bfloat16"),
-    **{name: Task(name, trained(name).Options(), compute="bfloat16") for name in sampled.SAMPLED},
-    "mezo": Task("all", Every(narrow=True), Optimizer("mezo", 1e-6, eps=1e-3), clip=0.0),
-}
+def task(name: str, **options: Unpack[Options]) -> Task:
+    """The task of this name with these options: that of a run's Settings which say the same, so that both count the same.
 
-
-def task(name: str, tile: int = 0) -> Task:
-    """The task of this name, with `tile` tokens of a row at a time in a feed-forward block (0: all); ValueError names those
-    there are."""
+    Raises ValueError for a name that is none of TASKS, for an option that means nothing for the task, and for what no run
+    takes; of each with what can be said instead.
+    """
     if name not in TASKS:
         raise ValueError(f"task is {name!r}; what is planned for is generate, {', '.join(TASKS)}")
-    tiles.check(tile, "full")
-    if tile and not TASKS[name].optimizer.order:
+    train, usual = TASKS[name]
+    given: dict[str, Any] = {n: x for n, x in options.items() if x is not None and x != ()}
+    kinds = {"rank": ADAPTERS, "targets": ADAPTERS, "layers": sampled.SAMPLED}
+    why = {"rank": "puts nothing beside a matrix", "layers": "trains no layers in turn"}
+    why["targets"] = why["rank"]
+    for n, names in kinds.items():
+        if n in given and train not in names:
+            raise ValueError(
+                f"{n} is {given[n]!r}, and task {name!r} {why[n]}: it goes with {', '.join(names)}; leave it out"
+            )
+    optimizer = given.pop("optimizer", usual)
+    if usual == "mezo" and optimizer != usual:
         raise ValueError(
-            f"tile is {tile}; bytes of task {name!r}, which makes no gradient, are not counted in tiles: leave it out"
+            f"optimizer is {optimizer!r}, and task 'mezo' is every parameter without a gradient: say task 'full', or leave it out"
         )
-    return dataclasses.replace(TASKS[name], tile=tile)
+    if "targets" in given:
+        given["targets"] = (given["targets"],) if isinstance(given["targets"], str) else tuple(given["targets"])
+    tiles.check(given.get("tile", 0), "full")
+    rate = {"learning_rate": 0.1} if optimizer == "sgd" else {}  # of which nothing here depends
+    return Settings(train=train, optimizer=optimizer, **rate, **given).task
+
+
+def asked(what: str | Task, **options: Unpack[Options]) -> Task | None:
+    """The task that is planned for: one as it is, or by name with its options; None for 'generate', which has none."""
+    whole = ("tile", "loss_chunk")  # of which 0 is none
+    given = {n: x for n, x in options.items() if x is not None and x != () and (x != 0 or n not in whole)}
+    if isinstance(what, Task):
+        if given:
+            raise ValueError(f"{', '.join(given)} beside a Task, which says them itself: give a name, or a Task alone")
+        return what
+    if what != "generate":
+        return task(what, **options)
+    for n, x in given.items():
+        does = {"tile": "takes a prompt in chunks, which are chosen", "compute": "computes in its dtype"}
+        raise ValueError(
+            f"{n} is {x!r}, and task 'generate' {does.get(n, 'trains nothing')}: leave it out, or say a task that trains, such"
+            f" as {'lisa' if n == 'layers' else 'lora'!r}"
+        )
+    return None
+
+
+def differs(what: Task) -> str:
+    """What of a task is not as usual: 'rank 64, optimizer lion'; '' where all is."""
+    usual = task(what.name).said
+    shown = {
+        n: ", ".join(x) if isinstance(x, tuple) else f"{x:g}" if isinstance(x, float) else x
+        for n, x in what.said.items()
+    }
+    return ", ".join(f"{n} {shown[n]}" for n, x in what.said.items() if x != usual[n])
+
+
+def check(architecture: Architecture, plan: Plan, task: Task) -> None:
+    """Refuse what no plan for this task and model can be, wherever layers live, as a run does."""
+    if task.optimizer.order == 0 and plan.remat not in ("", "full"):
+        raise ValueError(
+            f"remat is {plan.remat!r}, and {task.optimizer.name!r} makes no gradient and keeps nothing of a layer: leave it out"
+        )
+    if task.optimizer.order == 0 and task.tile:
+        said = "task 'mezo'" if task.name == "mezo" else f"optimizer {task.optimizer.name!r}"
+        raise ValueError(
+            f"tile is {task.tile}; bytes of {said}, which makes no gradient, are not counted in tiles: leave it out"
+        )
+    if task.sampled and plan.remat:
+        sampled.check_remat(task.train, plan.remat)
+    tiles.check(task.tile, plan.remat or "full")
+    if task.beside:
+        targets(architecture, task.options.targets)
+        if task.train == "dora":
+            check_joined(architecture, task.options.targets)
+    else:
+        trained(task.train).make(task.options, architecture, plan, {"outer": {}, "banks": ()}, None)
+
+
+def check_joined(architecture: Architecture, patterns: tuple[str, ...]) -> None:
+    """Refuse DoRA beside a part of a matrix that PEFT sees as one: it could not be written (checkpoints/peft.py)."""
+    table, params, chosen = architecture.name_table(), architecture.params(), set(targets(architecture, patterns))
+    for theirs in table.theirs(params, architecture.num_layers):
+        ours = table.parts(theirs, params)
+        if chosen & set(ours) and (lack := [n for n in ours if n not in chosen]):
+            raise ValueError(
+                f"targets: {theirs} is {', '.join(ours)} in one, and DoRA needs a magnitude for all of its outputs: target"
+                f" {', '.join(n.rpartition('.')[2] for n in lack)} too, or train='lora'"
+            )
 
 
 def abstract_trained(architecture: Architecture, plan: Plan, task: Task, params: Any) -> Any:
@@ -204,7 +249,13 @@ def need(architecture: Architecture, plan: Plan, task: Task, *, batch: int, cont
         ahead = any(p.form == "ahead" for p in plan.parts(architecture))
         # a matrix goes when it was used, and the next layer's come in the places of this one's
         alone = streaming // 2 if ahead else streaming
+        if streamed:
+            back += _score_blocks(architecture, plan, task, batch * context * context)
+        back -= _not_asked_for(architecture, task, batch * context * dtype.itemsize, streamed=bool(streamed))
         activations = max(alone + back, streaming + one.between, loss) - streaming
+        if written_out and remat == "full" and task.accumulate == 1:  # as gradients come, what came into layers goes
+            most = max(gradients * j // L + (L - j) * entering for j in range(L + 1))
+            activations -= min(activations, gradients + kept - most)
     else:
         outside, states = outer_states(architecture, task.optimizer), layer_states(architecture, plan, task.optimizer)
         trained, optimizer = 0, sum(outside.values()) + sum(whole for whole, _ in states)
@@ -241,7 +292,7 @@ def need(architecture: Architecture, plan: Plan, task: Task, *, batch: int, cont
             narrow = dtype.itemsize if task.accumulate == 1 else 4
             stacked = sum(sum(each[p.start : p.start + p.num_layers]) for p in plan.parts(architecture) if p.stacked)
             streaming, gradients = 0, stacked + (outer + tiers["device"] - stacked) * narrow // 4
-            activations = max(back, loss, max(_changing(architecture, plan, task.optimizer)) - kept)
+            activations = max(back, loss, _changing(architecture, plan, task.optimizer, gradients) - kept)
     return Need(
         outer=outer, resident=tiers["device"], streaming=streaming, cache=0, activations=activations,
         host_weights=tiers["host"], host_optimizer=host_optimizer, host_kept=L * entering if remat == "offload" else 0,
@@ -287,12 +338,15 @@ def _need_of_losses(architecture: Architecture, plan: Plan, task: Task, *, batch
         heads = max(math.prod(s.shape[s.out :]) for s in matrices if s.out and "heads" in s.axes[s.out :])
         wide = rows * itemsize * made["widens"]
         early = max(math.prod(s.shape) * stored for s in matrices) <= wide
-        attending = sum(sizes.values()) if early else sizes["attends"]
-        standing = 2 * both + rows * itemsize * D
+        # what parts go through one after another stands for all of them, and so does what leaves it
+        in_parts = task.accumulate > 1
+        attending = sum(sizes.values()) if early or in_parts else sizes["attends"]
+        widening = sum(sizes.values()) if in_parts else sizes["widens"]
+        standing = (3 if in_parts else 2) * both + rows * itemsize * D
         moments += [
             # queries, keys, values, and o's outputs, as wide as x's norm; and what attention makes, as wide as the queries
             beside * attending + standing + rows * itemsize * (made["attends"] + heads),
-            beside * sizes["widens"] + standing + rows * itemsize * D + wide,
+            beside * widening + standing + rows * itemsize * D + wide,
         ]
     return Need(
         outer=weight_bytes(architecture, plan)["outer"], resident=tiers["device"], streaming=streaming, cache=0,
@@ -308,6 +362,27 @@ def _score_bytes(architecture: Architecture, plan: Plan, task: Task, pairs: int)
     ways = 2 if task.optimizer.order else 1
     layers = architecture.num_layers if ways == 2 and plan.remat == "none" else 1
     return (layers + ways - 1) * pairs * heads * (4 + itemsize)
+
+
+def _score_blocks(architecture: Architecture, plan: Plan, task: Task, pairs: int) -> int:
+    """Of attention's way back where it runs in XLA (float32), for some pairs of tokens at a time: weights and their gradient."""
+    if plan.attention == "reference" or (task.compute or plan.dtype) != "float32":
+        return 0
+    heads = max(architecture.attention(kind).num_heads for kind in architecture.kinds)
+    return min(SCORES, 2 * 4 * pairs * heads)
+
+
+def _not_asked_for(architecture: Architecture, task: Task, each: int, *, streamed: bool) -> int:
+    """Bytes of a feed-forward block, of `layer_activations`, that no adapter's gradient asks for: what its last matrix takes, and
+    beside it, where layers are scanned, one of the halves that this is made of. each: of a number of all tokens."""
+    specs, names = architecture.specs(), set(targets(architecture, task.options.targets))
+    wide = {n: s for n, s in specs.items() if n.startswith("layers.") and s.out is not None and "mlp" in s.axes}
+    last = {n for n, s in wide.items() if "mlp" in s.axes[s.out :]}
+    if names >= wide.keys():
+        return 0
+    F = max(s.shape[s.axes.index("mlp")] for s in wide.values())
+    both = streamed and not last & names and not names >= wide.keys() - last and len(wide) > 2 * len(last)
+    return each * F * (2 if both else 1)
 
 
 def largest_turn(
@@ -348,13 +423,17 @@ def _need_in(
     cast = (2 if M > 1 or task.accumulate > 1 else 1) * layer * dtype if M and dtype < 4 else 0
     loss = loss_activations(architecture, task, task.accumulate * batch, context, dtype)
     matrices = [s for k in set(architecture.kinds) for s in architecture.block(k)[1].values() if s.out is not None]
-    temporaries = find_optimizer(task.optimizer.name).temporaries
-    changing = [temporaries((M, *s.shape), Matrix(1, s.out or 1)) for s in matrices if M]
+    how = find_optimizer(task.optimizer.name)
+    changing = [how.temporaries((M, *s.shape), Matrix(1, s.out or 1)) for s in matrices if M]
+    # of all together, beside the weights as they will be stored
+    update = (
+        sum(changing) // len(set(architecture.kinds)) + M * layer * stored if how.TOGETHER else max(changing, default=0)
+    )
     moments = {
         "loss": kept + of_head + loss,
         "layers": kept + of_head + saved + streaming + one.within,
         "weights": saved + of_head + of_layers + cast + one.narrow,
-        "update": gradients + max(changing, default=0),
+        "update": gradients + update,
     }
     outside, states = outer_states(architecture, task.optimizer), layer_states(architecture, plan, task.optimizer)
     optimizer, waiting = M * max(w for w, _ in states) + sum(outside[n] for n in turn.outer), 0
@@ -400,16 +479,20 @@ def layer_states(architecture: Architecture, plan: Plan, optimizer: Optimizer) -
     return [first[kind] for kind in architecture.kinds]
 
 
-def _changing(architecture: Architecture, plan: Plan, how: Optimizer) -> list[int]:
-    """Bytes that stand while each array of the banks is changed, where all are on the device."""
-    of, found = find_optimizer(how.name).temporaries, []
+def _changing(architecture: Architecture, plan: Plan, how: Optimizer, gradients: int) -> int:
+    """Bytes that stand beside all gradients while arrays are changed, where all are on the device: of each of the banks' apart,
+    or of all together, in the gradients' places."""
+    kind, found = find_optimizer(how.name), [0]
     for part in plan.parts(architecture):
         lead = (part.repeats,) if part.stacked else ()
-        for kind in part.kinds:
-            for spec in architecture.block(kind)[1].values():
+        for k in part.kinds:
+            for spec in architecture.block(k)[1].values():
                 matrix = None if spec.out is None else Matrix(len(lead), spec.out)
-                found.append(of((*lead, *spec.shape), matrix))
-    return found
+                found += [kind.temporaries((*lead, *spec.shape), matrix)] * (1 if part.stacked else part.repeats)
+    if not kind.TOGETHER:
+        return max(found)
+    outer = (kind.temporaries(s.shape, None) for s in architecture.outer()[1].values())
+    return max(0, sum(found) + sum(outer) - gradients)
 
 
 def head_bytes(architecture: Architecture) -> int:
@@ -488,6 +571,14 @@ def loss_activations(architecture: Architecture, task: Task, batch: int, context
     return batch * min(chunk, context) * V * each + 2 * batch * context * D * itemsize
 
 
+def remats(task: Task) -> tuple[str, ...]:
+    """What may be kept of its layers, from the most on: of those that run again and of tiles only what comes in; of what goes
+    forward alone nothing."""
+    if not task.optimizer.order:
+        return ("full",)
+    return tiles.REMATS if task.sampled or task.tile else ("none", "dots", "full", "offload")
+
+
 def variants(
     architecture: Architecture,
     plan: Plan,
@@ -503,6 +594,16 @@ def variants(
     whether streamed layers are listed as fetched one ahead too, before the plain scan, where a step can run that."""
     found = []
 
+    def unlike(made: Plan) -> bool:
+        """Whether layers of one stack have different targets, which no step takes."""
+        if not task.beside or not any(p.startswith("layers.") for p in task.options.targets):
+            return False
+        try:
+            each_target(architecture, made, task.options.targets, lambda *_: None)
+        except ValueError:
+            return True
+        return False
+
     def of(**given: Any) -> Variant:
         made = dataclasses.replace(plan, **({"form": "", "resident": 0, "kept": 0, "chunk": 0} | given))
         n = need(architecture, made, task, batch=batch, context=context)
@@ -511,20 +612,18 @@ def variants(
             home(p.home).TIER != "device" and p.form == "scan" and len(p.kinds) > 1 for p in made.parts(architecture)
         ):
             refused = "unlike layers that alternate are fetched again in copies under remat 'full' and 'offload' alone"
+        elif unlike(made):
+            refused = "layers that are scanned have the same targets"
         elif n.device > memory:
             refused = f"{show_bytes(n.device - memory)} over on the device"
         elif ram is not None and n.host > ram:
             refused = f"{show_bytes(n.host - ram)} over in host memory"
         return Variant(made, n, refused)
 
-    L = architecture.num_layers
-    nearest, farther = ("full",) if task.sampled else ("none", "dots", "full"), ("dots", "full", "offload")
-    if task.tile:  # of which nothing is kept
-        nearest, farther = ("full",), ("full", "offload")
-    # what goes forward alone keeps nothing; unrolled, the noise of every layer's parameters would be kernels of its own
-    listed = {}
-    if not task.optimizer.order:
-        nearest, farther, listed = ("full",), ("full",), {"form": "scan"}
+    L, known = architecture.num_layers, remats(task)
+    nearest, farther = [r for r in known if r != "offload"], [r for r in known if r != "none"]
+    # unrolled, the noise of every layer's parameters would be kernels of its own
+    listed = {} if task.optimizer.order else {"form": "scan"}
     for remat in (plan.remat,) if plan.remat else nearest:
         found.append(of(home="device", remat=remat, **listed))
     for remat in (plan.remat,) if plan.remat else farther:

@@ -1,7 +1,8 @@
 """Attention by positions: one call for prefill, decode and training, and which implementation serves it.
 
 `reference.py` is the meaning. On a GPU the first that serves of cuDNN, our Triton kernel and `xla.py` is taken, or in the order
-that was measured on that card (`dispatch.by_measure`); each needs memory linear in length, however few the queries are, for
+that was measured on that card (`dispatch.by_measure`), with as many keys as queries, causal: windows, grouped heads and packed
+rows follow the order of that case. Each needs memory linear in length, however few the queries are, for
 pieces of a long prompt are few queries too. On a CPU `xla.py` serves: in blocks, or, where scores are few, with all of them
 written out, which is the faster: a query or two for each kv head over any number of slots, where they take less than the keys
 do, or rows of up to a MiB. A refusal is logged once, with its reason; `implementation` asks for one by name, and then a
@@ -23,6 +24,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import jax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch
@@ -65,8 +67,9 @@ def attention(
     """
     reference.check(q, k, v, q_positions, k_positions, window, softcap, sinks, q_segments, k_segments)
     what = "forward and backward" if training else "forward"
+    known = NAMES if jax.device_count() == 1 else tuple(n for n in NAMES if n != "tokamax")  # which would be gathered
     order = dispatch.by_measure(
-        "attention", ORDER, NAMES, what=what, dtype=q.dtype.name, head_dim=q.shape[3], tokens=q.shape[1]
+        "attention", ORDER, known, what=what, dtype=q.dtype.name, head_dim=q.shape[3], tokens=q.shape[1]
     )
     return dispatch.choose(
         "attention", IMPLEMENTATIONS, order, on_cpu(q, k), implementation,

@@ -1,9 +1,9 @@
-"""Prompt attention by positions for Hopper (H100, H200), forward, on Pallas for Mosaic GPU; asked for by name only.
+"""Prompt attention by positions for Hopper (H100, H200), forward, on Pallas for Mosaic GPU.
 
 NOT RUN ON A CARD YET. What holds: in jax's interpreter of this backend, which runs the barriers and copies as they are
 written, its numbers are those of numpy float64 (tests/test_attention_mosaic.py); and it compiles for sm_90a without spills.
-How fast it is nobody knows, and the interpreter knows no layouts of registers. Therefore the dispatcher never takes it by
-itself, and `implementation="mosaic_gpu"` does.
+How fast it is nobody knows, and the interpreter knows no layouts of registers. Therefore the dispatcher takes it by name, or
+where a card's table, which is made by measuring on that card, has it first.
 
 The shape of FlashAttention-3 (Shah et al., arXiv:2407.08608). A block has three warpgroups. One moves tiles of keys and values
 into shared memory by TMA, `stages` of them ahead; two compute, 64 queries each, and share what was moved. They take turns:
@@ -14,8 +14,7 @@ softmax in float32 to the base 2, -1e30 for what is not seen, weights rounded on
 What the interpreter does not run as it is written is one instruction: weights in registers times values in shared memory,
 added to a sum. It has no such wgmma, so that under `interpret` a product of jnp stands there.
 
-Backward is Triton's, from the log-sum-exp that this kernel gives. On several devices it is run as XLA splits it, gathered:
-one card is what it is for.
+Backward is Triton's, from the log-sum-exp that this kernel gives. Over a mesh both split as `over_mesh.py` says.
 
 B batch, T queries, S slots, N query heads, K kv heads, H head dim.
 """
@@ -36,6 +35,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch
+from pallas_kernels.attention.over_mesh import over_mesh
 from pallas_kernels.attention.reference import NEVER, check
 from pallas_kernels.attention.spans import FAR, bounds, padded, places
 
@@ -341,15 +341,22 @@ def _forward(call: Call, q: Any, k: Any, v: Any, sinks: Any, q_at: Any, k_at: An
     return out[:, :T, :, :H], lse[:, :, :T]
 
 
+def _attended(
+    call: Call, q: Any, k: Any, v: Any, sinks: Any, q_at: Any, k_at: Any, q_of: Any, k_of: Any
+) -> tuple[jax.Array, jax.Array]:
+    arrays = dict(q=q, k=k, v=v, sinks=sinks, q_at=q_at, k_at=k_at, q_of=q_of, k_of=k_of)
+    return over_mesh(_forward, (call,), ("out", "lse"), arrays)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(
     call: Call, q: Any, k: Any, v: Any, sinks: Any, q_at: Any, k_at: Any, q_of: Any, k_of: Any
 ) -> tuple[jax.Array, jax.Array]:
-    return _forward(call, q, k, v, sinks, q_at, k_at, q_of, k_of)
+    return _attended(call, q, k, v, sinks, q_at, k_at, q_of, k_of)
 
 
 def _attend_forward(call: Call, q: Any, k: Any, v: Any, sinks: Any, q_at: Any, k_at: Any, q_of: Any, k_of: Any) -> Any:
-    out, lse = _forward(call, q, k, v, sinks, q_at, k_at, q_of, k_of)
+    out, lse = _attended(call, q, k, v, sinks, q_at, k_at, q_of, k_of)
     return (out, lse), (q, k, v, sinks, q_at, k_at, q_of, k_of, out, lse)
 
 

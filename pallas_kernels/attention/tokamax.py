@@ -1,8 +1,11 @@
-"""Attention by tokamax, DeepMind's library of kernels, where it is installed; asked for by name only.
+"""Attention by tokamax, DeepMind's library of kernels, where it is installed; by name, or where a card's table has it first.
 
 On Hopper and Blackwell its kernels on Mosaic GPU are the fastest that JAX has beside cuDNN (by the timings it ships, 0.92 to
 0.99 of cuDNN forwards on an H100), on other cards Triton's serve; on a CPU its form in chunks. It is no requirement: it needs
 Python 3.12 and brings many packages with it.
+
+Over a mesh its kernels do not say how they split, so that XLA gathers what they read: no table chooses it where there are
+several devices.
 
 Its masks are causal by index, as cuDNN's are, and any other is an array [T, S]. So the caller has to say that queries and slots
 are the same tokens (`contiguous`; see `cudnn.py`), and what would need an array is refused: segments, positions that are not

@@ -16,11 +16,7 @@ Exponentials are to the base 2; a score that is not seen is -1e30, not -inf, so 
 and sums are float32; weights are rounded once to the inputs' dtype for the second product. A query that sees nothing
 gives zeros, a log-sum-exp of -1e30 (or its sink), and no gradient.
 
-GSPMD cannot see into a kernel, and would gather its arguments to every device: forward and backward say themselves how
-they split (`custom_partitioning`). Batch and kv heads, the latter with their queries' heads, are split with no communication:
-each device runs the kernels on its part. Lengths and head dim are not: what is split there is gathered. Where kv heads do
-not divide over a mesh axis (2 of them over 4 devices) heads are whole, those of the queries too: they are gathered if they
-were split, and the devices of that axis all do the same work.
+Forward and backward split over a mesh as `over_mesh.py` says.
 
 B batch, T queries, S slots, N query heads, K kv heads, G = N / K, H head dim; R rows of P heads: T of N, or, packed, T G
 of K.
@@ -38,13 +34,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.custom_partitioning import custom_partitioning
 from jax.experimental.pallas import triton as plt
-from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch
 from pallas_kernels.attention import tiles as tiling
+from pallas_kernels.attention.over_mesh import over_mesh
 from pallas_kernels.attention.reference import as_set, check, check_blocks
 from pallas_kernels.attention.spans import FAR, bounds, padded, places
 from pallas_kernels.attention.tiles import Config, Tiles
@@ -543,89 +538,13 @@ def _backward_queries(
 
 # ---- over a mesh
 
-# b batch, t queries, s slots, n query heads, k kv heads, h head dim; of lists i blocks of queries, m entries
-DIMS = {
-    "q": "btnh", "k": "bksh", "v": "bksh", "sinks": "n", "q_at": "bt", "k_at": "bs", "q_of": "bt", "k_of": "bs",
-    "lists": "bnim", "do": "btnh", "lse": "bnt", "delta": "bnt", "out": "btnh", "dq": "btnh", "dk": "bksh", "dv": "bksh",
-}  # fmt: skip
-
-
-def _split(mesh: Any, arrays: dict[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The mesh axes that batch and kv heads are split over: those of keys, which are the most to move, and what others are
-    split over further, since a whole or a part is cut with no communication; as many, from the first, as divide."""
-
-    def over(of: dict[str, Any], dims: str, size: int, taken: tuple[str, ...]) -> tuple[str, ...]:
-        found: tuple[str, ...] = ()
-        for name, x in of.items():
-            spec = () if x.sharding is None else x.sharding.spec  # without Shardy there are some that are not known yet
-            for dim, entry in zip(DIMS[name], spec, strict=False):
-                if dim not in dims or entry is None:
-                    continue
-                axes = (entry,) if isinstance(entry, str) else tuple(entry)
-                while axes and (size % math.prod(mesh.shape[a] for a in axes) or set(axes) & set(taken)):
-                    axes = axes[:-1]
-                if axes[: len(found)] == found:
-                    found = axes
-        return found
-
-    keys = {"k": arrays["k"]}
-    B, K = arrays["k"].shape[:2]
-    batch = over(keys | arrays, "b", B, over(keys, "k", K, ()))
-    return batch, over(keys | arrays, "kn", K, batch)
-
-
-@functools.cache
-def _partitioned(
-    function: Callable[..., Any], static: tuple[Any, ...], there: tuple[str, ...], results: tuple[str, ...]
-) -> Callable[..., Any]:
-    """function(*static, **arrays) as an op that says how it splits, from a dict of arrays, those `there` and None, to a tuple."""
-
-    def run(arrays: dict[str, Any]) -> Any:
-        return function(*static, **arrays)
-
-    def shardings(mesh: Any, arrays: dict[str, Any], made: Any) -> tuple[Any, Any]:
-        batch, heads = _split(mesh, {name: arrays[name] for name in there} | dict(zip(results, made, strict=False)))
-        axes = {"b": batch or None, "n": heads or None, "k": heads or None}
-
-        def of(name: str) -> NamedSharding:
-            return NamedSharding(mesh, PartitionSpec(*(axes.get(dim) for dim in DIMS[name])))
-
-        return tuple(map(of, results)), {name: of(name) if name in there else None for name in arrays}
-
-    def infer(mesh: Any, arguments: Any, _: Any) -> Any:
-        return shardings(mesh, arguments[0], ())[0]
-
-    def partition(mesh: Any, arguments: Any, made: Any) -> Any:
-        result, operands = shardings(mesh, arguments[0], made)
-        return mesh, run, result, (operands,)
-
-    # heads of queries and of keys are two factors here: of one, Shardy would give 2 kv heads half of a mesh axis of 4, which
-    # jax cannot name
-    operands, outcome = (", ".join(" ".join(DIMS[name]) for name in names) for names in (sorted(there), results))
-    whole = dict.fromkeys(f for f in operands if f in "tshim")
-    op = custom_partitioning(run)
-    op.def_partition(
-        partition,
-        infer_sharding_from_operands=infer,
-        sharding_rule=f"{operands} -> {outcome}",
-        need_replication_factors=tuple(whole),
-    )
-    return jax.jit(op)  # where the caller has no jit, arrays on several devices are split all the same
-
-
-def _over_mesh(
-    function: Callable[..., Any], static: tuple[Any, ...], results: tuple[str, ...], arrays: dict[str, Any]
-) -> Any:
-    there = tuple(name for name, x in arrays.items() if x is not None)
-    return _partitioned(function, static, there, results)(arrays)
-
 
 def _attended(
     call: Call, q: Any, k: Any, v: Any, sinks: Any, q_at: Any, k_at: Any, q_of: Any, k_of: Any, lists: Any = None,
     block_q: int = 0, block_k: int = 0,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     arrays = dict(q=q, k=k, v=v, sinks=sinks, q_at=q_at, k_at=k_at, q_of=q_of, k_of=k_of, lists=lists)
-    return _over_mesh(_queries_forward, (call, block_q, block_k), ("out", "lse"), arrays)
+    return over_mesh(_queries_forward, (call, block_q, block_k), ("out", "lse"), arrays)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -646,7 +565,7 @@ def _attend_backward(call: Call, kept: Any, given: Any) -> Any:
     # d score_s = weight_s (do . v_s - do . out + dlse)
     delta = jnp.einsum("btnh,btnh->bnt", do, out, preferred_element_type=jnp.float32) - dlse
     arrays = dict(q=q, k=k, v=v, do=do, lse=lse, delta=delta, q_at=q_at, k_at=k_at, q_of=q_of, k_of=k_of)
-    dq, dk, dv = _over_mesh(_backward, (call,), ("dq", "dk", "dv"), arrays)
+    dq, dk, dv = over_mesh(_backward, (call,), ("dq", "dk", "dv"), arrays)
     dsinks = None
     if sinks is not None:
         # a sink is a score whose value is zero

@@ -211,8 +211,7 @@ def sparse_attention(
         if sinks is None:
             top, total = jnp.full(q_i.shape[:3], HIDDEN, jnp.float32), jnp.zeros(q_i.shape[:3], jnp.float32)
         else:
-            top = jnp.broadcast_to(sinks.astype(jnp.float32)[None, :, None], q_i.shape[:3])
-            total = jnp.ones(q_i.shape[:3], jnp.float32)
+            top, total = (jnp.broadcast_to(a[None, :, None], q_i.shape[:3]) for a in beginning(sinks))
         top, total, o = lax.fori_loop(0, longest[i], meet, (top, total, jnp.zeros(q_i.shape, jnp.float32)))
         some = total > 0
         total = jnp.where(some, total, 1.0)
@@ -223,6 +222,13 @@ def sparse_attention(
     out, lse = lax.fori_loop(0, len(q_b), block, (q_b, jnp.zeros(q_b.shape[:-1], jnp.float32)))
     out, lse = _from_blocks(out, T, 1), _from_blocks(lse[..., None], T, 1)[..., 0]
     return (out, lse) if return_lse else out
+
+
+def beginning(sinks: Float[Array, "N"]) -> tuple[Float[Array, "N"], Float[Array, "N"]]:
+    """The running maximum and denominator before any slot. A sink may be -inf, or so low that hidden slots would weigh."""
+    sinks = sinks.astype(jnp.float32)
+    top = jnp.maximum(sinks, HIDDEN)
+    return top, jnp.exp(sinks - top)
 
 
 class _How(NamedTuple):
@@ -260,8 +266,9 @@ def _forward(how: _How, q: Array, k: Array, v: Array, sinks: Array | None, place
     if sinks is None:
         m, total = jnp.full((B, K, R), HIDDEN, jnp.float32), jnp.zeros((B, K, R), jnp.float32)
     else:
-        each = sinks.astype(jnp.float32).reshape(1, K, G, 1)
-        m, total = jnp.broadcast_to(each, (B, K, G, how.P)).reshape(B, K, R), jnp.ones((B, K, R), jnp.float32)
+        m, total = (
+            jnp.broadcast_to(a.reshape(1, K, G, 1), (B, K, G, how.P)).reshape(B, K, R) for a in beginning(sinks)
+        )
 
     def block(i: Array, done: tuple[Array, Array]) -> tuple[Array, Array]:
         out, lse = done
@@ -384,7 +391,8 @@ def _dot(spec: str, x: Array, y: Array) -> Array:
     """einsum(spec, x, y) in y's precision, accumulated in float32."""
 
     def wide(x: Array, y: Array) -> Array:
-        return jnp.einsum(spec, x.astype(jnp.float32), y.astype(jnp.float32), preferred_element_type=jnp.float32)
+        x, y = x.astype(jnp.float32), y.astype(jnp.float32)
+        return jnp.einsum(spec, x, y, precision=lax.Precision.HIGHEST)  # or tensor cores would round to 10 bits
 
     def narrow(x: Array, y: Array) -> Array:
         return jnp.einsum(spec, x.astype(y.dtype), y, preferred_element_type=jnp.float32)

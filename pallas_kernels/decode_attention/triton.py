@@ -324,7 +324,10 @@ def _kernel(
         for acc, v, s in zip(accs, values, scales(load, vs_ref), strict=True):
             if s is None:
                 d = _dot(v, weight.astype(dtype), (0, 0), call)
-            elif dtype == jnp.float16:  # whose range a scale may leave: divided by the block's greatest
+            elif (
+                dtype == jnp.float16
+            ):  # whose range a scale may leave: divided by the greatest of slots that hold a token
+                s = jnp.where(k_at >= 0, s, 0.0)
                 most = jnp.maximum(s.max(), LEAST)
                 d = _dot(v, (weight * (s / most)[:, None]).astype(dtype), (0, 0), call) * most
             else:

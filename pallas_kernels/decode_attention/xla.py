@@ -17,9 +17,10 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.attention.reference import HIDDEN, NEVER, visible
+from pallas_kernels.attention.xla import beginning
 from pallas_kernels.decode_attention.reference import gathered, held, planes
 from pallas_kernels.decode_attention.tiles import spans
 from pallas_kernels.dispatch import gpu
@@ -74,8 +75,7 @@ def decode_attention(
     if sinks is None:
         m, total = jnp.full((B, K, R), HIDDEN, jnp.float32), jnp.zeros((B, K, R), jnp.float32)
     else:
-        each = sinks.astype(jnp.float32).reshape(1, K, G, 1)
-        m, total = jnp.broadcast_to(each, (B, K, G, T)).reshape(B, K, R), jnp.ones((B, K, R), jnp.float32)
+        m, total = (jnp.broadcast_to(a.reshape(1, K, G, 1), (B, K, G, T)).reshape(B, K, R) for a in beginning(sinks))
 
     def taken(a: Array | None, j: Array) -> Array | None:
         """Block j of codes or scales, [B, K, C, ...]."""
@@ -103,7 +103,7 @@ def decode_attention(
         x = jnp.where(seen[:, None, None], x.reshape(B, K, G, T, C), NEVER).reshape(B, K, R, C)
         m_new = jnp.maximum(m, x.max(-1))
         p, shrunk = jnp.exp(x - m_new[..., None]), jnp.exp(m - m_new)
-        parts = [_weighed(p, numbers, s, q.dtype) for numbers, s in vs]
+        parts = [_weighed(p, numbers, s, k_at >= 0, q.dtype) for numbers, s in vs]
         o = o * shrunk[..., None] + jnp.concatenate(parts, -1)
         return m_new, total * shrunk + p.sum(-1), o
 
@@ -119,12 +119,13 @@ def decode_attention(
 
 
 def _weighed(
-    p: Float[Array, "B K R C"], numbers: Array, s: Float[Array, "B K C"] | None, dtype: Any
+    p: Float[Array, "B K R C"], numbers: Array, s: Float[Array, "B K C"] | None, held: Bool[Array, "B C"], dtype: Any
 ) -> Float[Array, "B K R H"]:
     """The sum over a block's slots of values by their weights."""
     if s is None or dtype != jnp.float16:
         return _dot("bkrs,bksh->bkrh", p if s is None else p * s[:, :, None, :], numbers, dtype)
-    # whose range a weight times a scale leaves: scales are divided by the block's greatest
+    # whose range a weight times a scale leaves: scales are divided by the greatest of the slots that hold a token
+    s = jnp.where(held[:, None], s, 0)
     most = jnp.maximum(s.max(-1, keepdims=True), LEAST)
     return _dot("bkrs,bksh->bkrh", p * (s / most)[:, :, None, :], numbers, dtype) * most[..., None]
 
@@ -133,7 +134,8 @@ def _dot(spec: str, x: Array, y: Array, dtype: Any) -> Array:
     """einsum(spec, x, y) of operands in `dtype`, accumulated in float32; on a CPU of operands in float32."""
 
     def wide(x: Array, y: Array) -> Array:
-        return jnp.einsum(spec, x.astype(jnp.float32), y.astype(jnp.float32), preferred_element_type=jnp.float32)
+        x, y = x.astype(jnp.float32), y.astype(jnp.float32)
+        return jnp.einsum(spec, x, y, precision=lax.Precision.HIGHEST)  # or tensor cores would round to 10 bits
 
     def narrow(x: Array, y: Array) -> Array:
         return jnp.einsum(spec, x.astype(dtype), y.astype(dtype), preferred_element_type=jnp.float32)

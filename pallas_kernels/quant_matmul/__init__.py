@@ -4,7 +4,8 @@
 
 The matrix is frozen: the gradient is that of x alone, dx = g W, and asked for any other argument's it is zero.
 `reference.py` is the meaning; `xla.py` serves everywhere; `triton.py` reads the codes once for few rows on a GPU;
-`mosaic_gpu.py` for more on Hopper, and by name or where a table has it only: it has not run on a card yet. On a GPU the order
+`mosaic_gpu.py` for more on Hopper. By name, or where a table has it, only: that one, which has not run on a card yet, and
+"triton_plain", the kernel of `triton.py` without inline PTX, should that be wrong or slow somewhere. On a GPU the order
 is ORDER, or where `scripts/bench_quant.py --table` measured the card the fastest first (`dispatch.by_measure`).
 
 M rows, N outputs, K inputs, G group size.
@@ -44,7 +45,7 @@ def quant_matmul(
     x: bfloat16, float16 or float32; K counts the padding of the last group (x zero there). codes, scale, zero: see the table
     in layout.py; codes of int5 and int3 are a tuple of two arrays. kind: one of layout.KINDS. group_size: the number of inputs
     that share a scale; 0 for one scale per output (int8, fp8), 128 for fp8_block. Sums, scales and zeros are float32.
-    implementation: "reference", "xla", "triton" or "mosaic_gpu"; None takes what the card's table has as the fastest that
+    implementation: one of NAMES; None takes what the card's table has as the fastest that
     serves, without one Triton's where it serves, else XLA's.
 
     Differentiable in x only. Raises ValueError for arguments that disagree, dispatch.Refused where an implementation
@@ -65,6 +66,10 @@ def _triton(*arguments: Any, **how: Any) -> Array:
     return triton.quant_matmul(*arguments, **how)
 
 
+def _triton_plain(*arguments: Any, **how: Any) -> Array:
+    return _triton(*arguments, **how, packed=False)
+
+
 def _mosaic_gpu(*arguments: Any, **how: Any) -> Array:
     try:
         from pallas_kernels.quant_matmul import mosaic_gpu
@@ -74,7 +79,8 @@ def _mosaic_gpu(*arguments: Any, **how: Any) -> Array:
 
 
 IMPLEMENTATIONS = {
-    "triton": _triton, "xla": xla.quant_matmul, "mosaic_gpu": _mosaic_gpu, "reference": reference.quant_matmul,
+    "triton": _triton, "triton_plain": _triton_plain, "xla": xla.quant_matmul, "mosaic_gpu": _mosaic_gpu,
+    "reference": reference.quant_matmul,
 }  # fmt: skip
 NAMES = tuple(IMPLEMENTATIONS)
 

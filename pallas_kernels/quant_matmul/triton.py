@@ -70,8 +70,11 @@ def quant_matmul(
     group_size: int,
     dtype: Any,
     interpret: bool = False,
+    packed: bool | None = None,
 ) -> Float[Array, "M N"]:
-    """As `pallas_kernels.quant_matmul`, on a GPU; with `interpret` on the CPU, slowly. Raises dispatch.Refused."""
+    """As `pallas_kernels.quant_matmul`, on a GPU; with `interpret` on the CPU, slowly. Raises dispatch.Refused.
+
+    packed: whether numbers are made of codes by inline PTX, two at a time, or in plain jnp; None: by PTX on a GPU."""
     card = gpu() or (ASSUMED if interpret else None)
     if card is None:
         raise Refused("there is no GPU here that Triton compiles for; 'xla' serves on every machine")
@@ -79,7 +82,8 @@ def quant_matmul(
     if said is not None:
         raise Refused(said)
     splits = _splits(kind, group_size, codes.shape[0], x.shape[1])
-    call = _partitioned(kind, group_size, jnp.dtype(dtype), card, zero is not None, interpret, splits)
+    packed = not interpret if packed is None else packed
+    call = _partitioned(kind, group_size, jnp.dtype(dtype), card, zero is not None, interpret, packed, splits)
     return call(x, codes, scale, *(() if zero is None else (zero,)))
 
 
@@ -145,15 +149,21 @@ def _rule(
 
 @functools.cache
 def _partitioned(
-    kind: str, group_size: int, dtype: Any, card: Gpu, has_zero: bool, interpret: bool, splits: tuple[bool, bool]
+    kind: str,
+    group_size: int,
+    dtype: Any,
+    card: Gpu,
+    has_zero: bool,
+    interpret: bool,
+    packed: bool,
+    splits: tuple[bool, bool],
 ) -> Callable[..., Array]:
     """The op with its rules for a mesh; arguments x, codes, scale and, if any, zero."""
 
     def local(*arrays: Array, dtype: Any = dtype) -> Array:
         x, codes, scale, zero = arrays if has_zero else (*arrays, None)
-        return _local(
-            x, codes, scale, zero, kind=kind, group_size=group_size, dtype=dtype, card=card, interpret=interpret
-        )
+        how: Any = {"kind": kind, "group_size": group_size, "dtype": dtype, "card": card}
+        return _local(x, codes, scale, zero, **how, interpret=interpret, packed=packed)
 
     def specs(mesh: Any, x: Any, codes: Any) -> tuple[Any, Any, Any]:
         """Mesh axes of rows, outputs and inputs."""

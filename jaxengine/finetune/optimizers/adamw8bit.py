@@ -10,6 +10,7 @@ code. What has fewer than 4096 elements keeps float32 moments, as in bitsandbyte
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +22,7 @@ from jaxtyping import Array, Float, Int, UInt8
 from jaxengine.finetune.optimizers.base import Matrix, Optimizer
 
 ORDER = 1
+TOGETHER = True  # XLA makes the moments of all parameters before it rounds any
 BLOCK = 256  # elements with a scale of their own
 LEAST = 4096  # elements: what has fewer stays in float32
 DECADES = 7
@@ -113,9 +115,9 @@ def _write(moment: Array, scales: Array | None, *, signed: bool) -> tuple[Array,
 
 
 def temporaries(shape: tuple[int, ...], matrix: Matrix | None) -> int:
-    """None: a change is made as it is used."""
-    del shape, matrix
-    return 0
+    """Both moments in float32."""
+    del matrix
+    return 8 * math.prod(shape)
 
 
 def make(how: Optimizer, decayed: Any, matrices: Any) -> optax.GradientTransformation:

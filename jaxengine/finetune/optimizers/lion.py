@@ -10,6 +10,7 @@ import optax
 from jaxengine.finetune.optimizers.base import Matrix, Optimizer
 
 ORDER = 1
+TOGETHER = False
 
 
 def temporaries(shape: tuple[int, ...], matrix: Matrix | None) -> int:
