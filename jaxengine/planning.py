@@ -282,6 +282,16 @@ def traps(architecture: Architecture, candidate: Candidate, card: Card) -> list[
             f" {machine.POOL}={-(-pinned * 5 // 4 // 2**30)} (GiB) is set before jax starts; the `jaxengine` command"
             f" sets four fifths of the machine's memory where it is not"
         )
+    if card.capability < (8, 0) and candidate.need.gradients:
+        said.append(
+            "steps are counted for cards from compute capability 8.0 on: on this one XLA was seen to take up to 1.5 times as much"
+            " where layers are on the device, and 1.1 times where they are streamed. Leave room, or compile the plan"
+        )
+    if candidate.plan.attention == "xla" and candidate.need.gradients:
+        said.append(
+            "of a step with attention 'xla' in 16 bits, blocks of scores and float32 sums of its gradients are not counted: XLA was"
+            " seen to take up to 1.8 times as much. Leave room, compile the plan, or leave attention out"
+        )
     if tiers["disk"]:
         said.append(
             f"the packed layers take {show_bytes(whole)} of disk, those that are kept in memory included, and a step reads"

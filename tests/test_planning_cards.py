@@ -132,6 +132,23 @@ def test_temporaries_are_one_block() -> None:
     assert (len(notes[0]), len(notes[1])) == (1, 0)
 
 
+@pytest.mark.parametrize(("card", "task", "noted"), [("t4", "lora", True), ("t4", "", False), ("4090", "lora", False)])
+def test_steps_below_sm_80_are_not_counted_closely(card: str, task: str, noted: bool) -> None:
+    given = {"task": task, "compute": "float32"} if task else {}
+    found = plan_for(architecture(SMALL), F16, find(card), memory=8 * 10**9, **given)
+    assert found.chosen is not None
+    assert any("counted for cards from" in t for t in traps(found.architecture, found.chosen, found.card)) == noted
+
+
+@pytest.mark.parametrize("attention", ["xla", "auto"])
+def test_steps_with_attention_in_xla_are_not_counted_closely(attention: str) -> None:
+    plan = dataclasses.replace(BF16, attention=attention)
+    found = plan_for(architecture(SMALL), plan, find("4090"), memory=8 * 10**9, task="lora")
+    assert found.chosen is not None
+    said = traps(found.architecture, found.chosen, found.card)
+    assert any("attention 'xla' in 16 bits" in t for t in said) == (attention == "xla")
+
+
 # --- what is shown ------------------------------------------------------------------------------------------------------
 
 
