@@ -27,7 +27,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import dispatch
-from pallas_kernels.attention import reference, sparse_attention, triton
+from pallas_kernels.attention import over_mesh, reference, sparse_attention, triton
 from pallas_kernels.attention import tiles as tiling
 from pallas_kernels.attention.tiles import Config, Tiles
 from pallas_kernels.cards import LIMITS
@@ -575,7 +575,7 @@ def test_what_is_split(shape: tuple[int, int], q: P, k: P, wanted: Any) -> None:
         name: SimpleNamespace(shape=(B, K, 16, 16), sharding=NamedSharding(there, spec))
         for name, spec in (("q", q), ("k", k), ("v", k))
     }
-    assert triton._split(there, given) == wanted
+    assert over_mesh._split(there, given) == wanted
 
 
 # ---- which tiles are walked over

@@ -100,7 +100,7 @@ def called(family: str, what: str, plan: Plan, mesh: Any, tokens: int = T) -> tu
     """(program, static arguments, abstract ones, the device's bytes that are counted)."""
     arch = small(family, tokens)
     if what == "step":
-        lora = tuning.task("lora")
+        lora = tuning.task("lora", compute=plan.dtype)
         program, static, abstract = tuning.program(arch, plan, lora, mesh, batch=1, context=tokens)
         return program, static, abstract, tuning.need(arch, plan, lora, batch=1, context=tokens).device
     found = programs(arch, plan, mesh, batch=1, length=tokens)[what]

@@ -344,6 +344,8 @@ def _forward(call: Call, q: Any, k: Any, v: Any, sinks: Any, q_at: Any, k_at: An
 def _attended(
     call: Call, q: Any, k: Any, v: Any, sinks: Any, q_at: Any, k_at: Any, q_of: Any, k_of: Any
 ) -> tuple[jax.Array, jax.Array]:
+    if call.interpret:  # whose callbacks are in order, which an op that is split cannot have
+        return _forward(call, q, k, v, sinks, q_at, k_at, q_of, k_of)
     arrays = dict(q=q, k=k, v=v, sinks=sinks, q_at=q_at, k_at=k_at, q_of=q_of, k_of=k_of)
     return over_mesh(_forward, (call,), ("out", "lse"), arrays)
 

@@ -327,8 +327,7 @@ def _kernel(
             elif (
                 dtype == jnp.float16
             ):  # whose range a scale may leave: divided by the greatest of slots that hold a token
-                s = jnp.where(k_at >= 0, s, 0.0)
-                most = jnp.maximum(s.max(), LEAST)
+                most = jnp.maximum(jnp.where(k_at >= 0, s, 0.0).max(), LEAST)
                 d = _dot(v, (weight * (s / most)[:, None]).astype(dtype), (0, 0), call) * most
             else:
                 d = _dot(v, (weight * s[:, None]).astype(dtype), (0, 0), call)
