@@ -289,8 +289,8 @@ def traps(architecture: Architecture, candidate: Candidate, card: Card) -> list[
         )
     if candidate.plan.attention == "xla" and candidate.need.gradients:
         said.append(
-            "of a step with attention 'xla' in 16 bits, blocks of scores and float32 sums of its gradients are not counted: XLA was"
-            " seen to take up to 1.8 times as much. Leave room, compile the plan, or leave attention out"
+            "of a step with attention 'xla' in 16 bits, blocks of scores and float32 sums of its gradients are not counted: XLA"
+            " was seen to take up to 1.8 times as much. Leave room, compile the plan, or leave attention out"
         )
     if tiers["disk"]:
         said.append(

@@ -324,10 +324,8 @@ def _kernel(
         for acc, v, s in zip(accs, values, scales(load, vs_ref), strict=True):
             if s is None:
                 d = _dot(v, weight.astype(dtype), (0, 0), call)
-            elif (
-                dtype == jnp.float16
-            ):  # whose range a scale may leave: divided by the greatest of slots that hold a token
-                most = jnp.maximum(jnp.where(k_at >= 0, s, 0.0).max(), LEAST)
+            elif dtype == jnp.float16:  # whose range a scale may leave: divided by the block's greatest
+                most = jnp.maximum(s.max(), LEAST)
                 d = _dot(v, (weight * (s / most)[:, None]).astype(dtype), (0, 0), call) * most
             else:
                 d = _dot(v, (weight * s[:, None]).astype(dtype), (0, 0), call)

@@ -17,7 +17,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from pallas_kernels.attention.reference import HIDDEN, NEVER, visible
 from pallas_kernels.attention.xla import beginning
@@ -103,7 +103,7 @@ def decode_attention(
         x = jnp.where(seen[:, None, None], x.reshape(B, K, G, T, C), NEVER).reshape(B, K, R, C)
         m_new = jnp.maximum(m, x.max(-1))
         p, shrunk = jnp.exp(x - m_new[..., None]), jnp.exp(m - m_new)
-        parts = [_weighed(p, numbers, s, k_at >= 0, q.dtype) for numbers, s in vs]
+        parts = [_weighed(p, numbers, s, q.dtype) for numbers, s in vs]
         o = o * shrunk[..., None] + jnp.concatenate(parts, -1)
         return m_new, total * shrunk + p.sum(-1), o
 
@@ -119,13 +119,12 @@ def decode_attention(
 
 
 def _weighed(
-    p: Float[Array, "B K R C"], numbers: Array, s: Float[Array, "B K C"] | None, held: Bool[Array, "B C"], dtype: Any
+    p: Float[Array, "B K R C"], numbers: Array, s: Float[Array, "B K C"] | None, dtype: Any
 ) -> Float[Array, "B K R H"]:
     """The sum over a block's slots of values by their weights."""
     if s is None or dtype != jnp.float16:
         return _dot("bkrs,bksh->bkrh", p if s is None else p * s[:, :, None, :], numbers, dtype)
-    # whose range a weight times a scale leaves: scales are divided by the greatest of the slots that hold a token
-    s = jnp.where(held[:, None], s, 0)
+    # whose range a weight times a scale leaves: scales are divided by the block's greatest
     most = jnp.maximum(s.max(-1, keepdims=True), LEAST)
     return _dot("bkrs,bksh->bkrh", p * (s / most)[:, :, None, :], numbers, dtype) * most[..., None]
 
