@@ -4,8 +4,8 @@ A row is a candidate, nearest first, and a panel a tier: the device, then host m
 Panels have scales of their own, since a card and a host differ tenfold. A bar much longer than its limit is cut where
 it leaves the panel and says so: drawn whole, it would leave no room for those that nearly fit.
 
-Which tier a field of `planning.Need` belongs to is asked of `Need` itself: what `Need.device` counts is the device's,
-and any other field is a tier. A field that is added there is drawn.
+Which tier a field of `planning.Need` belongs to is asked of `Need` itself: what `Need.device` counts is the device's, what
+`Need.host` counts the host's, and any other field is a tier. A field that is added there is drawn.
 
 matplotlib draws (the extra `jaxengine[notebook]`), onto its own canvas: a notebook's figures and settings stay as they are.
 Colours are those of Okabe and Ito (2008), then of Tol (2021), told apart by every kind of colour vision.
@@ -33,24 +33,26 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SUFFIXES = (".svg", ".png")
-DEVICE = "device"
+DEVICE, HOST = "device", "host"
 
 # what a field is called, and its colour; one that is not here goes by its own name and takes a spare colour
 SAID = {
     "outer": "embeddings and head", "resident": "layers that stay",
     "streaming": "streamed layers, while there",
-    "cache": "KV cache", "activations": "activations", "host": "layers in host memory", "disk": "layers on disk",
+    "cache": "KV cache", "activations": "activations", "disk": "layers on disk",
     "trained": "trained parameters", "gradients": "gradients", "optimizer": "optimizer state", "kept": "kept for the way back",
+    "host_weights": "layers in host memory", "host_optimizer": "optimizer state there",
+    "host_kept": "kept there for the way back", "host_buffers": "buffers for the disk",
 }  # fmt: skip
 COLOURS = {
     "outer": "#999999", "resident": "#0072B2", "streaming": "#E69F00", "cache": "#009E73", "activations": "#CC79A7",
-    "host": "#F0E442", "disk": "#56B4E9", "trained": "#D55E00", "gradients": "#882255", "optimizer": "#44AA99",
-    "kept": "#332288",
+    "host_weights": "#F0E442", "disk": "#56B4E9", "trained": "#D55E00", "gradients": "#882255", "optimizer": "#44AA99",
+    "kept": "#332288", "host_optimizer": "#117733", "host_kept": "#6699CC", "host_buffers": "#DDCC77",
 }  # fmt: skip
-SPARE = ("#AA4499", "#117733", "#661100", "#DDCC77", "#6699CC", "#AA4466")
+SPARE = ("#AA4499", "#661100", "#AA4466")
 LIMIT, OVER, CHOSEN, QUIET = "#111111", "#B84700", "#E3F1EA", "#555555"
-TITLES = {DEVICE: "device memory", "host": "pinned host memory", "disk": "disk"}
-LIMITED_BY = {DEVICE: "memory", "host": "ram"}  # the fields of Outcome that limit a tier
+TITLES = {DEVICE: "device memory", HOST: "host memory", "disk": "disk"}
+LIMITED_BY = {DEVICE: "memory", HOST: "ram"}  # the fields of Outcome that limit a tier
 
 # inches
 WIDTH, MARGIN, GAP, ROW = 9.0, 0.3, 0.4, 0.58
@@ -90,16 +92,20 @@ def draw(outcome: Outcome, path: str | os.PathLike[str]) -> None:
 
 
 def tiers(candidate: Candidate) -> dict[str, tuple[str, ...]]:
-    """The fields of Need by where their bytes lie: {'device': ('outer', ...), 'host': ('host',), ...}."""
+    """The fields of Need by where their bytes lie: {'device': ('outer', ...), 'host': ('host_weights', ...), ...}."""
     need = candidate.need
     names = tuple(f.name for f in dataclasses.fields(need))
 
-    def counted(name: str) -> bool:
+    def counted(name: str) -> str:
         more: Any = {name: getattr(need, name) + 1}
-        return dataclasses.replace(need, **more).device != need.device
+        one_more = dataclasses.replace(need, **more)
+        return next((t for t in (DEVICE, HOST) if getattr(one_more, t) != getattr(need, t)), name)
 
-    device = tuple(n for n in names if counted(n))
-    return {DEVICE: device} | {n: (n,) for n in names if n not in device}
+    found: dict[str, tuple[str, ...]] = {DEVICE: (), HOST: ()}
+    for name in names:
+        tier = counted(name)
+        found[tier] = (*found.get(tier, ()), name)
+    return found
 
 
 def figure(outcome: Outcome) -> Figure:
