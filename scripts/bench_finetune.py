@@ -6,7 +6,8 @@
 The model is random: only its shapes matter. Each side is a process of its own, so that the most memory that it ever held (VmHWM,
 which the system counts) is its own; what it held before its first step, weights and programs among it, is said apart.
 Both adapt every matrix of the layers, with AdamW, clipping at norm 1 and a constant rate; float32 adapters, and everything
-else in --dtype. Of a round each side makes one step; medians over rounds are compared. The first losses are printed: B is zero
+else in --dtype. Of a round each side makes two steps, of which the second counts: in the first a process comes back from having
+waited, when the system may have taken its memory away. Medians over rounds are compared. The first losses are printed: B is zero
 then, and they agree where both sides compute the same thing.
 
 A step of LoRA takes 4 multiply-adds a weight and token (forward, and back to what came in), 6 where layers are run again
@@ -120,12 +121,13 @@ SIDES = {"jaxengine": Ours, "peft": Peft}
 
 
 def child(pipe: Any, side: str, *given: Any) -> None:
-    """A side's process: asked for a step, it makes one and says (loss, seconds); asked for None, what it held."""
+    """A side's process: asked for a 'first' or 'second' step, it makes one and says (loss, seconds); for '', what it held."""
     made = SIDES[side](*given)
     before = held()
     pipe.send(before)
-    while pipe.recv():
-        time.sleep(0.5)  # threads of the other side may wait for more work, by turning round
+    while what := pipe.recv():
+        if what == "first":
+            time.sleep(0.5)  # threads of the other side may wait for more work, by turning round
         start = time.perf_counter()
         loss = made.step()
         pipe.send((loss, time.perf_counter() - start))
@@ -144,11 +146,11 @@ def answer(name: str, process: Any, pipe: Any) -> Any:
 def measure(
     shape: dict[str, Any], batch: int, context: int, dtype: str, remat: str, form: str, rounds: int, peer: bool
 ) -> dict[str, dict[str, Any]]:
-    """{side: losses, seconds of each step after the first, bytes before and at most}."""
+    """{side: losses, seconds of the steps that count, bytes before and at most}."""
     spawn, found = multiprocessing.get_context("spawn"), {}
     with tempfile.TemporaryDirectory() as folder:
         model_of(shape, dtype).save(folder, overwrite=True)
-        given = shape, folder, rows(shape["vocab_size"], batch, context, rounds + 2), batch, dtype, remat, form
+        given = shape, folder, rows(shape["vocab_size"], batch, context, 2 * rounds + 2), batch, dtype, remat, form
         sides = {}
         for name in ("jaxengine", "peft") if peer else ("jaxengine",):
             ours, theirs = spawn.Pipe()
@@ -157,15 +159,16 @@ def measure(
             theirs.close()
             found[name] = {"before": answer(name, process, ours), "losses": [], "seconds": []}
             sides[name] = process, ours
-        for turn in range(rounds + 2):  # the first compiles, the second is the first with warm memory
+        for turn in range(rounds + 1):  # the first compiles
             for name, (process, pipe) in sides.items():
-                pipe.send(True)
-                loss, seconds = answer(name, process, pipe)
-                found[name]["losses"].append(loss)
-                if turn >= 2:
-                    found[name]["seconds"].append(seconds)
+                for what in ("first", "second"):
+                    pipe.send(what)
+                    loss, seconds = answer(name, process, pipe)
+                    found[name]["losses"].append(loss)
+                    if turn and what == "second":
+                        found[name]["seconds"].append(seconds)
         for name, (process, pipe) in sides.items():
-            pipe.send(False)
+            pipe.send("")
             found[name]["most"] = answer(name, process, pipe)
             process.join()
     return found
