@@ -51,10 +51,8 @@ from jaxengine.sources import ORBAX, gguf_file, open_source, read_config
 from pallas_kernels.cards import Card, find
 
 DISK_RATE = 3e9  # bytes/s: a PCIe 3 x4 NVMe drive reading in sequence, where nothing is said
-AHEAD = (
-    0.3,
-    10,
-)  # copy over compute: outside, a scan that fetches each layer just before its use loses a tenth at most
+# copy over compute: outside, a scan that fetches each layer just before its use loses a tenth at most
+AHEAD = (0.3, 10)
 
 
 @dataclasses.dataclass(frozen=True)
