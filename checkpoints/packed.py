@@ -37,6 +37,7 @@ A disk without locks has a folder for each writer, and in it `owner`: the proces
 those whose process has ended.
 """
 
+import bisect
 import contextlib
 import errno
 import fcntl
@@ -60,13 +61,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import ml_dtypes
 import numpy as np
 
 from checkpoints.errors import CheckpointError
-from checkpoints.safetensors import aligned_empty
+from checkpoints.safetensors import TensorInfo, aligned_empty
 
 Spec = Mapping[str, tuple[Sequence[int], Any]]  # name -> (shape, dtype)
 
@@ -89,6 +90,7 @@ _MAX_INDEX = 1 << 30
 _PAGE = 4096
 _LINE = 64  # bytes: what jax's CPU backend wants of an array it takes as it is
 _BLOCK = 8 << 20  # bytes: what one thread reads at a time, and what one checksum covers
+_NEAR = 64 << 10  # bytes between two arrays that are read in one go, and not skipped
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _TAKEN = (errno.EWOULDBLOCK, errno.EACCES)  # a lock that another process holds; other errors: there are no locks
 _MOMENT, _TRY = 0.2, 0.005  # seconds: longer than a listing holds a lock; between two attempts to get one
@@ -709,63 +711,165 @@ def _alone(path: Path, kind: int = fcntl.LOCK_EX) -> Iterator[bool]:
 # Reading
 
 
+class _Bytes:
+    """The bytes of an open file, past the page cache where that works. Threads share it."""
+
+    _FLAGS = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0)
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.cached = os.open(path, self._FLAGS)
+        self._direct: int | None = None
+        self._lock = threading.Lock()
+        self._fast = self.cached  # for reads that begin at a page
+
+    def go_direct(self) -> None:
+        """Past the page cache from now on, if that works."""
+        try:
+            self._fast = self._direct = _again(self.path, self.cached, self._FLAGS | os.O_DIRECT)
+        except (OSError, AttributeError) as error:  # AttributeError: a system without O_DIRECT (macOS)
+            self._say_cached(error)
+
+    def _say_cached(self, error: Exception) -> None:
+        _log.warning("%s is read through the page cache, since direct reads do not work there (%s)", self.path, error)
+
+    def fill(self, view: memoryview, start: int, least: int | None = None) -> None:
+        """Read len(view) bytes from `start` on; EOFError, which names the file, where it ends before (of `least` of them, if
+        given: what comes after is of no use)."""
+        done, least = 0, len(view) if least is None else least
+        while done < len(view):
+            # after a short read the rest may begin anywhere, which a direct read cannot
+            descriptor = self.cached if (start + done) % _PAGE else self._fast
+            try:
+                got = os.preadv(descriptor, [view[done:]], start + done)
+            except OSError as error:
+                if descriptor == self.cached or error.errno not in (errno.EINVAL, errno.ENOTSUP):
+                    raise
+                with self._lock:
+                    if self._fast != self.cached:  # no other thread has said it
+                        self._fast = self.cached
+                        self._say_cached(error)
+                continue
+            if not got:
+                if done >= least:
+                    return
+                raise EOFError(self.path)
+            done += got
+
+    def close(self) -> None:
+        for descriptor in (self.cached, self._direct):
+            if descriptor is not None:
+                os.close(descriptor)
+
+
 class _File:
-    """An open store: what is in it, and its bytes. Threads share it."""
+    """An open store: what is in it, and its bytes."""
+
+    again = " Write the store again."  # what helps where a layer cannot be read
 
     def __init__(self, path: Path, direct: bool) -> None:
         self.path = path
         if path.is_dir():
             raise CheckpointError(f"{path} is a folder; a packed store is one file.")
-        flags = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0)
         try:
-            self._cached = os.open(path, flags)
+            self._bytes = _Bytes(path)
         except FileNotFoundError:
             raise CheckpointError(f"There is no file {path}; write_packed makes one.") from None
-        self._direct: int | None = None
-        self._lock = threading.Lock()
         try:
             with contextlib.suppress(OSError):  # some network disks have no locks
-                fcntl.flock(self._cached, fcntl.LOCK_SH)  # see remove_store, which holds its own for a moment
-            if not os.fstat(self._cached).st_nlink:
+                fcntl.flock(self._bytes.cached, fcntl.LOCK_SH)  # see remove_store, which holds its own for a moment
+            if not os.fstat(self._bytes.cached).st_nlink:
                 raise CheckpointError(f"There is no file {path}: it has just been removed. Write the store again.")
-            self.layout, self.starts = _parse(path, self._cached)
-            self._fast = self._cached  # for reads that begin at a page
+            self.layout, self.starts = _parse(path, self._bytes.cached)
             if direct:
-                try:
-                    self._fast = self._direct = _again(path, self._cached, flags | os.O_DIRECT)
-                except (OSError, AttributeError) as error:  # AttributeError: a system without O_DIRECT (macOS)
-                    self._say_cached(error)
+                self._bytes.go_direct()
         except BaseException:
             self.close()
             raise
 
-    def _say_cached(self, error: Exception) -> None:
-        _log.warning("%s is read through the page cache, since direct reads do not work there (%s)", self.path, error)
-
     def fill(self, view: memoryview, start: int) -> None:
         """Read len(view) bytes from `start` on; EOFError where the file ends before."""
-        done = 0
-        while done < len(view):
-            # after a short read the rest may begin anywhere, which a direct read cannot
-            descriptor = self._cached if (start + done) % _PAGE else self._fast
-            try:
-                got = os.preadv(descriptor, [view[done:]], start + done)
-            except OSError as error:
-                if descriptor == self._cached or error.errno not in (errno.EINVAL, errno.ENOTSUP):
-                    raise
-                with self._lock:
-                    if self._fast != self._cached:  # no other thread has said it
-                        self._fast = self._cached
-                        self._say_cached(error)
-                continue
-            if not got:
-                raise EOFError
-            done += got
+        self._bytes.fill(view, start)
 
     def close(self) -> None:
-        for descriptor in (self._cached, self._direct):
-            if descriptor is not None:
-                os.close(descriptor)
+        self._bytes.close()
+
+
+class _Piece(NamedTuple):
+    """Whole pages of a checkpoint's file, `start` on, that stand in a record from `at` on; of `length` bytes `needed` are of
+    use, and the file may end after them."""
+
+    file: _Bytes
+    start: int
+    at: int
+    length: int
+    needed: int
+
+
+class _InPlace:
+    """Layers where a checkpoint's own files have them: a record is the pages that a layer's arrays stand in, those of one
+    file that are near each other in one piece. There are no checksums."""
+
+    again = ""
+
+    def __init__(self, layers: Sequence[Mapping[str, TensorInfo]], direct: bool) -> None:
+        if not layers or not all(layers):
+            raise ValueError("There are layers without arrays; each needs at least one.")
+        paths = sorted({info.file for layer in layers for info in layer.values()})
+        self.path = paths[0] if len(paths) == 1 else Path(os.path.commonpath(paths))
+        self._files: dict[Path, _Bytes] = {}
+        try:
+            for path in paths:
+                try:
+                    self._files[path] = _Bytes(path)
+                except FileNotFoundError:
+                    raise CheckpointError(f"There is no file {path}: it was removed since it was opened.") from None
+                size = os.fstat(self._files[path].cached).st_size
+                if size < (end := max(i.end for layer in layers for i in layer.values() if i.file == path)):
+                    raise CheckpointError(f"{path} has {size} bytes, and its header says {end}: it is cut off.")
+                if direct:
+                    self._files[path].go_direct()
+        except BaseException:
+            self.close()
+            raise
+        kinds: dict[_Kind, int] = {}
+        kind_of, self._pieces = [], []
+        for layer in layers:
+            kind, pieces = self._record(layer)
+            kind_of.append(kinds.setdefault(kind, len(kinds)))
+            self._pieces.append(pieces)
+        self.layout = _Layout("", _BLOCK, list(kinds), kind_of)
+        self.starts = self.layout.starts(0)
+
+    def _record(self, layer: Mapping[str, TensorInfo]) -> tuple[_Kind, list[_Piece]]:
+        """What a layer's record looks like, and what it is made of."""
+        pieces: list[_Piece] = []
+        starts: dict[str, int] = {}
+        for name, info in sorted(layer.items(), key=lambda item: (item[1].file, item[1].start)):
+            first, file = info.start // _PAGE * _PAGE, self._files[info.file]
+            last = pieces[-1] if pieces else None
+            if last is None or last.file is not file or first - (last.start + last.length) > _NEAR:
+                last = _Piece(file, first, last.at + last.length if last else 0, 0, 0)
+                pieces.append(last)
+            needed = max(last.needed, info.end - last.start)
+            pieces[-1] = last._replace(length=max(_up(needed, _PAGE), _PAGE), needed=needed)
+            starts[name] = last.at + info.start - last.start
+        return _Kind(tuple(_Array(n, i.dtype, i.shape, starts[n]) for n, i in layer.items())), pieces
+
+    def fill(self, view: memoryview, start: int) -> None:
+        """Read len(view) bytes of the records, one after another, from `start` on; EOFError where a file ends before."""
+        layer = bisect.bisect_right(self.starts, start) - 1
+        begin = start - self.starts[layer]
+        end = begin + len(view)
+        for piece in self._pieces[layer]:
+            lo, hi = max(piece.at, begin), min(piece.at + piece.length, end)
+            if lo < hi:
+                least = max(0, min(hi - lo, piece.at + piece.needed - lo))
+                piece.file.fill(view[lo - begin : hi - begin], piece.start + lo - piece.at, least)
+
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()
 
 
 def _again(path: Path, descriptor: int, flags: int) -> int:
@@ -873,7 +977,7 @@ class _Threads:
     ends them.
     """
 
-    def __init__(self, file: _File, count: int) -> None:
+    def __init__(self, file: _File | _InPlace, count: int) -> None:
         self.lock = threading.RLock()
         self._file, self._count, self._alive = file, count, 0
         self._asked, self._filled = threading.Condition(self.lock), threading.Condition(self.lock)
@@ -934,14 +1038,16 @@ class _Threads:
         where, begun = f"{file.path}: layer {fill.layer}", time.perf_counter()
         try:
             file.fill(view, start)
-        except EOFError:
-            raise CheckpointError(f"{where} is cut off: the file became shorter since it was opened.") from None
+        except EOFError as ended:
+            raise CheckpointError(
+                f"{ended}: layer {fill.layer} is cut off: the file became shorter since it was opened."
+            ) from None
         except OSError as error:
             raise CheckpointError(f"{where} cannot be read: {error.strerror}.") from error
         if fill.check and (crc := zlib.crc32(view)) != (said := layout.sums[fill.layer][block]):
             raise CheckpointError(
                 f"{where} is damaged: bytes {start} to {start + len(view)} have the crc32 {crc:08x}, and the index says "
-                f"{said:08x}. Write the store again."
+                f"{said:08x}.{file.again}"
             )
         with self.lock:
             self.bytes_read += len(view)
@@ -988,13 +1094,16 @@ class PackedReader:
     direct       read past the page cache where the file system can; else through it, and one log line says so.
     copy_out     give each layer in memory of its own, which the consumer may keep (the head of this file says who must).
 
+    In the place of a path `layers` may stand, {name: where its bytes are} of each (Table.where): they are then read where a
+    checkpoint's own safetensors have them. Those hold no checksums: nothing is verified, and there is no fingerprint.
+
     CheckpointError, naming the file (and the layer, where one is at fault), for all that is wrong with the store: at
     once where the index tells, and otherwise from `next` or `layer`, in the turn of the layer that could not be read.
     """
 
     def __init__(
         self,
-        path: str | os.PathLike[str],
+        path: str | os.PathLike[str] | Sequence[Mapping[str, TensorInfo]],
         *,
         fingerprint: str | None = None,
         keep: int = 0,
@@ -1008,19 +1117,26 @@ class PackedReader:
             raise ValueError(f"depth={depth}, threads={threads}: a reader needs at least one of each.")
         if verify not in ("first", "always", "never"):
             raise ValueError(f"verify={verify!r}: choose 'first', 'always' or 'never'.")
-        self.path, self.keep, self.depth = Path(path), keep, depth
-        file = _File(self.path, direct)
+        if isinstance(path, (str, os.PathLike)):
+            file = _File(Path(path), direct)
+        elif fingerprint is not None or verify == "always":
+            raise ValueError("layers that are read where a checkpoint has them have no fingerprint and no checksums.")
+        else:
+            file, verify = _InPlace(path, direct), "never"
+        self.path, self.keep, self.depth = file.path, keep, depth
         try:
             self._layout = file.layout
             self.layers = len(file.layout.kind_of)
             self.fingerprint = file.layout.fingerprint
             if fingerprint not in (None, self.fingerprint):
                 raise CheckpointError(
-                    f"{path} holds other layers than it should: its fingerprint is {self.fingerprint!r}, and "
+                    f"{self.path} holds other layers than it should: its fingerprint is {self.fingerprint!r}, and "
                     f"{fingerprint!r} is expected. Write the store again."
                 )
             if not 0 <= keep <= self.layers:
-                raise ValueError(f"keep={keep}: {path} has {self.layers} layers, so 0 to {self.layers} can be kept.")
+                raise ValueError(
+                    f"keep={keep}: {self.path} has {self.layers} layers, so 0 to {self.layers} can be kept."
+                )
             self._longest = max((self.nbytes(i) for i in range(keep, self.layers)), default=0)
             self._ring = [
                 aligned_empty((self._longest,), np.dtype(np.uint8)) for _ in range(depth if self._longest else 0)
@@ -1166,7 +1282,9 @@ class PackedReader:
     def _views(self, fill: _Fill) -> dict[str, np.ndarray]:
         views = {}
         for a in self._layout.kind(fill.layer).arrays:
-            views[a.name] = fill.buffer[a.start : a.start + a.nbytes].view(a.dtype).reshape(a.shape)
+            view = fill.buffer[a.start : a.start + a.nbytes].view(a.dtype).reshape(a.shape)
+            # a safetensors file may begin at any byte, and an array that does is not what all of its readers take
+            views[a.name] = view if view.flags.aligned else _own(view)
             views[a.name].flags.writeable = False
         return views
 

@@ -30,7 +30,7 @@ from typing import NamedTuple
 import numpy as np
 
 from checkpoints.errors import CheckpointError, listing
-from checkpoints.safetensors import Reader
+from checkpoints.safetensors import Reader, TensorInfo
 
 _LAYER = "{layer}"
 
@@ -258,6 +258,19 @@ class Table:
             return np.ascontiguousarray(part).reshape(param.shape)
         np.copyto(out.reshape(param.flat), part)
         return out
+
+    def where(self, reader: Reader, name: str, params: Mapping[str, Param]) -> TensorInfo | None:
+        """Where the bytes of our parameter `name` stand in a file as they are in memory, under our name and shape; None where
+        they do not lie together in that order: transposed, or a part of a tensor that is joined along another axis."""
+        use, i = self._by_ours(name, params, self.prefix(reader))
+        row, param, info = use.row, use.params[i], reader.info(use.theirs)
+        if row.transpose or (row.axis and len(use.ours) > 1):
+            return None
+        rows = sum(p.flat[0] for p in use.params[:i]) if len(use.ours) > 1 else 0
+        start = info.start + (rows * (info.nbytes // info.shape[0]) if rows else 0)
+        return TensorInfo(
+            name, info.dtype, param.shape, info.file, start, start + math.prod(param.shape) * info.dtype.itemsize
+        )
 
     # -- writing --------------------------------------------------------------------------------------------------
 

@@ -235,7 +235,7 @@ LOADING = (
         help="Parameters of layers on the host to keep on the device, e.g. k; several times.",
     ),
     click.option(
-        "--disk", metavar="FOLDER", show_default="~/.cache/jaxengine/layers",
+        "--disk", metavar="FOLDER", show_default="the checkpoint's own files if dense, else ~/.cache/jaxengine/layers",
         help="Folder for the packed layers of a disk home, as large as the model.",
     ),
     click.option("--kv", metavar="CODEC", show_default="raw", help="How the KV cache is stored: raw, int8, int4."),

@@ -79,7 +79,9 @@ def load(
     '16GB' (of each device of a mesh), which chooses the home for `batch` rows (1) of up to `context` tokens each (2048, or
     what the model can at most); a call that would need more is refused. ram: host memory for layers that do not
     fit there (what is free, if not given); what fits neither is read from disk in every pass. disk: the folder for such
-    layers, packed once (~/.cache/jaxengine/layers). weights: the format of matrices ('dense', 'int8', ...); weight_rules: of
+    layers, packed once (~/.cache/jaxengine/layers); without it they are read from the checkpoint's own safetensors where
+    these have them as the plan does: dense, in its dtype.
+    weights: the format of matrices ('dense', 'int8', ...); weight_rules: of
     some by the pattern of their names, {'lm_head': 'int8', 'layers.*.down': 'dense'}, the first that matches, before the
     plan's own. dtype: 'float32', 'bfloat16' or 'float16' (the checkpoint's own if not given). mesh: e.g. 'data=2,tensor=4'
     over all devices, or a jax Mesh; sharding: the table of rules. home: 'device', 'host', 'split', of which the first
@@ -184,6 +186,7 @@ def load(
             files_of(folder),
             progress or _untracked,
             folder,
+            source.where if disk is None else _nowhere,
         )
         params = placement.place(arch, chosen, over, source.read, track, place)
         origin = source.origin(raw)
@@ -193,6 +196,10 @@ def load(
     from jaxengine.finetune.run import with_adapter  # which loads models itself
 
     return with_adapter(model, adapter)
+
+
+def _nowhere(name: str) -> None:
+    """The layers of a folder that was named are packed there, wherever else they are."""
 
 
 def _counted(plan: Plan, mesh: Mesh) -> Plan:

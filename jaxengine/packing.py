@@ -5,6 +5,10 @@ layout of their own. All layers are therefore written once more, encoded in the 
 (checkpoints/packed.py). It is found again by what it was made of, so that a second load, with another budget too, only
 opens it. It takes the place of the whole model on disk, layers that this plan keeps in memory included.
 
+Where the plan keeps every layer as the checkpoint has it (dense, in the checkpoint's dtype, rows in the same order), there is
+nothing to write: the layers are read from the checkpoint's own safetensors, page by page, unless a folder is named for a
+store, on a faster disk, say. What a store has beyond that is a checksum of all it holds.
+
 Packing that was interrupted goes on after the layers that are there, and of several processes that want one store one
 writes it. A store holds what it was made of, so that `stores` can tell those that no load will find again: their
 checkpoint was changed or is gone.
@@ -29,9 +33,11 @@ from jax.sharding import Mesh
 
 from checkpoints.errors import CheckpointError
 from checkpoints.packed import PackedReader, ReaderStats, StoreFile, list_stores, remove_store, write_packed
+from checkpoints.safetensors import TensorInfo
 from jaxengine.architecture import Architecture
 from jaxengine.plan import RING, Plan, abstract_leaf, show_bytes
 from jaxengine.sources import ORBAX
+from jaxengine.weights.base import Weight
 
 log = logging.getLogger("jaxengine")
 
@@ -42,12 +48,14 @@ SUFFIX = ".layers"
 @dataclasses.dataclass(frozen=True)
 class Place:
     """The folder that stores stand in, and the checkpoint that this one is made of: whatever tells it from others (of the
-    folder or file `source`, `files_of` it)."""
+    folder or file `source`, `files_of` it). where: of a parameter's bytes in that checkpoint's own files, where it may be
+    read from there."""
 
     folder: Path
     checkpoint: str
     track: Track = lambda name, done, total: None
     source: Path | None = None
+    where: Callable[[str], TensorInfo | None] = lambda name: None
 
 
 def files_of(folder: Path) -> str:
@@ -95,7 +103,7 @@ def arrays_of(layer: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class Layers:
-    """The packed layers, from layer `first` on, taken in order, pass after pass."""
+    """The layers on disk, from layer `first` on, taken in order, pass after pass."""
 
     def __init__(self, reader: PackedReader, architecture: Architecture, plan: Plan, first: int, shardings: Any):
         self._reader, self._first, self._shardings = reader, first, shardings
@@ -112,7 +120,7 @@ class Layers:
                 again = itertools.cycle(range(self._first, self._reader.layers))
                 self._reader.order(itertools.chain(range(i, self._reader.layers), again))
             self._following = None  # if this one fails, the next pass begins anew
-            with _told(self._reader.path), contextlib.ExitStack() as taken:
+            with self._told(), contextlib.ExitStack() as taken:
                 with jax.profiler.TraceAnnotation("wait for the disk"):
                     arrays = taken.enter_context(self._reader.layer())
                 leaves = [arrays[name] for name in self._names[i]]
@@ -127,6 +135,18 @@ class Layers:
         """What has been read from the disk and waited for."""
         return self._reader.stats
 
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        """What to do about layers that cannot be read."""
+        try:
+            yield
+        except CheckpointError as error:
+            if self._reader.fingerprint:  # of a store, which is ours
+                raise CheckpointError(
+                    f"{error} Delete {self._reader.path}: the next load of the checkpoint packs it anew."
+                ) from error
+            raise CheckpointError(f"{error} Load the checkpoint again once its files are whole.") from error
+
     def close(self) -> None:
         """End the reading threads; a layer that is asked for later is an error."""
         self._reader.close()
@@ -134,7 +154,7 @@ class Layers:
     def read(self, i: int, name: str) -> Any:
         """One parameter of layer i: an array, or a Weight of numpy arrays."""
         tree = self._abstract[i][name]
-        with _told(self._reader.path):
+        with self._told():
             leaves = [self._reader.array(i, n) for n in arrays_of({name: tree})]
         return jax.tree.unflatten(jax.tree.structure(tree), leaves)
 
@@ -146,15 +166,6 @@ def read_line(stats: ReaderStats) -> str:
         f"{show_bytes(stats.bytes_read)} read from disk{rate}; {stats.layers} layers taken, of which {stats.waits} were"
         f" waited for, {stats.wait_seconds:.3g} s in all"
     )
-
-
-@contextlib.contextmanager
-def _told(path: Path) -> Iterator[None]:
-    """What to do about a store that cannot be read."""
-    try:
-        yield
-    except CheckpointError as error:
-        raise CheckpointError(f"{error} Delete {path}: the next load of the checkpoint packs it anew.") from error
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -183,7 +194,8 @@ def open_layers(
     encoded: Callable[[str], Any],
     shardings: Callable[[int], Any],
 ) -> Layers:
-    """The store of this model's layers, written if there is none yet, and read from layer `first` on.
+    """This model's layers where their checkpoint has them, if it may be read and has them as the plan does, or their store,
+    written if there is none yet; read from layer `first` on.
 
     encoded(name): a parameter in its format, as `arrays_of` takes it apart; shardings(i): of layer i on the device.
     Raises CheckpointError where the disk has too little room.
@@ -191,9 +203,14 @@ def open_layers(
     wanted = fingerprint(architecture, plan, place.checkpoint)
     path = place.folder / f"{_family(place.checkpoint)}-{wanted[:32]}{SUFFIX}"
 
+    # on CPU jax takes an aligned array as it is, and the ring would be written over what it computes with
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    if (found := _in_place(architecture, plan, place.where)) is not None:
+        reader = PackedReader(found, depth=RING, copy_out=on_cpu)
+        log.info("layers are read from the checkpoint's own files: %s", reader.path)
+        return Layers(reader, architecture, plan, first, shardings)
+
     def opened() -> PackedReader:
-        # on CPU jax takes an aligned array as it is, and the ring would be written over what it computes with
-        on_cpu = mesh.devices.flat[0].platform == "cpu"
         return PackedReader(path, fingerprint=wanted, depth=RING, copy_out=on_cpu)
 
     try:
@@ -204,6 +221,21 @@ def open_layers(
         _pack(architecture, plan, path, wanted, encoded, place)
         reader = opened()
     return Layers(reader, architecture, plan, first, shardings)
+
+
+def _in_place(
+    architecture: Architecture, plan: Plan, where: Callable[[str], TensorInfo | None]
+) -> list[dict[str, TensorInfo]] | None:
+    """Of each layer where its arrays' bytes are; None unless all are as the plan has them."""
+    found = []
+    for i in range(architecture.num_layers):
+        found.append({})
+        for name, leaf in abstract_layer(architecture, plan, i).items():
+            info = where(f"layers.{i}.{name}")
+            if isinstance(leaf, Weight) or info is None or (info.shape, info.dtype) != (leaf.shape, leaf.dtype):
+                return None
+            found[-1][name] = info
+    return found
 
 
 def _pack(

@@ -291,8 +291,14 @@ def traps(architecture: Architecture, candidate: Candidate, card: Card) -> list[
             " was seen to take up to 1.8 times as much. Leave room, compile the plan, or leave attention out"
         )
     if tiers["disk"]:
+        plain = candidate.plan.weights == "dense" and not candidate.plan.weight_rules
+        own = (
+            f"stay in the checkpoint's own files where these have them in {candidate.plan.dtype}, and else "
+            if plain
+            else ""
+        )
         said.append(
-            f"the packed layers take {show_bytes(whole)} of disk, those that are kept in memory included, and a step reads"
+            f"layers on disk {own}are packed into {show_bytes(whole)} of it, those that are kept in memory included; a step reads"
             f" {show_bytes(candidate.need.disk)} of them"
         )
     with contextlib.suppress(ValueError):  # a system that does not say

@@ -292,6 +292,10 @@ class Quantized:
         assert self.plan is not None
         return np.dtype(self.plan.dtype) if self._stored_of(name) is not None else self._plain.dtype(name)
 
+    def where(self, name: str) -> TensorInfo | None:
+        """None: codes are arranged as they are read."""
+        return None
+
     def origin(self, config: dict[str, Any]) -> Origin:
         """As a plain folder's, without quantization_config: an export holds plain weights."""
         plain = self._plain.origin({k: v for k, v in config.items() if k != "quantization_config"})

@@ -25,7 +25,7 @@ import jax
 import numpy as np
 
 from checkpoints.errors import CheckpointError, listing
-from checkpoints.safetensors import Reader, aligned_empty
+from checkpoints.safetensors import Reader, TensorInfo, aligned_empty
 from jaxengine.architecture import Architecture
 from jaxengine.plan import Plan, abstract_leaf
 
@@ -73,6 +73,10 @@ class Source(Protocol):
 
     def dtype(self, name: str) -> np.dtype:
         """The dtype it is stored in; of a quantised one, the plan's."""
+        ...
+
+    def where(self, name: str) -> TensorInfo | None:
+        """Where the bytes of one parameter stand in a file, in our shape and order; None where they do not."""
         ...
 
     def origin(self, config: dict[str, Any]) -> Origin:
@@ -147,6 +151,12 @@ class HuggingFace:
     def dtype(self, name: str) -> np.dtype:
         """The file's dtype."""
         return np.dtype(self._reader.info(self._theirs[name]).dtype)
+
+    def where(self, name: str) -> TensorInfo | None:
+        """Where its bytes stand in a safetensors file, unless they are transposed or scattered there."""
+        if not isinstance(self._reader, Reader):  # GGUF's own, which gives some rows in another order
+            return None
+        return self._table.where(self._reader, name, self._params)
 
     def origin(self, config: dict[str, Any]) -> Origin:
         """With the split into files, so that an export can be the same."""
@@ -235,6 +245,10 @@ class Orbax:
         leaf, _ = self._names[name]
         assert self.plan is not None
         return np.dtype(self._reader.info(leaf).dtype if isinstance(leaf, str) else self.plan.dtype)
+
+    def where(self, name: str) -> TensorInfo | None:
+        """None: orbax keeps stacks, in chunks that are compressed."""
+        return None
 
     def origin(self, config: dict[str, Any]) -> Origin:
         """The folder; its files were never split."""

@@ -7,7 +7,8 @@ and medians over rounds are printed with the spread, so that a disk or a machine
 
     raw      preadv of 8 MiB at a time, round a reused buffer as long as a layer, one for each thread: what the disk (or
              the cache) can give. `4 KiB pages`: the same with buffers that have no huge pages, which numpy asks for
-    ring     checkpoints.packed.PackedReader, every layer taken in order and released at once
+    ring     checkpoints.packed.PackedReader, every layer taken in order and released at once. `in place`: of arrays that lie
+             one after another from byte 8 on, at no page, as in a safetensors file
     memmap   each layer of a numpy memory map copied into one reused array
 
 `direct` goes past the page cache (O_DIRECT), `cached` through it. Cold: the file was synced and its pages dropped
@@ -36,7 +37,7 @@ from rich.console import Console
 from rich.table import Table
 
 from checkpoints.packed import PackedReader, write_packed
-from checkpoints.safetensors import aligned_empty
+from checkpoints.safetensors import TensorInfo, aligned_empty
 from jaxengine.command import SETTINGS, reported
 
 BLOCK = 8 << 20
@@ -112,6 +113,18 @@ def once(reader: PackedReader) -> int:
     return sum(reader.nbytes(i) for i in range(reader.layers))
 
 
+def in_place(path: Path, layers: int, nbytes: int) -> list[dict[str, TensorInfo]]:
+    """Where the arrays of layers would be if the file were a checkpoint's."""
+    sizes = {"up": nbytes // 2, "down": nbytes - nbytes // 2}
+    found, at = [], 8
+    for _ in range(layers):
+        found.append({})
+        for name, n in sizes.items():
+            found[-1][name] = TensorInfo(name, BYTE, (n,), path, at, at + n)
+            at += n
+    return found
+
+
 def mapped(path: Path, nbytes: int) -> Callable[[], int]:
     """Reads the file once through a memory map."""
     buffer = aligned_empty((nbytes,), BYTE)
@@ -141,11 +154,13 @@ def measure(path: Path, layers: int, nbytes: int, depth: int, threads: int, roun
     with (
         PackedReader(path, depth=depth, threads=threads, direct=False, verify="never") as through,
         PackedReader(path, depth=depth, threads=threads, verify="never") as past,
+        PackedReader(in_place(path, layers, nbytes), depth=depth, threads=threads) as placed,
     ):
-        for reader in (through, past):
+        for reader in (through, past, placed):
             once(reader)  # the memory of its buffers is there before the clock starts
         ways["ring", "cached", threads] = lambda: once(through)
         ways["ring", "direct", threads] = lambda: once(past)
+        ways["ring, in place", "direct", threads] = lambda: once(placed)
 
         def first() -> int:
             with PackedReader(path, depth=depth, threads=threads) as new:

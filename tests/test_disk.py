@@ -456,6 +456,77 @@ def test_old_stores_are_told_and_removed(tmp_path: Path) -> None:
     assert (refused.exit_code, refused.exception.__class__) == (2, SystemExit)
 
 
+# --- where the checkpoint has them ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", ["gemma2", "llama_sharded", "phi3", "opt", "qwen2", "llama_tied_f16"])
+def test_layers_as_the_checkpoint_has_them_are_not_packed(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fused matrices are slices of rows; the numbers are those of the same program over layers in host memory."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with jaxengine.load(GOLDEN / case, home="disk") as model:
+        sizes = layer_bytes(model.architecture, model.plan)
+        found = model.logits(IDS)
+        tokens = model.generate([IDS], max_new_tokens=4, stop_ids=())[0].tokens
+        stats = model.disk_stats
+        read = model.params["banks"][0].source.read(0, "q")
+    assert stats is not None
+    assert stats.bytes_read >= sum(sizes)
+    assert list(tmp_path.rglob("*")) == []
+    host = jaxengine.load(GOLDEN / case, home="host", form="python")
+    np.testing.assert_array_equal(found, host.logits(IDS))
+    assert tokens == host.generate([IDS], max_new_tokens=4, stop_ids=())[0].tokens
+    np.testing.assert_array_equal(read, host.params["banks"][0].weights[0]["q"])
+
+
+@pytest.mark.parametrize(
+    ("case", "given"),
+    [
+        ("gpt2", {}),  # which stores its matrices [in, out]
+        ("qwen2", {"dtype": "float32"}),
+        ("llama", {"weights": "int8"}),
+        ("llama", {"weight_rules": {"layers.1.down": "int8"}}),
+        ("llama", {"disk": "named"}),
+    ],
+    ids=str,
+)
+def test_what_is_not_as_the_plan_has_it_is_packed(
+    case: str, given: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder = tmp_path / given["disk"] if "disk" in given else tmp_path / "jaxengine" / "layers"
+    named: dict[str, Any] = given | ({"disk": folder} if "disk" in given else {})
+    jaxengine.load(GOLDEN / case, home="disk", **named).close()
+    assert [p.suffix for p in folder.iterdir()] == [".layers"]
+
+
+def test_over_a_mesh_from_the_checkpoints_own_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    prompts, data = golden("gemma2")
+    whole = Plan(rules=(("vocab", None),))  # 103 tokens
+    how: dict[str, Any] = {"mesh": "data=4,tensor=2", "sharding": "tensor", "resident": 1, "kept": 1}
+    with jaxengine.load(GOLDEN / "gemma2", plan=whole, home="disk", **how) as model:
+        found = [c.tokens for c in model.generate(prompts, max_new_tokens=16, stop_ids=())]
+    assert found == [data[f"generated_{i}"].tolist() for i in range(len(prompts))]
+    assert list(tmp_path.rglob("*")) == []
+
+
+def test_a_checkpoint_that_shrinks_while_it_is_read_or_was_cut_off(tmp_path: Path) -> None:
+    folder = copied(tmp_path)
+    file = folder / "model.safetensors"
+    size = file.stat().st_size
+    with jaxengine.load(folder, home="disk") as model:
+        os.truncate(file, 3 * size // 4)
+        with pytest.raises(
+            CheckpointError, match=r"model.safetensors: layer \d is cut off: .* Load the checkpoint again"
+        ):
+            model.logits(IDS)
+        assert file.exists()
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+        jaxengine.load(folder, home="disk")
+
+
 # --- what is chosen -----------------------------------------------------------------------------------------------
 
 
@@ -529,14 +600,16 @@ UNDER_A_LIMIT = """
     held = {l.split(":")[0]: int(l.split()[1]) * 1024 for l in open("/proc/self/status") if l.startswith("VmData")}["VmData"]
     limit = held + int(sys.argv[4])
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-    model = jaxengine.load(sys.argv[1], home=sys.argv[5], **({"disk": sys.argv[3]} if sys.argv[5] == "disk" else {}))
+    given = {"packed": {"home": "disk", "disk": sys.argv[3]}}.get(sys.argv[5], {"home": sys.argv[5]})
+    model = jaxengine.load(sys.argv[1], **given)
     print(json.dumps(model.generate([1, 2, 3], max_new_tokens=3, stop_ids=())[0].tokens))
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of a process's memory are Linux's")
 def test_a_checkpoint_larger_than_the_memory_there_is(tmp_path: Path) -> None:
-    """Under a limit on what the process may hold, half of the layers' bytes, disk generates and host cannot."""
+    """Under a limit on what the process may hold, half of the layers' bytes, disk generates, from the checkpoint's own files
+    and from a store that it packs first, and host cannot."""
     raw = {
         "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 256, "hidden_size": 512,
         "intermediate_size": 2048, "num_hidden_layers": 24, "num_attention_heads": 8, "num_key_value_heads": 8,
@@ -555,7 +628,6 @@ def test_a_checkpoint_larger_than_the_memory_there_is(tmp_path: Path) -> None:
     wanted = model.generate([1, 2, 3], max_new_tokens=3, stop_ids=())[0].tokens
     sizes = layer_bytes(arch, model.plan)
     del model
-    load(tmp_path / "large", tmp_path)  # packs it
     limit = sum(sizes) // 2
     assert (RING + 3) * max(sizes) < limit  # the ring, two layers and room for what jax holds besides
 
@@ -566,7 +638,8 @@ def test_a_checkpoint_larger_than_the_memory_there_is(tmp_path: Path) -> None:
             env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}, capture_output=True, text=True, check=False,
         )  # fmt: skip
 
-    done = run("disk")
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert json.loads(done.stdout.splitlines()[-1]) == wanted
+    for how in ("disk", "packed"):
+        done = run(how)
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert json.loads(done.stdout.splitlines()[-1]) == wanted
     assert run("host").returncode != 0

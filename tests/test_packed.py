@@ -11,6 +11,7 @@ import io
 import itertools
 import json
 import logging
+import math
 import os
 import runpy
 import signal
@@ -32,6 +33,7 @@ import pytest
 
 from checkpoints import CheckpointError, packed
 from checkpoints.packed import PackedReader, Spec, list_stores, packed_bytes, remove_store, write_packed
+from checkpoints.safetensors import TensorInfo
 
 ROOT = Path(__file__).parent.parent
 PAGE = 4096
@@ -1304,6 +1306,57 @@ def test_the_benchmark_runs_and_leaves_nothing(tmp_path: Path, monkeypatch: pyte
         runpy.run_path(str(ROOT / "scripts" / "bench_disk.py"), run_name="__main__")
     assert not end.value.code
     rows = [json.loads(line) for line in out.getvalue().splitlines() if line.startswith("{")]
-    assert {row["way"] for row in rows} == {"raw", "raw, 4 KiB pages", "ring", "ring, first pass", "memmap"}
+    assert {row["way"] for row in rows} == {
+        "raw",
+        "raw, 4 KiB pages",
+        "ring",
+        "ring, in place",
+        "ring, first pass",
+        "memmap",
+    }
     assert all(row["cold_GBs"] > 0 and row["warm_GBs"] > 0 for row in rows)
     assert not list(tmp_path.iterdir())
+
+
+# --- layers where a checkpoint's own files have them ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("direct", [True, False])
+@pytest.mark.parametrize("copy_out", [True, False])
+def test_layers_in_place(direct: bool, copy_out: bool, tmp_path: Path) -> None:
+    """Arrays at any byte of two files, near and far, as long as a block and more, the last one to the end of its file."""
+    rng = np.random.default_rng(0)
+    files = [tmp_path / "a", tmp_path / "b"]
+    held = [rng.integers(0, 256, size, dtype=np.uint8) for size in (5 * 2**20 + 77, 19 * 2**20 + 4097)]
+    for file, data in zip(files, held, strict=True):
+        file.write_bytes(data.tobytes())
+
+    def info(name: str, file: int, start: int, dtype: Any, *shape: int) -> TensorInfo:
+        dtype = np.dtype(dtype)
+        return TensorInfo(name, dtype, shape, files[file], start, start + math.prod(shape) * dtype.itemsize)
+
+    rows = [
+        (("q", 0, 8, np.float32, 100, 3), ("k", 0, 1208, np.uint8, 5), ("v", 0, 5 * 2**20, np.uint8, 77)),
+        (("q", 1, 13, np.float32, 4096, 1100), ("k", 0, 4095, np.uint8, 2), ("v", 0, 0, np.uint8, 1)),
+        (("q", 1, 4096, np.uint16, 2, 4096), ("k", 1, 19 * 2**20 + 4096, np.uint8, 1), ("v", 1, 20480, np.uint8, 9)),
+    ]
+    layers = [{row[0]: info(*row) for row in layer} for layer in rows]
+    with PackedReader(layers, depth=2, direct=direct, copy_out=copy_out) as reader:
+        reader.order([0, 1, 2, 1, 0])
+        for i in (0, 1, 2, 1, 0):
+            with reader.layer() as arrays:
+                for name, where in layers[i].items():
+                    wanted = held[files.index(where.file)][where.start : where.end].tobytes()
+                    assert arrays[name].tobytes() == wanted
+                    assert (arrays[name].shape, arrays[name].dtype) == (where.shape, where.dtype)
+                    assert arrays[name].flags.aligned
+        assert reader.array(1, "k").tobytes() == held[0][4095:4097].tobytes()
+        assert reader.nbytes(0) == 2 * 4096  # a page near the beginning of a file, and one at its end
+    with pytest.raises(ValueError, match="no checksums"):
+        PackedReader(layers, verify="always")
+    os.truncate(files[1], 19 * 2**20)
+    with pytest.raises(CheckpointError, match=r"b has \d+ bytes, and its header says \d+: it is cut off"):
+        PackedReader(layers)
+    files[0].unlink()
+    with pytest.raises(CheckpointError, match="There is no file"):
+        PackedReader(layers)
