@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
+from test_finetune import longer
+from test_homes import gradients, load
 
 import jaxengine
 from jaxengine import engine
@@ -102,3 +106,32 @@ def test_the_second_call_of_decode_compiles_nothing(
 def test_a_rule_does_not_say_where_layers_live() -> None:
     with pytest.raises(ValueError, match=r"names a memory kind.*home='host'.*\('layers', None\)"):
         Plan(rules=(("layers", None, "pinned_host"),))
+
+
+MORE = [("gemma2", "scan", "fsdp"), ("gemma3_text", "ahead", "fsdp+tensor"), ("five", "ahead", "fsdp")]
+
+
+@pytest.mark.parametrize(
+    ("family", "form", "sharding"),
+    [
+        ("gemma2", "scan", "fsdp+tensor"), ("five", "ahead", "fsdp+tensor"),
+        *(pytest.param(*row, marks=pytest.mark.thorough) for row in MORE),
+    ],
+)  # fmt: skip
+def test_streamed_layers_and_their_gradients(family: str, form: str, sharding: str) -> None:
+    """Of unlike layers that alternate, and of like ones one ahead, against one device with resident ones: the parts of a
+    layer that each device has, brought in the loops of both ways."""
+    made = longer if family == "five" else functools.partial(load, family)
+    rules: dict[str, Any] = {"rules": WHOLE_VOCAB.rules} if family == "five" else {"plan": WHOLE_VOCAB}
+    one, many = made(), made(home="host", form=form, sharding=sharding, mesh=dict(TABLES)[sharding], **rules)
+    ids = PROMPTS[1]
+    np.testing.assert_allclose(many.logits(ids), one.logits(ids), atol=2e-4, rtol=0)
+    wanted, found = gradients(one, ids), gradients(many, ids)
+    assert found.keys() == wanted.keys()
+    for name, w in wanted.items():
+        # as tests/test_homes.py bounds sums in another order
+        np.testing.assert_allclose(found[name], w, rtol=0, atol=2e-5 * abs(w).max() + 1e-6, err_msg=name)
+    bank = next(b for b in many.params["banks"] if b.form == form)
+    down = bank.weights[0]["rest"]["down"] if form == "ahead" else bank.weights[0]["down"]
+    assert down.sharding.memory_kind == "pinned_host"
+    assert down.size == 8 * down.addressable_shards[0].data.size
