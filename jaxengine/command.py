@@ -625,7 +625,7 @@ def _show_outcome(outcome: Any, proofs: Any, why: str | None, refuted: Any = ())
         f" {', '.join(f'{what} {_rate(s * 1000)} ms' for what, s in c.seconds)} a step",
         highlight=False,
     )
-    for said in traps(o.architecture, o.chosen, o.card):
+    for said in traps(o.architecture, o.chosen, o.card, o.task):
         console.print(f"note: {said}", highlight=False)
     for p in proofs:
         console.print(

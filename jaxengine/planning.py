@@ -176,7 +176,7 @@ def candidates(
     if task is not None:
         rows = {"batch": batch, "context": context}
         ahead = worth_ahead(architecture, plan, task, card, **rows)
-        made = tuning.variants(architecture, plan, task, memory=memory, ram=ram, ahead=ahead, **rows)
+        made = tuning.variants(architecture, plan, task, memory=memory, ram=ram, ahead=ahead, wide=card.wide, **rows)
         times = [tuning.seconds(architecture, v.plan, task, card, **rows) for v in made]
         count = task.accumulate * batch * context
         return [Candidate(v.plan, v.need, v.refused, tuple(t.items()), count) for v, t in zip(made, times, strict=True)]
@@ -259,8 +259,8 @@ def _as_they_are(task: Task | None) -> bool:
     return task is not None and not task.beside
 
 
-def traps(architecture: Architecture, candidate: Candidate, card: Card) -> list[str]:
-    """What to know before running it on this card."""
+def traps(architecture: Architecture, candidate: Candidate, card: Card, task: Task | None = None) -> list[str]:
+    """What to know before running it on this card. task: what is fine-tuned; None: text is generated."""
     said = []
     tiers = tier_bytes(architecture, candidate.plan)
     whole = weight_bytes(architecture, dataclasses.replace(candidate.plan, mesh="", sharding="single", rules=()))[
@@ -280,15 +280,11 @@ def traps(architecture: Architecture, candidate: Candidate, card: Card) -> list[
             f" {machine.POOL}={-(-pinned * 5 // 4 // 2**30)} (GiB) is set before jax starts; the `jaxengine` command"
             f" sets four fifths of the machine's memory where it is not"
         )
-    if card.capability < (8, 0) and candidate.need.gradients:
+    if task is not None and not tuning.counted_closely(candidate.plan, task, wide=card.wide):
         said.append(
-            "steps are counted for cards from compute capability 8.0 on: on this one XLA was seen to take up to 1.5 times as much"
-            " where layers are on the device, and 1.1 times where they are streamed. Leave room, or compile the plan"
-        )
-    if candidate.plan.attention == "xla" and candidate.need.gradients:
-        said.append(
-            "of a step with attention 'xla' in 16 bits, blocks of scores and float32 sums of its gradients are not counted: XLA"
-            " was seen to take up to 1.8 times as much. Leave room, compile the plan, or leave attention out"
+            "this step is not counted closely"
+            + (" on a card below compute capability 8.0" if card.wide else " with attention 'xla' in 16 bits")
+            + ": XLA was seen to take up to 1.5 times as much. Leave room, compile the plan, or train 'lora' with remat 'full'"
         )
     if tiers["disk"]:
         plain = candidate.plan.weights == "dense" and not candidate.plan.weight_rules
@@ -384,7 +380,7 @@ class Outcome:
             "candidates": [one(c) for c in self.candidates], "short": self.short,
             "short_of_ram": self.short_of_ram,
             "changes": [{"change": said, **one(c)} for said, c in self.changes],
-            "traps": [] if chosen is None else traps(self.architecture, chosen, self.card),
+            "traps": [] if chosen is None else traps(self.architecture, chosen, self.card, self.task),
         }  # fmt: skip
 
 

@@ -38,9 +38,11 @@ WIDE = SMALL | {
 LESS = SMALL | {"vocab_size": 8192}
 SHAPES: dict[str, dict[str, Any]] = {
     "small": LESS, "long": LESS | LONG, "thin": THIN, "wide": WIDE, "8B": LLAMA_3_8B, "8B, long": LLAMA_3_8B | LONG,
+    "three thin": THIN | {"num_hidden_layers": 3}, "two of 8B": LLAMA_3_8B | LONG | {"num_hidden_layers": 2, "vocab_size": 4096},
 }  # fmt: skip
 HOST = {"home": "host"}
 AHEAD = {"home": "host", "form": "ahead"}
+XLA, HALF, WIDENED = {"attention": "xla"}, {"dtype": "float16"}, {"compute": "float32"}
 Row = tuple[str, str, str, dict[str, Any], int, int, dict[str, Any]]
 RANK_64 = {"options": LowRank(rank=64)}
 EIGHT_BITS, MEZO = Optimizer("adamw8bit"), Optimizer("mezo", 1e-6, eps=1e-3)
@@ -67,6 +69,10 @@ ROWS: list[Row] = [
     ("small", "RTX 4090", "full", HOST, 4, 1024, {"optimizer": Optimizer("lion")}),
     ("small", "H200", "full", {}, 2, 1024, {"optimizer": Optimizer("lion")}),
     ("small", "RTX 4090", "lora", HOST, 4, 1024, {"optimizer": MEZO, "clip": 0.0, "accumulate": 2}),
+    ("small", "RTX 4090", "lora", HOST | XLA, 4, 1024, {}),
+    ("three thin", "RTX 4090", "lora", XLA, 2, 1024, {}),
+    ("small", "T4", "lora", HOST | HALF, 4, 1024, WIDENED),
+    ("wide", "T4", "lora", {"dtype": "float32"} | HOST, 2, 1024, WIDENED),
 ]
 FURTHER: list[Any] = [
     # the noise of every parameter takes long to compile
@@ -107,9 +113,21 @@ FURTHER: list[Any] = [
         1024,
         {"options": trained("badam").Options(layers=2), "optimizer": EIGHT_BITS},
     ),
+    ("small", "RTX 4090", "lora", XLA, 4, 1024, {}),
+    ("wide", "RTX 4090", "lora", HOST | XLA, 2, 1024, {}),
+    ("two of 8B", "RTX 4090", "lora", HOST | XLA, 1, 2**15, {}),
+    ("two of 8B", "RTX 4090", "lora", XLA, 1, 2**15, {}),
+    ("small", "T4", "lora", HALF, 4, 1024, WIDENED),
+    ("small", "T4", "lora", {"dtype": "float32"}, 4, 1024, WIDENED),
+    ("two of 8B", "T4", "lora", HALF, 1, 4096, WIDENED),
+    ("thin", "T4", "lora", HOST | HALF, 2, 1024, WIDENED),
+    ("small", "T4", "lora", HOST | HALF | {"remat": "offload"}, 1, 2048, WIDENED),
+    ("small", "T4", "lora", HOST | HALF, 4, 1024, WIDENED | {"options": LowRank(targets=("q", "v"))}),
     *(
         pytest.param(*row, marks=pytest.mark.xfail(raises=AssertionError, strict=True, reason=reason))
         for reason, *row in (
+            # XLA puts all of the block's adapters' gradients off until attention has gone back, and with 3 layers does not
+            ("7 % under", "thin", "RTX 4090", "lora", HOST | XLA, 2, 1024, {}),
             # live are 5.04 GB, of the 5.07 that are counted
             ("7 % under: XLA's heap has gaps", "small", "H200", "full", {}, 2, 1024, {"accumulate": 2}),
             ("20 % over", "small", "RTX 4090", "full", HOST, 4, 1024, {"optimizer": Optimizer("adafactor")}),
@@ -132,7 +150,7 @@ def on_device(
             arch, chosen, what, cast(Any, target.mesh), batch=batch, context=context
         )
         compiled = target.compile(program.on("gpu"), *static, *target.place(abstract))
-    need = tuning.need(arch, chosen, what, batch=batch, context=context)
+    need = tuning.need(arch, chosen, what, batch=batch, context=context, wide=aot.CARDS[card].wide)
     assert aot.host_bytes(compiled) == pytest.approx(need.host, rel=0.05)
     report = audit(compiled).check()
     assert {c.dma for c in report.copies} <= {True}

@@ -132,21 +132,31 @@ def test_temporaries_are_one_block() -> None:
     assert (len(notes[0]), len(notes[1])) == (1, 0)
 
 
-@pytest.mark.parametrize(("card", "task", "noted"), [("t4", "lora", True), ("t4", "", False), ("4090", "lora", False)])
-def test_steps_below_sm_80_are_not_counted_closely(card: str, task: str, noted: bool) -> None:
-    given = {"task": task, "compute": "float32"} if task else {}
-    found = plan_for(architecture(SMALL), F16, find(card), memory=8 * 10**9, **given)
+@pytest.mark.parametrize(
+    ("card", "task", "given", "noted"),
+    [
+        ("t4", "lora", {"dtype": "float16", "remat": "full"}, False),
+        ("t4", "lora", {"dtype": "float16", "remat": "dots"}, True),
+        ("t4", "dora", {"dtype": "float16"}, True),
+        ("t4", "full", {"dtype": "float32"}, False),
+        ("t4", "lisa", {"dtype": "float16"}, True),
+        ("t4", "generate", {"dtype": "float16"}, False),
+        ("4090", "lora", {"attention": "xla"}, False),
+        ("4090", "lisa", {"attention": "xla"}, True),
+        ("4090", "lisa", {}, False),
+        ("4090", "full", {"attention": "xla", "dtype": "float32"}, False),
+        ("4090", "mezo", {"attention": "xla"}, False),
+    ],
+    ids=str,
+)
+def test_steps_that_are_not_counted_closely(card: str, task: str, given: dict[str, Any], noted: bool) -> None:
+    """Those whose rows tests/test_finetune_bytes.py does not hold to 5 %; float32 arithmetic is not of 16 bits."""
+    compute = {"compute": "float32"} if card == "t4" and task != "generate" else {}
+    plan = dataclasses.replace(BF16, **given)
+    found = plan_for(architecture(SMALL), plan, find(card), memory=10 * 10**9, task=task, **compute)
     assert found.chosen is not None
-    assert any("counted for cards from" in t for t in traps(found.architecture, found.chosen, found.card)) == noted
-
-
-@pytest.mark.parametrize("attention", ["xla", "auto"])
-def test_steps_with_attention_in_xla_are_not_counted_closely(attention: str) -> None:
-    plan = dataclasses.replace(BF16, attention=attention)
-    found = plan_for(architecture(SMALL), plan, find("4090"), memory=8 * 10**9, task="lora")
-    assert found.chosen is not None
-    said = traps(found.architecture, found.chosen, found.card)
-    assert any("attention 'xla' in 16 bits" in t for t in said) == (attention == "xla")
+    said = traps(found.architecture, found.chosen, found.card, found.task)
+    assert any("not counted closely" in t for t in said) == noted
 
 
 # --- what is shown ------------------------------------------------------------------------------------------------------

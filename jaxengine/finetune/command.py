@@ -315,6 +315,7 @@ def chosen_plan(folder: str, given: dict[str, Any]) -> tuple[Architecture, Plan,
     from jaxengine.planning import worth_ahead
     from jaxengine.sources import open_source, read_config
     from pallas_kernels.cards import CARDS
+    from pallas_kernels.dispatch import below_ampere
     from sharding.mesh import make_mesh
 
     loading = {n: given[n] for n in ("weights", "dtype", "home", "form", "resident", "attention", "mesh", "sharding")}
@@ -362,7 +363,8 @@ def chosen_plan(folder: str, given: dict[str, Any]) -> tuple[Architecture, Plan,
     card = next((c for c in CARDS.values() if c.kind == jax.devices()[0].device_kind), None)
     # as `jaxengine plan` asks of that card; of one that is not in its table, and on a CPU, nothing is known or gained
     ahead = card is not None and worth_ahead(arch, plan, settings.task, card, **rows)
-    found = variants(arch, plan, settings.task, memory=budget, ram=room, ahead=ahead, **rows)
+    wide = below_ampere()
+    found = variants(arch, plan, settings.task, memory=budget, ram=room, ahead=ahead, wide=wide, **rows)
     fits = next((v for v in found if not v.refused), None)
     if fits is None:
         least = min(found, key=lambda v: (v.need.device > budget, v.need.device))

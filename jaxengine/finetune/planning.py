@@ -45,6 +45,8 @@ from jaxengine.plan import (
     weight_bytes,
     width,
 )  # fmt: skip
+from pallas_kernels.attention.xla import Blocks, blocks
+from pallas_kernels.cards import CARDS
 
 GAPS = 0.05  # between buffers of unlike sizes that copies hold for a while, of their bytes
 
@@ -206,10 +208,12 @@ def program(
     return whole.step if backward else mezo.step, (tuning,), (params, state, rows)
 
 
-def need(architecture: Architecture, plan: Plan, task: Task, *, batch: int, context: int) -> Need:
-    """What a step needs: `batch` rows of `context` tokens a part."""
+def need(architecture: Architecture, plan: Plan, task: Task, *, batch: int, context: int, wide: bool = False) -> Need:
+    """What a step needs: `batch` rows of `context` tokens a part. wide: on a card below sm_80, where XLA makes nothing inside a
+    product: see `_wide_back`."""
     if plan.attention == "reference":
-        least = need(architecture, dataclasses.replace(plan, attention="auto"), task, batch=batch, context=context)
+        auto = dataclasses.replace(plan, attention="auto")
+        least = need(architecture, auto, task, batch=batch, context=context, wide=wide)
         scores = _score_bytes(architecture, plan, task, batch * context * context)
         return dataclasses.replace(least, activations=least.activations + scores)
     if task.sampled:
@@ -249,10 +253,28 @@ def need(architecture: Architecture, plan: Plan, task: Task, *, batch: int, cont
         ahead = any(p.form == "ahead" for p in plan.parts(architecture))
         # a matrix goes when it was used, and the next layer's come in the places of this one's
         alone = streaming // 2 if ahead else streaming
+        s, stored = _sizes(architecture), jnp.dtype(plan.dtype).itemsize
+        # a layer as it is used, beside the one matrix that is being narrowed
+        if plan.weights == "dense" and not plan.weight_rules and dtype.itemsize < stored:
+            if streamed and not ahead:
+                alone = streaming * dtype.itemsize // stored + s.largest * stored
+            elif not streamed:
+                alone = s.early * dtype.itemsize
         if streamed:
             back += _score_blocks(architecture, plan, task, batch * context * context)
         back -= _not_asked_for(architecture, task, batch * context * dtype.itemsize, streamed=bool(streamed))
-        activations = max(alone + back, streaming + one.between, loss) - streaming
+        moments = [alone + back, streaming + one.between, loss]
+        if remat in ("full", "offload"):
+            rows = {"batch": batch, "context": context, "streamed": streamed}
+            if wide:
+                moments[0] = _wide_back(architecture, plan, task, **rows)
+            elif plan.attention == "xla" and dtype.itemsize == 2:
+                if written_out:
+                    each = 4 * s.D + 3 * s.NH + 2 * s.KH + 3 * s.F
+                    moments[0] = alone + batch * context * dtype.itemsize * each
+                moments[0] += _zeros_before(architecture, dtype.itemsize, **rows)
+                moments.append(_xla_back(architecture, plan, task, dtype.itemsize, **rows))
+        activations = max(moments) - streaming
         if written_out and remat == "full" and task.accumulate == 1:  # as gradients come, what came into layers goes
             most = max(gradients * j // L + (L - j) * entering for j in range(L + 1))
             activations -= min(activations, gradients + kept - most)
@@ -298,6 +320,15 @@ def need(architecture: Architecture, plan: Plan, task: Task, *, batch: int, cont
         host_weights=tiers["host"], host_optimizer=host_optimizer, host_kept=L * entering if remat == "offload" else 0,
         disk=tiers["disk"], trained=trained, gradients=gradients, optimizer=optimizer, kept=kept,
     )  # fmt: skip
+
+
+def counted_closely(plan: Plan, task: Task, *, wide: bool) -> bool:
+    """Whether what stands in this step, of attention in XLA and on a card below sm_80 (wide), was read from compiled programs."""
+    if not task.optimizer.order or task.train == "all":
+        return True
+    if wide:
+        return task.train == "lora" and plan.remat in ("", "full", "offload")
+    return not (task.sampled and plan.attention == "xla" and jnp.dtype(task.compute or plan.dtype).itemsize == 2)
 
 
 def _need_of_losses(architecture: Architecture, plan: Plan, task: Task, *, batch: int, context: int) -> Need:
@@ -370,6 +401,141 @@ def _score_blocks(architecture: Architecture, plan: Plan, task: Task, pairs: int
         return 0
     heads = max(architecture.attention(kind).num_heads for kind in architecture.kinds)
     return min(SCORES, 2 * 4 * pairs * heads)
+
+
+class _Sizes(NamedTuple):
+    """Of the widest layer: what each token has of each kind of number, and the elements of its matrices, but for those that take
+    the feed-forward block's width, of those of attention that make queries, keys and values, and of the largest."""
+
+    D: int
+    F: int
+    NH: int
+    KH: int
+    heads: int
+    early: int
+    attending: int
+    largest: int
+
+
+def _sizes(architecture: Architecture) -> _Sizes:
+    found = []
+    for kind in set(architecture.kinds):
+        specs, a = architecture.block(kind)[1], architecture.attention(kind)
+        dims = {x: n for s in specs.values() for x, n in zip(s.axes, s.shape, strict=True)}
+        matrices = [s for s in specs.values() if s.out is not None]
+        early = sum(math.prod(s.shape) for s in matrices if "mlp" not in s.axes[s.out :])
+        attending = sum(math.prod(s.shape) for s in matrices if {"heads", "kv_heads"} & set(s.axes[: s.out]))
+        NH, KH = (n * a.head_dim for n in (a.num_heads, a.num_kv_heads))
+        found.append(
+            _Sizes(
+                dims["embed"],
+                dims["mlp"],
+                NH,
+                KH,
+                a.num_heads,
+                early,
+                attending,
+                max(math.prod(s.shape) for s in matrices),
+            )
+        )
+    return max(found, key=lambda s: (s.F, s.NH, s.D))
+
+
+@functools.cache
+def _blocks(rows: int, tokens: int, heads: int) -> Blocks:
+    """In which attention meets its keys where it runs in XLA on a GPU."""
+    card = CARDS["H200"]
+    device = jax.sharding.AbstractDevice(device_kind=card.limits.lowers_as, num_cores=card.cores, platform="gpu")
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)):
+        return blocks(rows, tokens, tokens, heads, packed=True)
+
+
+def _attention_loop(architecture: Architecture, batch: int, context: int, itemsize: int) -> int:
+    """Bytes that attention's way back holds in XLA (pallas_kernels/attention/xla.py) while it makes the scores of a pair of
+    blocks, beside queries, keys, values and the result's gradient: scores x and dp in float32, and the weights p and ds that
+    products take; the sum dq in float32, dk and dv of the block in float32 and, where there are several, of all; and the
+    block's dq, queries and result's gradient, keys and values."""
+    found = []
+    for kind in set(architecture.kinds):
+        a = architecture.attention(kind)
+        N, K, H = a.num_heads, a.num_kv_heads, a.head_dim
+        P, C = dataclasses.astuple(_blocks(batch, context, N))
+        several, T = context > C, -(-context // P) * P
+        scores = batch * N * P * C * (4 + 4 + 2 * itemsize)
+        sums = 4 * batch * H * (N * T + 2 * K * C) + (2 * batch * K * context * H * itemsize if several else 0)
+        block = batch * H * (N * P * (4 + 2 * itemsize) + (2 * K * C * itemsize if several else 0))
+        found.append(scores + sums + block)
+    return max(found)
+
+
+class _Waits(NamedTuple):
+    """What a layer's way back keeps for adapters' gradients alone: whether any is beside a matrix that takes what attention made;
+    beside how many of those that make the feed-forward block's halves; beside the one that takes them."""
+
+    attended: bool
+    halves: int
+    last: bool
+
+
+def _waits(architecture: Architecture, task: Task) -> _Waits:
+    names = set(targets(architecture, task.options.targets))
+    asked = {n.rpartition(".")[2]: s for n, s in architecture.specs().items() if n in names and n.startswith("layers.")}
+    takes = [set(s.axes[s.out :]) for s in asked.values()]
+    halves = sum("mlp" in s.axes[: s.out] for s in asked.values())
+    return _Waits(any("heads" in t for t in takes), halves, any("mlp" in t for t in takes))
+
+
+def _zeros_before(architecture: Architecture, itemsize: int, *, batch: int, context: int, streamed: int) -> int:
+    """Bytes of the zeros that the sums of attention's way back in XLA begin with, where they are made with its queries, long
+    before: of all queries, keys and values where keys come in several blocks; of one block of keys and values, and where layers
+    are written out of each layer's."""
+    s = _sizes(architecture)
+    rows, several = batch * context, _blocks(batch, context, s.heads).keys < context
+    if several:
+        return rows * (4 * s.NH + 2 * itemsize * s.KH)
+    return rows * 2 * 4 * s.KH * (1 if streamed else architecture.num_layers - 1)
+
+
+def _xla_back(
+    architecture: Architecture, plan: Plan, task: Task, itemsize: int, *, batch: int, context: int, streamed: int
+) -> int:
+    """Bytes of a layer's way back for adapters in 16 bits while attention goes back in XLA, on a card from sm_80 on: x, its two
+    norms, the gradient that came in, o's result and its gradient, queries, keys, values, what attention made and its
+    gradient; attention's loop; of a scan the matrices that made queries, keys and values, and two of the feed-forward block's
+    gradients, which adapters wait for. (XLA's order leaves none to four of these there: two in a scan, none where layers
+    are written out, in most that were compiled.)"""
+    s, waits = _sizes(architecture), _waits(architecture, task)
+    loop = _attention_loop(architecture, batch, context, itemsize)
+    each = 4 * s.D + 2 * s.NH + 2 * s.KH
+    if not streamed:
+        zeros = _zeros_before(architecture, itemsize, batch=batch, context=context, streamed=0)
+        return batch * context * itemsize * each + loop + zeros
+    each += s.D + s.D * (waits.halves > 0) + s.NH * waits.attended + s.F * min(2, waits.halves)
+    return batch * context * itemsize * each + loop + s.attending * itemsize
+
+
+def _wide_back(architecture: Architecture, plan: Plan, task: Task, *, batch: int, context: int, streamed: int) -> int:
+    """Bytes of a layer's way back for adapters, in float32, where XLA makes nothing inside a product (below sm_80), at the one of
+    two moments when most stands. In both are x and its two norms, the gradient that came in, queries, keys, values and what
+    attention made of them.
+
+        halves    the block's two halves and the gradient of what they make, and of these in one kernel the gradients of both and
+                  what they make; what attention made a second time, in blocks; all matrices but the last, in float32
+        attends   attention's loop and its result's gradient; the two gradients, which adapters wait for; the matrices that
+                  made queries, keys and values
+
+    What no adapter waits for is not there. A resident matrix that is float32 is there anyway. The zeros that attention's
+    sums begin with are made before the halves where layers are written out, or keys come in several blocks."""
+    s, waits = _sizes(architecture), _waits(architecture, task)
+    rows = 4 * batch * context
+    made = 4 if streamed or plan.dtype != "float32" else 0
+    several = _blocks(batch, context, s.heads).keys < context
+    standing = rows * ((3 + (waits.halves > 0)) * s.D + (1 + waits.attended) * s.NH + 2 * s.KH)
+    standing += rows * s.D if plan.remat == "offload" else 0  # and not among what is kept
+    zeros = rows * (s.NH * (several or not streamed) + 2 * s.KH * (not streamed))
+    halves = standing + rows * ((5 + waits.last) * s.F + s.NH) + zeros + made * s.early
+    attends = standing + rows * (min(2, waits.halves) * s.F + s.NH) + made * s.attending
+    return max(halves, attends + _attention_loop(architecture, batch, context, 4))
 
 
 def _not_asked_for(architecture: Architecture, task: Task, each: int, *, streamed: bool) -> int:
@@ -589,9 +755,11 @@ def variants(
     batch: int,
     context: int,
     ahead: bool = True,
+    wide: bool = False,
 ) -> list[Variant]:
     """A plan with its layers in other homes and more or less kept for the way back, from the nearest to the farthest. ahead:
-    whether streamed layers are listed as fetched one ahead too, before the plain scan, where a step can run that."""
+    whether streamed layers are listed as fetched one ahead too, before the plain scan, where a step can run that. wide: see
+    `need`."""
     found = []
 
     def unlike(made: Plan) -> bool:
@@ -606,7 +774,7 @@ def variants(
 
     def of(**given: Any) -> Variant:
         made = dataclasses.replace(plan, **({"form": "", "resident": 0, "kept": 0, "chunk": 0} | given))
-        n = need(architecture, made, task, batch=batch, context=context)
+        n = need(architecture, made, task, batch=batch, context=context, wide=wide)
         refused = ""
         if made.remat == "dots" and any(
             home(p.home).TIER != "device" and p.form == "scan" and len(p.kinds) > 1 for p in made.parts(architecture)
