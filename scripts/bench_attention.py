@@ -70,12 +70,12 @@ from jaxengine.cache.base import CODECS
 from jaxengine.command import SETTINGS, reported, start_jax
 from jaxengine.loading import from_arrays
 from jaxengine.plan import Plan, need
-from pallas_kernels import dispatch
+from pallas_kernels import cards, dispatch
 from pallas_kernels.attention import NAMES, attention
 from pallas_kernels.decode_attention import NAMES as DECODE_NAMES
 from pallas_kernels.decode_attention import decode_attention, tiles
 
-GPU_BYTES = 4 * (64 << 20)  # four times the largest L2
+LARGEST_L2 = 128 << 20  # of the cards in pallas_kernels/cards.py; what one that is not there is taken to have
 TOKENS = 16384  # of all prompts of a call on a GPU
 KINDS = ("raw", "raw, pages of 64", "raw, pages of 16", "int8", "int8, pages of 64", "int4")
 LONG, MOST = 5e-3, 30  # seconds that calls of a GPU take before they are waited for, and how many they are at most
@@ -172,6 +172,14 @@ class Found(NamedTuple):
 
 def on_gpu() -> bool:
     return jax.default_backend() == "gpu"
+
+
+def distinct_bytes() -> int:
+    """Of caches that a GPU's calls go through, to be exceeded: four times the card's L2."""
+    try:
+        return 4 * cards.find(jax.devices()[0].device_kind).l2
+    except ValueError:
+        return 4 * LARGEST_L2
 
 
 def clock() -> float:
@@ -384,7 +392,7 @@ def decodes(
                 page = int(pages) if pages else None
                 size = B * K * S * tiles.slot_bytes(H, codec)
                 size *= jnp.dtype(dtype).itemsize // 2 if codec == "raw" else 1
-                count = max(2, math.ceil(GPU_BYTES / size)) if on_gpu() else 2
+                count = max(2, distinct_bytes() // size + 1) if on_gpu() else 2
                 caches = [made(i, B, K, S, H, codec, page, dtype) for i in range(count)]
                 q, q_at = normal(9, (B, 1, K * G, H), dtype), jnp.full((B, 1), S - 1, jnp.int32)
                 inputs = [(q, q_at, cache) for cache in caches]
