@@ -20,6 +20,9 @@ One whose results are not the reference's is told, and left out.
 Aims of an H200 are multiples of bfloat16's speed at 16 rows or fewer (int4: Marlin's on an A100, github.com/IST-DASLab/marlin),
 and at any number of rows no less than that of XLA's best form. They are of what serves: by the table, the fastest.
 
+What an implementation refuses is said as it is met. One that fails otherwise is a row that says how; Mosaic's, which may hang or
+end its process, is tried in another process first.
+
 With --table the times become the card's table, by which pallas_kernels/dispatch.py orders implementations from then on; all
 kinds are measured, and beside them what checkpoints bring (OTHERS: groups of 32, zeros).
 
@@ -43,6 +46,7 @@ import shutil
 import statistics
 import struct
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -84,6 +88,8 @@ OF_XLA = 1.0  # what serves is to be no slower than XLA's best form
 WHOLE = "xla, whole"  # the whole matrix written out in the rows' dtype, and a plain dot: what serves nobody
 XLA = ("xla", WHOLE)
 GPU_NAMES = ("triton", "triton_plain", "mosaic_gpu", *XLA)
+PROBED = "mosaic_gpu"  # waits for barriers, and may end its process while it is compiled
+PROBE_ROWS, PROBE_SECONDS = (16, 64, 256), 180
 DENSE = ("float32", "bfloat16")
 CUBLAS = {"xla_gpu_enable_triton_gemm": False}  # or XLA takes a kernel that it writes itself, where that is faster
 
@@ -136,7 +142,7 @@ class Found(NamedTuple):
 
     beside: milliseconds of dense matrices. wrong: implementations with other numbers than the reference's, and how far off
     (`off`). left_out: those that did not run, and why. unchecked: why numbers were held against nothing; then no row is for a
-    table.
+    table. failed: those left out that had not refused. shape, M: what was measured.
     """
 
     rows: list[Row]
@@ -144,6 +150,14 @@ class Found(NamedTuple):
     wrong: dict[str, float]
     left_out: dict[str, str]
     unchecked: str
+    failed: frozenset[str] = frozenset()
+    shape: tuple[int, int] = (0, 0)
+    M: int = 0
+
+    def absent(self) -> dict[str, str]:
+        """What is to be said of implementations that should have run, and are in no row."""
+        wrong = {n: f"other numbers than the reference's, by {far:.3g} of the bound" for n, far in self.wrong.items()}
+        return {n: self.left_out[n] for n in sorted(self.failed)} | wrong
 
 
 def aims_of(kind: str, shape: tuple[int, int], rows: int) -> dict[str, float]:
@@ -347,8 +361,8 @@ def names_for(kind: Kind, names: Sequence[str] | None) -> list[str]:
 
 def made_ready(
     kind: Kind, x: jax.Array, weights: list[tuple[Any, ...]], dense: jax.Array, names: Sequence[str] | None
-) -> tuple[dict[str, Turns], dict[str, float], dict[str, str], str]:
-    """(by implementation those that serve and have the reference's numbers, which are wrong, left out, unchecked: see
+) -> tuple[dict[str, Turns], dict[str, float], dict[str, str], str, frozenset[str]]:
+    """(by implementation those that serve and have the reference's numbers, which are wrong, left out, unchecked, failed: see
     `Found`); traced one by one, and compiled at the same time. dense: the matrix of the last product, in float32."""
 
     def product_by(name: str) -> Callable[[jax.Array, Any], jax.Array]:
@@ -367,9 +381,11 @@ def made_ready(
     ready: dict[str, Turns] = {}
     wrong: dict[str, float] = {}
     left_out: dict[str, str] = {}
+    failed: set[str] = set()
 
     def give_up(name: str, e: Exception) -> None:
         left_out[name] = reason(e)
+        failed.update(() if isinstance(e, dispatch.Refused) else (name,))
         say(name, left_out[name], None if isinstance(e, dispatch.Refused) else "red")
 
     # whatever goes wrong in one, and kernels go wrong in many ways, the others are measured
@@ -398,7 +414,29 @@ def made_ready(
             say(name, f"other numbers than the reference's, by {far:.3g} of the bound; left out", "red")
         else:
             ready[name] = turns
-    return ready, wrong, left_out, unchecked
+    return ready, wrong, left_out, unchecked, frozenset(failed)
+
+
+def probe(name: str, seconds: float = PROBE_SECONDS) -> str:
+    """Why this implementation is not to be tried in this process: '' where some small products with it came back in another."""
+    # this process has most of the card's memory
+    environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    asked = [sys.executable, str(Path(__file__).resolve()), "--probe", name]
+    try:
+        done = subprocess.run(asked, env=environment, capture_output=True, text=True, timeout=seconds, check=False)
+    except subprocess.TimeoutExpired:
+        return f"its first calls, in a process of their own, did not come back within {seconds:g} s"
+    if not done.returncode:
+        return ""
+    last = next((line.strip() for line in reversed(done.stderr.splitlines()) if line.strip()), "nothing was said")
+    return f"its first calls ended a process of their own with {done.returncode}: {last[:200]}"
+
+
+def probed(name: str) -> None:
+    """Products by it, of which nothing is kept: whether they end is what is asked."""
+    kinds = [Kind.usual(n) for n in ("int4", "int8", "fp8")]
+    for _ in measured([(kinds, PROBE_ROWS)], [(1024, 4096)], 1, jnp.dtype(jnp.bfloat16), 1.0, (), [name], 0):
+        pass
 
 
 def reason(e: Exception) -> str:
@@ -431,9 +469,9 @@ def measured(
                     if M not in xs:
                         xs[M] = jax.random.normal(jax.random.key(1), (M, K), dtype)
                         dense[M] = {name: dense_turns(name, xs[M], w) for name, w in stored.items()}
-                    ready, wrong, left_out, unchecked = made_ready(kind, xs[M], weights, last, names)
+                    ready, wrong, left_out, unchecked, failed = made_ready(kind, xs[M], weights, last, names)
                     of_all, of_dense = compared(str(kind), (N, K), xs[M], dense[M], ready, rounds, limit)
-                    found = Found(of_all, of_dense, wrong, left_out, unchecked)
+                    found = Found(of_all, of_dense, wrong, left_out, unchecked, failed, (N, K), M)
                     yield kind, table_row(kind, xs[M], weights[0], found), found
 
 
@@ -792,6 +830,7 @@ def decoded(shape: dict[str, Any], peer: str | None, rounds: int, file: Path | N
     help="With --decode: a Llama's config.json to take the shapes from.",
 )
 @click.option("--json", "file", metavar="FILE", type=click.Path(path_type=Path), help="Results, a line each.")
+@click.option("--probe", "tried", type=click.Choice(GPU_NAMES), hidden=True)
 @reported()
 def main(
     kind: tuple[str, ...],
@@ -807,9 +846,13 @@ def main(
     peer: str | None,
     config: Path | None,
     file: Path | None,
+    tried: str | None,
 ) -> None:
     """Speed of rows times quantised matrices, beside dense ones, on this machine; with --decode of a whole model, beside
     llama.cpp."""
+    if tried is not None:
+        probed(tried)
+        return
     if (peer is not None or config is not None) and not decode:
         raise click.UsageError(f"{'--config' if peer is None else '--peer'} is of a whole model: say --decode too")
     if decode:
@@ -855,27 +898,40 @@ def main(
     found: list[Row] = []
     kept: Path | None = None
     dropped: list[str] = []
-    every = measured([(kinds, Ms)], shapes, rounds, jnp.dtype(dtype or ("bfloat16" if on_gpu() else "float32")), limit)
+    absent: list[dict[str, Any]] = []
+    names = None
+    card = dispatch.gpu()
+    if on_gpu() and card is not None and card.capability == (9, 0) and (said := probe(PROBED)):  # others it refuses
+        names = [n for n in GPU_NAMES if n != PROBED]
+        absent.append({"what": "all", "shape": None, "rows": None, "implementation": PROBED, "left_out": said})
+    dtype = dtype or ("bfloat16" if on_gpu() else "float32")
+    every = measured([(kinds, Ms)], shapes, rounds, jnp.dtype(dtype), limit, names=names)
     progress = track(every, "measuring", len(shapes) * len(Ms) * len(kinds), console=Console(stderr=True))
     for of, row, one in progress:
         found += one.rows
+        absent += (
+            {"what": str(of), "shape": one.shape, "rows": one.M, "implementation": n, "left_out": said}
+            for n, said in one.absent().items()
+        )
         if table and row is not None:  # after each: a long run may be stopped
             kept = dispatch.write_table(device.device_kind, [row])
         elif table:
             dropped.append(f"{of}: {one.unchecked or 'nothing served'}")
     console = Console()
     # in a file or a pipe its columns would be cut to those of a terminal of 80
-    (console if console.is_terminal else Console(width=200)).print(tabulated(found, machine))
+    (console if console.is_terminal else Console(width=200)).print(tabulated(found, machine, absent))
     if kept is not None:
         print(f"wrote {kept}")
     if file is not None:
-        file.write_text("".join(json.dumps({"machine": machine, **r._asdict()}) + "\n" for r in found))
+        file.write_text(
+            "".join(json.dumps({"machine": machine, **r}) + "\n" for r in [*map(Row._asdict, found), *absent])
+        )
     if dropped:
         raise click.ClickException(f"not written to the table: {'; '.join(dropped)}")
 
 
-def tabulated(found: list[Row], machine: str) -> Table:
-    """What has something to say, a row a measurement."""
+def tabulated(found: list[Row], machine: str, absent: Sequence[Mapping[str, Any]] = ()) -> Table:
+    """What has something to say, a row a measurement, and a row for each that should have been one."""
     columns: dict[str, Callable[[Row], Any]] = {
         "kind": lambda r: r.what, "shape": lambda r: "{}x{}".format(*r.shape), "rows": lambda r: str(r.rows),
         "by": lambda r: r.implementation, "ms": lambda r: f"{r.ms:.3f}", "GB/s": lambda r: f"{r.gigabytes:.1f}",
@@ -885,9 +941,12 @@ def tabulated(found: list[Row], machine: str) -> Table:
         "reached": lambda r: ", ".join("yes" if r.reached[of] else "no" for of in r.aims),
     }  # fmt: skip
     told = {name: value for name, value in columns.items() if any(value(r) for r in found)}
-    table = Table(*told, title=machine)
+    table = Table(*(told or list(columns)[:4]), *(["left out"] if absent else []), title=machine)
     for r in found:
         table.add_row(*(value(r) or "" for value in told.values()))
+    for a in absent:
+        case = a["what"], "x".join(map(str, a["shape"] or ())), str(a["rows"] or ""), a["implementation"]
+        table.add_row(*case, *("" for _ in list(told)[4:]), a["left_out"])
     return table
 
 

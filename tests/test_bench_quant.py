@@ -9,7 +9,9 @@ from __future__ import annotations
 import importlib
 import io
 import json
+import re
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from oracles import packed
+from rich.console import Console
 
 import jaxengine
 from jaxengine.architecture import architecture, initialise
@@ -159,6 +162,51 @@ def test_matrices_exceed_four_times_the_cache(bench: Any, monkeypatch: pytest.Mo
         assert 4 * l2 < bench.size(made) <= 4 * l2 + 2**20
         assert made[3][0] == 3
     assert len(bench.some(lambda seed: np.broadcast_to(np.uint8(0), (2**30,)))) == 2  # at least
+
+
+# what ends a process that compiles it, as LLVM does, and what waits for a barrier that nobody reaches
+ENDS = [
+    (
+        subprocess.CompletedProcess([], -6, "", "compiling\nLLVM ERROR: Cannot select\n"),
+        "ended .* with -6: LLVM ERROR: Cannot",
+    ),
+    (subprocess.CompletedProcess([], -11, "", ""), "ended .* with -11: nothing was said"),
+    (subprocess.TimeoutExpired([], 9), "did not come back within 9 s"),
+]
+
+
+@pytest.mark.parametrize(("end", "said"), ENDS, ids=["aborts", "crashes", "hangs"])
+def test_what_ends_its_process_is_a_row(end: Any, said: str, bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(*given: Any, **how: Any) -> Any:
+        assert how["env"]["XLA_PYTHON_CLIENT_PREALLOCATE"] == "false"
+        if isinstance(end, Exception):
+            raise end
+        return end
+
+    monkeypatch.setattr(bench.subprocess, "run", run)
+    told = bench.probe("mosaic_gpu", 9)
+    assert re.search(said, told)
+    row = {"what": "all", "shape": None, "rows": None, "implementation": "mosaic_gpu", "left_out": told}
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(bench.tabulated([], "here", [row]))
+    assert re.search(rf"all .*mosaic_gpu .*{said}", console.export_text())
+
+
+def test_what_comes_back_is_tried(bench: Any) -> None:
+    """In a process of its own, where it refuses for want of a card: no reason to leave it out."""
+    assert not bench.probe("mosaic_gpu")
+
+
+def test_what_fails_is_a_row_and_what_refuses_is_not(bench: Any) -> None:
+    names, kinds = ["nonesuch", "triton", "xla"], [bench.Kind.usual("int4")]
+    [(_, row, found)] = bench.measured([(kinds, (2,))], [(128, 256)], 1, np.dtype(np.float32), 1.0, (), names, 0)
+    assert set(found.left_out) == {"nonesuch", "triton"}
+    assert set(found.absent()) == {"nonesuch"}
+    assert "no implementation 'nonesuch'" in found.absent()["nonesuch"]
+    assert (found.shape, found.M) == ((128, 256), 2)
+    assert set(row["milliseconds"]) == {"xla"}
+    wrong = found._replace(wrong={"xla": 3.0}).absent()
+    assert wrong["xla"] == "other numbers than the reference's, by 3 of the bound"
 
 
 def test_matrices_are_distinct_and_finite(bench: Any) -> None:
