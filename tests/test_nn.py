@@ -465,3 +465,33 @@ def test_rope_keeps_only_distances() -> None:
 def test_padding_stays_finite() -> None:
     how = Rope(tuple(angles(8, 10000.0)))
     assert np.isfinite(nn.rope(normal(1, 2, 1, 8), jnp.array([[-1, -1]]), how)).all()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("name", ["rms", "rms, offset", "layer", "layer, no bias"])
+def test_gradients_of_norms(name: str, dtype: str) -> None:
+    """Against numpy float64, of x as it was rounded to the dtype; and what waits for the way back is no wider than it."""
+    rng = np.random.default_rng(1)
+    x, g = (jnp.asarray(rng.normal(size=(3, 5, 64)), dtype) for _ in range(2))
+    w, b = (jnp.asarray(rng.normal(size=64), dtype) for _ in range(2))
+    norm = {
+        "rms": lambda x, w, b: nn.rms_norm(x, w, 1e-6),
+        "rms, offset": lambda x, w, b: nn.rms_norm(x, w, 1e-6, offset=1.0),
+        "layer": lambda x, w, b: nn.layer_norm(x, w, b, 1e-6),
+        "layer, no bias": lambda x, w, b: nn.layer_norm(x, w, None, 1e-6),
+    }[name]
+    _, back = jax.vjp(norm, x, w, b)
+    found = back(g)
+    X, G, W = (np.asarray(a, np.float64) for a in (x, g, w))
+    centred = X - X.mean(-1, keepdims=True) * name.startswith("layer")
+    inverse = 1 / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-6)
+    unit, scaled = centred * inverse, G * (W + ("offset" in name))
+    wanted = scaled - unit * (scaled * unit).mean(-1, keepdims=True)
+    wanted = inverse * (wanted - scaled.mean(-1, keepdims=True) * name.startswith("layer"))
+    # some roundings of x's dtype, of the gradient and of the unit vector; of w sums of 15
+    bound = 4 * float(jnp.finfo(dtype).eps)
+    np.testing.assert_allclose(np.asarray(found[0], np.float64), wanted, rtol=0, atol=bound * abs(wanted).max())
+    of_w = (G * unit).sum((0, 1))
+    np.testing.assert_allclose(np.asarray(found[1], np.float64), of_w, rtol=0, atol=15 * bound * abs(G * unit).max())
+    wide = [r for r in jax.tree.leaves(back) if r.shape == x.shape and r.dtype.itemsize > x.dtype.itemsize]
+    assert not wide
