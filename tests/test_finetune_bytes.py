@@ -2,7 +2,8 @@
 
 tests/test_tuning_plan.py and tests/test_mezo.py have the rows that the parts for gaps and for copies under way were made on.
 These differ from them in width, depth, key heads, rows, card or what is trained. The parts for tiles, for the form 'ahead',
-for DoRA, for codes, for targets and for optimizers of 8 bits were corrected on the rows here. All are held to the 5 % that a
+for DoRA, for codes, for targets, for optimizers of 8 bits and adafactor, for attention in XLA, for a T4 and for float32 beside 16
+bits were corrected on the rows here. All are held to the 5 % that a
 plan promises.
 """
 
@@ -45,6 +46,7 @@ AHEAD = {"home": "host", "form": "ahead"}
 XLA, HALF, WIDENED = {"attention": "xla"}, {"dtype": "float16"}, {"compute": "float32"}
 Row = tuple[str, str, str, dict[str, Any], int, int, dict[str, Any]]
 RANK_64 = {"options": LowRank(rank=64)}
+ADAFACTOR = Optimizer("adafactor")
 EIGHT_BITS, MEZO = Optimizer("adamw8bit"), Optimizer("mezo", 1e-6, eps=1e-3)
 ROWS: list[Row] = [
     ("small", "RTX 4090", "lora", AHEAD, 4, 1024, {}),
@@ -69,6 +71,8 @@ ROWS: list[Row] = [
     ("small", "RTX 4090", "full", HOST, 4, 1024, {"optimizer": Optimizer("lion")}),
     ("small", "H200", "full", {}, 2, 1024, {"optimizer": Optimizer("lion")}),
     ("small", "RTX 4090", "lora", HOST, 4, 1024, {"optimizer": MEZO, "clip": 0.0, "accumulate": 2}),
+    ("small", "RTX 4090", "full", HOST, 4, 1024, {"optimizer": ADAFACTOR}),
+    ("small", "RTX 4090", "lora", HOST | {"dtype": "float32"}, 4, 1024, {}),
     ("small", "RTX 4090", "lora", HOST | XLA, 4, 1024, {}),
     ("three thin", "RTX 4090", "lora", XLA, 2, 1024, {}),
     ("small", "T4", "lora", HOST | HALF, 4, 1024, WIDENED),
@@ -113,6 +117,16 @@ FURTHER: list[Any] = [
         1024,
         {"options": trained("badam").Options(layers=2), "optimizer": EIGHT_BITS},
     ),
+    ("wide", "RTX 4090", "full", HOST, 2, 1024, {"optimizer": ADAFACTOR}),
+    ("thin", "RTX 4090", "full", HOST, 2, 1024, {"optimizer": ADAFACTOR}),
+    ("small", "RTX 4090", "full", HOST | {"remat": "offload"}, 2, 1024, {"optimizer": ADAFACTOR}),
+    ("small", "RTX 4090", "lisa", HOST, 4, 1024, {"compute": "float32"}),
+    ("wide", "RTX 4090", "lisa", HOST, 2, 1024, {"compute": "float32"}),
+    ("thin", "RTX 4090", "lisa", HOST, 2, 1024, {"compute": "float32"}),
+    ("wide", "RTX 4090", "lora", {"dtype": "float32"}, 2, 1024, {}),
+    ("thin", "RTX 4090", "lora", {"dtype": "float32"}, 2, 1024, {}),
+    ("small", "RTX 4090", "mezo", HOST | {"dtype": "float32"}, 4, 1024, {"compute": "bfloat16"}),
+    ("wide", "RTX 4090", "mezo", HOST | {"dtype": "float32"}, 2, 1024, {"compute": "bfloat16"}),
     ("small", "RTX 4090", "lora", XLA, 4, 1024, {}),
     ("wide", "RTX 4090", "lora", HOST | XLA, 2, 1024, {}),
     ("two of 8B", "RTX 4090", "lora", HOST | XLA, 1, 2**15, {}),
@@ -130,10 +144,10 @@ FURTHER: list[Any] = [
             ("7 % under", "thin", "RTX 4090", "lora", HOST | XLA, 2, 1024, {}),
             # live are 5.04 GB, of the 5.07 that are counted
             ("7 % under: XLA's heap has gaps", "small", "H200", "full", {}, 2, 1024, {"accumulate": 2}),
-            ("20 % over", "small", "RTX 4090", "full", HOST, 4, 1024, {"optimizer": Optimizer("adafactor")}),
+            # the head's moments come before the layers go back; where they are larger, its gradient is made after that
             ("8 % under", "small", "RTX 4090", "full", HOST, 4, 1024, {"clip": 0.0}),
-            ("10 % under", "small", "RTX 4090", "lisa", HOST, 4, 1024, {"compute": "float32"}),
-            ("16 % under", "small", "H200", "lora", {"dtype": "float32"}, 4, 1024, {}),
+            # XLA narrows all layers before the first one widens, which it does of no other model here
+            ("10 % under", "small", "H200", "lora", {"dtype": "float32"}, 4, 1024, {}),
         )
     ),
 ]

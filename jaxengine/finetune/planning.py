@@ -285,7 +285,7 @@ def need(architecture: Architecture, plan: Plan, task: Task, *, batch: int, cont
             layer, head = max(each), head_bytes(architecture)
             streaming = layer if streamed else 0
             # a gradient to which no other is added stays in the arithmetic's dtype until it is used
-            narrow, added = layer * dtype.itemsize // 4, task.accumulate > 1 or tiled
+            narrow, added, s = layer * dtype.itemsize // 4, task.accumulate > 1 or tiled, _sizes(architecture)
             gradients = (layer if added else narrow) + head
             cast = (narrow if dtype.itemsize < 4 else 0) * (1 if task.accumulate == 1 else 2)  # of a part too
             here = [home(p.home).TIER == "device" for p in plan.parts(architecture) for _ in range(p.num_layers)]
@@ -304,7 +304,14 @@ def need(architecture: Architecture, plan: Plan, task: Task, *, batch: int, cont
                 update += int(GAPS * (streaming + gradients + kept + update))
             # after the layers all gradients of what is outside, and the state of one such parameter at a time
             last = outer + max(outside.values()) - streaming - gradients
-            activations = max(cast + back + under_way, update, loss - streaming - gradients, last)
+            moments = [cast + back + under_way, update]
+            if streamed and not added and 8 * _state_of_largest(architecture, task.optimizer) < largest:
+                # nothing of its size is waited for: a layer's last matrix is changed as soon as its gradient is there, while
+                # the others are as they are used, and no gradient of theirs is made
+                gradients -= narrow - largest * dtype.itemsize // 4
+                within = batch * context * dtype.itemsize * (4 * s.D + 2 * s.NH + 2 * s.KH + 3 * s.F)
+                moments = [cast - (largest * dtype.itemsize // 4 if cast else 0) + largest + within]
+            activations = max(*moments, loss - streaming - gradients, last)
             if cast:  # of resident layers one is made going forward, and stays
                 activations += tiers["device"] * dtype.itemsize // 4
             optimizer = sum(whole if near else stay for (whole, stay), near in zip(states, here, strict=True))
@@ -346,6 +353,7 @@ def _need_of_losses(architecture: Architecture, plan: Plan, task: Task, *, batch
     streamed = any(home(p.home).TIER != "device" for p in plan.parts(architecture))
     itemsize, rows = jnp.dtype(task.compute or plan.dtype).itemsize, batch * context
     stored, D = jnp.dtype(plan.dtype).itemsize, width(architecture)
+    moved = min(stored, itemsize)  # of a number that it is moved to, as the arithmetic takes it
     both = 2 * task.accumulate * rows * D * itemsize
     adapters = adapter_bytes(architecture, task) if task.beside else 0
     beside = 0 if task.beside else 1
@@ -356,7 +364,13 @@ def _need_of_losses(architecture: Architecture, plan: Plan, task: Task, *, batch
     all_rows, vocab = task.accumulate * batch, architecture.config.vocab_size
     chunk = task.loss_chunk or max(1, whole.LOGITS // (4 * all_rows * vocab))
     logits = all_rows * min(chunk, context) * vocab * itemsize
+    s = _sizes(architecture)
     moments = [beside * max(each) + both]
+    if moved < stored and not task.beside:  # matrices of attention are changed before those that are wider
+        attends = sum(
+            math.prod(m.shape) for m in architecture.block(architecture.kinds[0])[1].values() if "mlp" not in m.axes
+        )
+        moments = [max(each) - attends * stored + both]
     for kind in set(architecture.kinds):
         matrices = [s for s in architecture.block(kind)[1].values() if s.out is not None]
         sizes = {"attends": 0, "widens": 0, "narrows": 0}
@@ -364,11 +378,11 @@ def _need_of_losses(architecture: Architecture, plan: Plan, task: Task, *, batch
         for s in matrices:
             assert s.out is not None
             what = "attends" if "mlp" not in s.axes else "widens" if "mlp" in s.axes[: s.out] else "narrows"
-            sizes[what] += math.prod(s.shape) * stored
+            sizes[what] += math.prod(s.shape) * moved
             made[what] += math.prod(s.shape[: s.out])
         heads = max(math.prod(s.shape[s.out :]) for s in matrices if s.out and "heads" in s.axes[s.out :])
         wide = rows * itemsize * made["widens"]
-        early = max(math.prod(s.shape) * stored for s in matrices) <= wide
+        early = max(math.prod(s.shape) * moved for s in matrices) <= wide
         # what parts go through one after another stands for all of them, and so does what leaves it
         in_parts = task.accumulate > 1
         attending = sum(sizes.values()) if early or in_parts else sizes["attends"]
@@ -450,18 +464,18 @@ def _blocks(rows: int, tokens: int, heads: int) -> Blocks:
         return blocks(rows, tokens, tokens, heads, packed=True)
 
 
-def _attention_loop(architecture: Architecture, batch: int, context: int, itemsize: int) -> int:
+def _attention_loop(architecture: Architecture, batch: int, context: int, itemsize: int, *, fused: bool = False) -> int:
     """Bytes that attention's way back holds in XLA (pallas_kernels/attention/xla.py) while it makes the scores of a pair of
     blocks, beside queries, keys, values and the result's gradient: scores x and dp in float32, and the weights p and ds that
     products take; the sum dq in float32, dk and dv of the block in float32 and, where there are several, of all; and the
-    block's dq, queries and result's gradient, keys and values."""
+    block's dq, queries and result's gradient, keys and values. fused: x and dp are made inside of what makes p and ds."""
     found = []
     for kind in set(architecture.kinds):
         a = architecture.attention(kind)
         N, K, H = a.num_heads, a.num_kv_heads, a.head_dim
         P, C = dataclasses.astuple(_blocks(batch, context, N))
         several, T = context > C, -(-context // P) * P
-        scores = batch * N * P * C * (4 + 4 + 2 * itemsize)
+        scores = batch * N * P * C * ((0 if fused else 4 + 4) + 2 * itemsize)
         sums = 4 * batch * H * (N * T + 2 * K * C) + (2 * batch * K * context * H * itemsize if several else 0)
         block = batch * H * (N * P * (4 + 2 * itemsize) + (2 * K * C * itemsize if several else 0))
         found.append(scores + sums + block)
@@ -581,6 +595,9 @@ def _need_in(
     saved = 2 * (M + 1) * entering if M else 0
     one = layer_activations(architecture, batch * context, dtype, batch * task.tile if 0 < task.tile < context else 0)
     streaming = streamed_bytes(architecture, plan)
+    # what the halves make is asked for by no gradient where only x's is made
+    s, passing, again = _sizes(architecture), one.within, one.narrow
+    passing -= 0 if 0 < task.tile < context or task.accumulate > 1 else batch * context * s.F * dtype
     # a gradient to which no other is added stays in the arithmetic's dtype until it is used
     of_head *= dtype if loss_pieces(architecture, task, task.accumulate * batch, context) == 1 else 4
     of_layers = M * layer * (dtype if M == 1 and task.accumulate == 1 else 4)
@@ -588,6 +605,17 @@ def _need_in(
     # a slot's weights, and their gradient where it is added to others
     cast = (2 if M > 1 or task.accumulate > 1 else 1) * layer * dtype if M and dtype < 4 else 0
     loss = loss_activations(architecture, task, task.accumulate * batch, context, dtype)
+    waiting_head = of_head
+    if dtype == 4 and not 0 < task.tile < context:
+        # of float32 no order is asked for (`weights.base.einsum`): a layer's way back has all that it takes there, beside its
+        # weights rounded as they are stored and the gradient of one, or attention's with attention's loop, whose products make
+        # scores themselves; and that of the head is made last, of what it takes
+        each = 6 * s.D + 3 * s.NH + 2 * s.KH + 3 * s.F
+        rounded = stored if M and stored < 4 else 0
+        loop = _attention_loop(architecture, batch, context, 4, fused=True) + s.attending * rounded
+        again, cast = 4 * batch * context * each + max(4 * s.largest + layer * rounded, loop), 0
+        if of_head and loss_pieces(architecture, task, task.accumulate * batch, context) == 1:
+            waiting_head = 4 * rows * (architecture.config.vocab_size + s.D)
     matrices = [s for k in set(architecture.kinds) for s in architecture.block(k)[1].values() if s.out is not None]
     how = find_optimizer(task.optimizer.name)
     changing = [how.temporaries((M, *s.shape), Matrix(1, s.out or 1)) for s in matrices if M]
@@ -597,8 +625,8 @@ def _need_in(
     )
     moments = {
         "loss": kept + of_head + loss,
-        "layers": kept + of_head + saved + streaming + one.within,
-        "weights": saved + of_head + of_layers + cast + one.narrow,
+        "layers": kept + of_head + saved + streaming + passing,
+        "weights": saved + waiting_head + of_layers + cast + again,
         "update": gradients + update,
     }
     outside, states = outer_states(architecture, task.optimizer), layer_states(architecture, plan, task.optimizer)
@@ -628,6 +656,13 @@ def state_of(optimizer: Optimizer, shape: tuple[int, ...], matrix: Matrix | None
 def outer_states(architecture: Architecture, optimizer: Optimizer) -> dict[str, int]:
     """Bytes of the state of each parameter outside the layers."""
     return {n: state_of(optimizer, s.shape) for n, s in architecture.outer()[1].items()}
+
+
+def _state_of_largest(architecture: Architecture, optimizer: Optimizer) -> int:
+    """Bytes of the state of the layers' largest matrix."""
+    matrices = (s for k in set(architecture.kinds) for s in architecture.block(k)[1].values() if s.out is not None)
+    most = max(matrices, key=lambda s: math.prod(s.shape))
+    return state_of(optimizer, most.shape, Matrix(0, most.out or 1))
 
 
 def layer_states(architecture: Architecture, plan: Plan, optimizer: Optimizer) -> list[tuple[int, int]]:
