@@ -302,8 +302,6 @@ def need(architecture: Architecture, plan: Plan, task: Task, *, batch: int, cont
                 if added:  # in the place of the gradient, which is as wide
                     update -= layer
                 update += int(GAPS * (streaming + gradients + kept + update))
-            # after the layers all gradients of what is outside, and the state of one such parameter at a time
-            last = outer + max(outside.values()) - streaming - gradients
             moments = [cast + back + under_way, update]
             if streamed and not added and 8 * _state_of_largest(architecture, task.optimizer) < largest:
                 # nothing of its size is waited for: a layer's last matrix is changed as soon as its gradient is there, while
@@ -311,6 +309,8 @@ def need(architecture: Architecture, plan: Plan, task: Task, *, batch: int, cont
                 gradients -= narrow - largest * dtype.itemsize // 4
                 within = batch * context * dtype.itemsize * (4 * s.D + 2 * s.NH + 2 * s.KH + 3 * s.F)
                 moments = [cast - (largest * dtype.itemsize // 4 if cast else 0) + largest + within]
+            # after the layers all gradients of what is outside, and the state of one such parameter at a time
+            last = outer + max(outside.values()) - streaming - gradients
             activations = max(*moments, loss - streaming - gradients, last)
             if cast:  # of resident layers one is made going forward, and stays
                 activations += tiers["device"] * dtype.itemsize // 4
