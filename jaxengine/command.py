@@ -429,6 +429,12 @@ def from_stdin() -> str:
 )
 @options(PLANNED)
 @click.option(
+    "--adapter",
+    metavar="FOLDER",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Of lora, dora: a PEFT folder that a run starts from; its rank and targets are kept.",
+)
+@click.option(
     "--context", metavar="N", type=click.IntRange(1), show_default="2048", help="Tokens of a row, prompt included."
 )
 @click.option("--batch", metavar="N", type=click.IntRange(1), default=1, help="Rows at a time.")
@@ -462,7 +468,8 @@ def from_stdin() -> str:
 @click.option(
     "--sharding",
     metavar="TABLE",
-    default="single",
+    default="",
+    show_default="as --mesh",
     help="How the model is split over them: data, fsdp, tensor, fsdp+tensor.",
 )
 @click.option("--compile/--no-compile", "proved", default=True, help="Compile the chosen plan for the card as a proof.")
@@ -479,6 +486,7 @@ def plan(
     disk_rate: str,
     task: str,
     target: tuple[str, ...],
+    adapter: Path | None,
     remat: str | None,
     context: int | None,
     batch: int,
@@ -512,8 +520,8 @@ def plan(
         picture.check(plot)
     outcome = plan_folder(
         resolve(folder), gpu=gpu, memory=memory, ram=ram, batch=batch, context=context, task=task,
-        targets=target, remat=remat or "", weights=weights, weight_rules=weight_rules, dtype=dtype, kv=kv, stay=stay,
-        attention=attention, mesh=mesh, sharding=sharding, disk_rate=disk_rate, **of_task,
+        targets=target, adapter=adapter, remat=remat or "", weights=weights, weight_rules=weight_rules, dtype=dtype, kv=kv,
+        stay=stay, attention=attention, mesh=mesh, sharding=sharding, disk_rate=disk_rate, **of_task,
     )  # fmt: skip
     if plot is not None:
         picture.draw(outcome, plot)
@@ -630,7 +638,8 @@ def _show_outcome(outcome: Any, proofs: Any, why: str | None, refuted: Any = ())
     for p in proofs:
         console.print(
             f"compiled {p.program}: {show_bytes(p.device)} on the device ({show_bytes(p.temporaries)} of temporaries),"
-            f" {show_bytes(p.host)} on the host, {p.seconds:.0f} s; {len(p.report.problems)} problems",
+            f" {show_bytes(p.host)} on the host{' for each card' if each and p.host else ''}, {p.seconds:.0f} s;"
+            f" {len(p.report.problems)} problems",
             highlight=False,
         )  # fmt: skip
         for problem in p.report.problems:

@@ -23,6 +23,7 @@ from jax.sharding import AbstractMesh
 from jaxengine import machine
 from jaxengine.architecture import Architecture, architecture
 from jaxengine.engine import bucket
+from jaxengine.finetune import meshed
 from jaxengine.finetune import planning as tuning
 from jaxengine.finetune.planning import Options
 from jaxengine.finetune.settings import Task
@@ -153,7 +154,7 @@ def streamed_form(architecture: Architecture, plan: Plan, card: Card, batch: int
 def worth_ahead(architecture: Architecture, plan: Plan, what: Task, card: Card, *, batch: int, context: int) -> bool:
     """Whether a step can fetch layers one ahead, and its copies and compute are near enough to each other for it, as
     `streamed_form` asks of decoding."""
-    if not what.runs_ahead(plan.remat):
+    if plan.mesh or not what.runs_ahead(plan.remat):
         return False
     streamed = dataclasses.replace(plan, home="host", form="", resident=0, kept=0, remat=plan.remat or "full")
     times = tuning.seconds(architecture, streamed, what, card, batch=batch, context=context)
@@ -204,17 +205,19 @@ def changes(
     single: list[tuple[str, dict[str, Any], dict[str, Any]]] = []
     if plan.stay:  # it costs only the time of copies that it saved
         single.append(("without stay", {"stay": ()}, {}))
-    if plan.remat and task is not None and len(tuning.remats(task)) > 1:
+    over = bool(plan.mesh) and task is not None  # of what is counted over a mesh
+    if plan.remat and task is not None and len(tuning.remats(task)) > 1 and not over:
         single.append(("remat as fits", {"remat": ""}, {}))
-    if plan.weights == "dense" and not _as_they_are(task):
+    if plan.weights == "dense" and not _as_they_are(task) and not over:
         single += [(f"weights {name}", {"weights": name}, {}) for name in ("int8", "int4")]
-    if task is not None and task.optimizer.name == "adamw":
+    if task is not None and task.optimizer.name == "adamw" and not over:
         fewer = dataclasses.replace(task.optimizer, name="adamw8bit")
         single.append(("optimizer adamw8bit", {}, {"task": dataclasses.replace(task, optimizer=fewer)}))
     if plan.kv_codec == "raw" and task is None:
         single.append(("kv int8", {"kv_codec": "int8"}, {}))
+    split = batch // on_one(plan, ("batch",), (batch,))[0]
     for divisor in (2**i for i in range(1, 12)):
-        if batch % divisor == 0:
+        if batch % divisor == 0 and on_one(plan, ("batch",), (batch // divisor,))[0] * split == batch // divisor:
             single.append((f"batch {batch // divisor}", {}, {"batch": batch // divisor}))
         if context // divisor >= 64:
             single.append((f"context {context // divisor}", {}, {"context": context // divisor}))
@@ -428,12 +431,10 @@ def plan_for(
             plan = dataclasses.replace(plan, dtype="float32")
         if plan.kv_codec != "raw":
             raise ValueError(f"kv is {plan.kv_codec!r}; fine-tuning keeps no cache: leave it out")
-        if plan.mesh:
-            raise ValueError(
-                f"mesh is {plan.mesh!r}; task {what.name!r} is planned for one card, and 'generate' for several"
-            )
         tuning.check(architecture, plan, what)
     check_mesh(architecture, plan)
+    if what is not None and plan.mesh:
+        meshed.check(architecture, plan, what, batch=batch)
     check_stay(architecture, plan)
     computed = plan.dtype if what is None else what.compute or plan.dtype
     if card.wide and computed == "bfloat16":
@@ -467,6 +468,26 @@ def plan_for(
     return Outcome(architecture, card, **asked, candidates=found, changes=others, remat=plan.remat)
 
 
+def _of_adapter(
+    folder: str | os.PathLike[str], architecture: Architecture, task: str | Task, options: Options
+) -> Options:
+    """Options with the rank and the targets of a PEFT folder, refused where they say something else, as a run's are."""
+    from jaxengine.finetune.run import begun
+
+    start = begun(folder, architecture)
+    if task != start.settings["train"]:
+        named = task if isinstance(task, str) else task.name
+        raise ValueError(
+            f"task is {named!r}, and the adapter in {os.fspath(folder)} is of {start.settings['train']!r}: say"
+            f" task={start.settings['train']!r}, or leave the adapter out"
+        )
+    given = {n: x for n, x in options.items() if x is not None and x != () and n in ("rank", "targets")}
+    if isinstance(given.get("targets"), str):
+        given["targets"] = (given["targets"],)
+    start.check(given, architecture)
+    return {**options, "rank": start.settings["rank"], "targets": start.settings["targets"]}
+
+
 def plan_folder(
     folder: str | os.PathLike[str],
     *,
@@ -476,6 +497,7 @@ def plan_folder(
     batch: int = 1,
     context: int | None = None,
     task: str | Task = "generate",
+    adapter: str | os.PathLike[str] | None = None,
     remat: str = "",
     weights: str | None = None,
     weight_rules: Mapping[str, str] | Sequence[str | tuple[str, str]] = (),
@@ -484,7 +506,7 @@ def plan_folder(
     stay: Sequence[str] = (),
     attention: str = "auto",
     mesh: str = "",
-    sharding: str = "single",
+    sharding: str = "",
     disk_rate: str | int = int(DISK_RATE),
     **options: Unpack[Options],
 ) -> Outcome:
@@ -494,9 +516,10 @@ def plan_folder(
 
     Of the folder config.json is read, and where its weights are stored quantised their formats. Sizes as `jaxengine.load`
     takes them, and `stay` and weight_rules; weights: the format of the others (dense); dtype: the config's, if not given;
-    mesh: 'tensor=2' for two such cards, split as the table `sharding` says; attention: its implementation by name, refused
-    where it does not serve on the card; remat: what is kept of layers for a task's way back ('': as fits); options: what is
-    said of a task. `picture.figure` draws the outcome, and `proof.prove` compiles what was chosen.
+    mesh: 'tensor=2' for two such cards, split as the table `sharding` says ('': that of the mesh's axes); attention: its
+    implementation by name, refused where it does not serve on the card; remat: what is kept of layers for a task's way back
+    ('': as fits); adapter: a PEFT folder that a run starts from, whose rank and targets it keeps; options: what is said of a
+    task. `picture.figure` draws the outcome, and `proof.prove` compiles what was chosen.
     Raises ValueError for what `plan_for` refuses and for an unknown card.
     """
     at, card = Path(folder), find(gpu)
@@ -505,6 +528,8 @@ def plan_folder(
     if raw.get("quantization_config") or (at / ORBAX).is_dir() or gguf_file(at) is not None:
         with open_source(at, found) as source:
             found, stored = source.architecture, source.plan
+    if adapter is not None:
+        options = _of_adapter(adapter, found, task, options)
     what = tuning.asked(task, **options)
     if what is not None and what.name == "full" and dtype not in (None, "float32"):
         raise ValueError(
@@ -519,7 +544,8 @@ def plan_folder(
     start = Plan(weights=weights or "dense") if stored is None else stored
     named_to_stay: Any = stay if isinstance(stay, str) else tuple(stay)  # a string, which Plan refuses
     plan = Plan(
-        dtype=named, weights=start.weights, weight_rules=start.weight_rules, kv_codec=kv, mesh=mesh, sharding=sharding,
+        dtype=named, weights=start.weights, weight_rules=start.weight_rules, kv_codec=kv, mesh=mesh,
+        sharding=sharding or meshed.table(mesh),
         stay=named_to_stay, attention=attention, remat=remat,
     )  # fmt: skip
     plan = with_rules(found, plan, weight_rules)

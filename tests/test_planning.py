@@ -110,7 +110,7 @@ def test_what_fits_neither_memory_is_read_from_disk() -> None:
     [
         ({"task": "loro"}, "task is 'loro'.*generate, lora"), ({"memory": 10**12}, "a process can have"),
         ({"batch": 0}, "at least 1"), ({"context": 10**9}, "at most 131072"),
-        ({"plan": Plan(dtype="bfloat16", sharding="tensor", mesh="tensor=2"), "task": "lora"}, "planned for one card"),
+        ({"plan": Plan(dtype="bfloat16", sharding="tensor", mesh="tensor=2"), "task": "dora"}, "with task 'lora' or 'full'"),
         ({"plan": Plan(dtype="bfloat16", sharding="tensor", mesh="tensor=3")}, "does not divide"),
         ({"plan": Plan(dtype="bfloat16", mesh="tensor=2")}, "a whole copy on each of 2"),
         ({"plan": Plan(dtype="bfloat16", sharding="tensor", mesh="tensro=2")}, "over 'tensro'.*mean 'tensor'"),

@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
 from click.testing import CliRunner
 from oracles.golden import GOLDEN
 from test_planning import BF16, LLAMA_3_8B, SMALL
 
 import jaxengine
+from checkpoints.safetensors import write_file
 from jaxengine.architecture import architecture
 from jaxengine.command import app
 from jaxengine.finetune import planning as tuning
@@ -462,3 +464,34 @@ def test_the_compiled_step_agrees(
         assert report.copies
     if task == "full" and plan.get("home") == "host":  # what was changed goes out while the next one's state comes in
         assert both_ways(report, compiled.as_text())
+
+
+def test_an_adapter_to_start_from_says_its_rank_and_targets(tmp_path: Path) -> None:
+    """As `jaxengine finetune --adapter` takes it; the folder is written here as PEFT does, not by a run."""
+    raw = json.loads((Path(jaxengine.demo_folder()) / "config.json").read_text())
+    shapes = {"q_proj": (raw["hidden_size"],) * 2, "down_proj": (raw["hidden_size"], raw["intermediate_size"])}
+    arrays = {}
+    for i in range(raw["num_hidden_layers"]):
+        for name, (outs, ins) in shapes.items():
+            of = f"base_model.model.model.layers.{i}.{'mlp' if name == 'down_proj' else 'self_attn'}.{name}"
+            arrays[f"{of}.lora_A.weight"] = np.ones((4, ins), np.float32)
+            arrays[f"{of}.lora_B.weight"] = np.zeros((outs, 4), np.float32)
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": list(shapes), "use_dora": False}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    about = {n: (x.dtype, x.shape) for n, x in arrays.items()}
+    write_file(tmp_path / "adapter_model.safetensors", about, arrays.__getitem__)
+    asked: dict[str, Any] = {"gpu": "4090", "context": 64}
+    found = plan_folder(jaxengine.demo_folder(), task="lora", adapter=tmp_path, **asked)
+    assert found.to_dict()["rank"] == 4
+    assert set(found.to_dict()["targets"]) == {"q", "down"}
+    assert found.chosen is not None
+    assert found.chosen.need.trained == sum(x.nbytes for x in arrays.values())
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"task": "dora"}, "task is 'dora', and the adapter in .* is of 'lora': say task='lora'"),
+        ({}, "task is 'generate', and the adapter in .* is of 'lora'"),
+        ({"task": "lora", "rank": 8}, "rank is 8, and that of the adapter .* is 4, .*: say rank=4"),
+        ({"task": "lora", "targets": ["q"]}, "targets is .*'q'.*, and that of the adapter"),
+    ]
+    for given, said in wrong:
+        with pytest.raises(ValueError, match=said):
+            plan_folder(jaxengine.demo_folder(), adapter=tmp_path, **asked, **given)

@@ -153,7 +153,7 @@ LOADING = (
     ),
     click.option("--mesh", metavar="AXES", show_default="one device", help="Several devices, e.g. data=2,tensor=4."),
     click.option(
-        "--sharding", metavar="TABLE", show_default="single",
+        "--sharding", metavar="TABLE", show_default="as --mesh",
         help="How parameters are split over them: single, data, fsdp, tensor, fsdp+tensor.",
     ),
 )  # fmt: skip
@@ -307,11 +307,12 @@ def chosen_plan(folder: str, given: dict[str, Any]) -> tuple[Architecture, Plan,
 
     from jaxengine.architecture import architecture
     from jaxengine.export import one_dtype
+    from jaxengine.finetune import meshed
     from jaxengine.finetune.planning import variants
     from jaxengine.finetune.run import begun, check
     from jaxengine.finetune.settings import Settings
     from jaxengine.machine import available_ram, pool_limit_bytes
-    from jaxengine.plan import Plan, parse_bytes, show_bytes, with_rules
+    from jaxengine.plan import Plan, check_mesh, parse_bytes, show_bytes, with_rules
     from jaxengine.planning import worth_ahead
     from jaxengine.sources import open_source, read_config
     from pallas_kernels.cards import CARDS
@@ -340,6 +341,8 @@ def chosen_plan(folder: str, given: dict[str, Any]) -> tuple[Architecture, Plan,
         if given["plan"] is None and source.plan is not None:
             plan = Plan(dtype=source.plan.dtype, weights=source.plan.weights, weight_rules=source.plan.weight_rules)
         said = {k: v for k, v in loading.items() if v is not None}
+        if "mesh" in said and plan.sharding == "single":
+            said.setdefault("sharding", meshed.table(said["mesh"]))
         plan = with_rules(arch, dataclasses.replace(plan, **said), given["weight_rules"])
         if not plan.dtype:
             own = "float32" if settings.train == "all" and settings.backward else one_dtype(arch, source.dtype, raw)
@@ -352,13 +355,17 @@ def chosen_plan(folder: str, given: dict[str, Any]) -> tuple[Architecture, Plan,
             plan = dataclasses.replace(plan, form="scan")
         check(settings, arch, plan, mesh)
         return arch, plan, settings
-    if odd := [n for n in ("home", "form", "resident", "mesh") if n in said]:
-        raise click.UsageError(f"--memory chooses the home, on one device: leave --{odd[0]} out, or --memory.")
+    if odd := [n for n in ("home", "form", "resident") if n in said]:
+        raise click.UsageError(f"--memory chooses the home: leave --{odd[0]} out, or --memory.")
     budget, room = parse_bytes(memory), available_ram() if given["ram"] is None else parse_bytes(given["ram"], "ram")
     if jax.devices()[0].platform == "gpu":
         room = min(room, pool_limit_bytes())
     plan = dataclasses.replace(plan, home="device", form="", resident=0, kept=0, remat=given["remat"] or "")
-    check(settings, arch, plan, make_mesh(None))
+    check_mesh(arch, plan)
+    mesh = make_mesh(plan.mesh or None)
+    check(settings, arch, plan, mesh)
+    if plan.mesh:
+        meshed.check(arch, plan, settings.task, batch=settings.batch)
     rows = {"batch": settings.batch, "context": settings.context}
     card = next((c for c in CARDS.values() if c.kind == jax.devices()[0].device_kind), None)
     # as `jaxengine plan` asks of that card; of one that is not in its table, and on a CPU, nothing is known or gained
@@ -371,13 +378,17 @@ def chosen_plan(folder: str, given: dict[str, Any]) -> tuple[Architecture, Plan,
         raise ValueError(
             f"memory={memory!r}: a step on {settings.batch} x {settings.context} tokens needs at least"
             f" {show_bytes(least.need.device)} of the device and {show_bytes(least.need.host)} of host memory (home"
-            f" {least.plan.home!r}, remat {least.plan.remat!r}): {least.refused}. Nearest: a smaller --batch with"
-            f" --accumulate, a smaller --context, or --train lora with --weights nf4"
+            f" {least.plan.home!r}, remat {least.plan.remat!r}): {least.refused}. Nearest: "
+            + (
+                "a smaller --batch or --context, or --train lora"
+                if plan.mesh
+                else "a smaller --batch with --accumulate, a smaller --context, or --train lora with --weights nf4"
+            )
         )
     settings, plan = dataclasses.replace(settings, remat=fits.plan.remat), fits.plan
     if plan.home == "device" and not plan.form and _better_scanned(settings):
         plan = dataclasses.replace(plan, form="scan")
-    check(settings, arch, plan, make_mesh(None))
+    check(settings, arch, plan, mesh)
     return arch, plan, settings
 
 

@@ -15,7 +15,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TypedDict, Unpack, cast
+from typing import Any, NamedTuple, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -23,12 +23,11 @@ import jax.numpy as jnp
 from jaxengine import placement
 from jaxengine.architecture import Architecture
 from jaxengine.engine import Program
-from jaxengine.finetune import layered, mezo, sampled, tiles
+from jaxengine.finetune import layered, meshed, mezo, places, sampled, tiles
 from jaxengine.finetune import step as whole
 from jaxengine.finetune.optimizers.base import Matrix, Optimizer
 from jaxengine.finetune.optimizers.base import optimizer as find_optimizer
 from jaxengine.finetune.settings import ADAPTERS, TASKS, Settings, Task
-from jaxengine.finetune.step import Batch
 from jaxengine.finetune.trained._lowrank import each as each_target
 from jaxengine.finetune.trained.base import targets, trained
 from jaxengine.homes.base import home
@@ -186,42 +185,50 @@ def program(
     """(program, static arguments, abstract ones) of a step on `batch` rows of `context` tokens a part."""
     tuning, params = task.tuning(architecture, plan, mesh), placement.abstract(architecture, plan, mesh)
     made = abstract_trained(architecture, plan, task, params)
-    ints, floats = (
-        cast(Any, jax.ShapeDtypeStruct)((task.accumulate, batch, context), dtype) for dtype in (jnp.int32, jnp.float32)
-    )
-    rows = Batch(ints, ints, floats, ints, ints)
+    rows = places.batch(plan, mesh, (task.accumulate, batch, context))
+    banks = tuple(dataclasses.replace(bank, weights=()) for bank in params["banks"])
     if task.layered(plan):
-        banks = tuple(dataclasses.replace(bank, weights=()) for bank in params["banks"])
-        return layered.step, (tuning,), (banks, layered.abstract(tuning, banks, made), rows)
+        return layered.step, (tuning,), (banks, places.state(tuning, task, architecture, plan, made, banks), rows)
     if task.sampled:
         turn, _ = largest_turn(architecture, plan, task, batch=batch, context=context)
         *held, chosen = sampled.arguments(tuning, params["banks"], made, turn)
         return sampled.step, (tuning,), (*held, rows, chosen)
-    backward = task.optimizer.order > 0
-    state = (
-        jax.eval_shape(lambda made: whole.begin.function(tuning, made), made)
-        if backward
-        else mezo.abstract(tuning, made)
-    )
+    state = places.state(tuning, task, architecture, plan, made, banks)
     if task.train == "all":  # the parameters are those of the state, and stand once
         params = jax.tree.map(lambda a: None, params)
-    return whole.step if backward else mezo.step, (tuning,), (params, state, rows)
+    return whole.step if task.optimizer.order else mezo.step, (tuning,), (params, state, rows)
 
 
-def need(architecture: Architecture, plan: Plan, task: Task, *, batch: int, context: int, wide: bool = False) -> Need:
-    """What a step needs: `batch` rows of `context` tokens a part. wide: on a card below sm_80, where XLA makes nothing inside a
-    product: see `_wide_back`."""
+def need(
+    architecture: Architecture,
+    plan: Plan,
+    task: Task,
+    *,
+    batch: int,
+    context: int,
+    held: Architecture | None = None,
+    sums: int = 0,
+    wide: bool = False,
+) -> Need:
+    """What a step needs: `batch` rows of `context` tokens a part; over a mesh each of its devices, and the machine of host
+    memory. held: the shapes that parameters and what is trained are held in, where they are used in others; sums: bytes of what
+    goes between devices while streamed layers are trained themselves. wide: on a card
+    below sm_80, where XLA makes nothing inside a product: see `_wide_back`."""
+    if plan.mesh:
+        how: Any = {"alone": functools.partial(need, wide=wide), "loss": loss_activations}
+        return meshed.need(architecture, plan, task, batch=batch, context=context, **how)
     if plan.attention == "reference":
-        auto = dataclasses.replace(plan, attention="auto")
-        least = need(architecture, auto, task, batch=batch, context=context, wide=wide)
+        plain = dataclasses.replace(plan, attention="auto")
+        least = need(architecture, plain, task, batch=batch, context=context, held=held, wide=wide)
         scores = _score_bytes(architecture, plan, task, batch * context * context)
         return dataclasses.replace(least, activations=least.activations + scores)
     if task.sampled:
         return largest_turn(architecture, plan, task, batch=batch, context=context)[1]
     if not task.optimizer.order:
         return _need_of_losses(architecture, plan, task, batch=batch, context=context)
-    tiers, each = tier_bytes(architecture, plan), layer_bytes(architecture, plan)
-    outer = weight_bytes(architecture, plan)["outer"]
+    held = architecture if held is None else held
+    tiers, each = tier_bytes(held, plan), layer_bytes(held, plan)
+    outer = weight_bytes(held, plan)["outer"]
     dtype, layered = jnp.dtype(task.compute or plan.dtype), task.layered(plan)
     remat, L = plan.remat or "full", architecture.num_layers
     parts = task.accumulate if layered else 1  # of a batch, whose inputs to layers stand at the same time
@@ -247,9 +254,9 @@ def need(architecture: Architecture, plan: Plan, task: Task, *, batch: int, cont
         kept += (L - streamed) * (one.between - 3 * entering // parts)
     host_optimizer = 0
     if task.train != "all":
-        adapters = adapter_bytes(architecture, task)
-        gradients, optimizer, trained = adapters, adapter_states(architecture, task), adapters
-        streaming = streamed_bytes(architecture, plan)
+        adapters = adapter_bytes(held, task)
+        gradients, optimizer, trained = adapters, adapter_states(held, task), adapters
+        streaming = streamed_bytes(held, plan)
         ahead = any(p.form == "ahead" for p in plan.parts(architecture))
         # a matrix goes when it was used, and the next layer's come in the places of this one's
         alone = streaming // 2 if ahead else streaming
@@ -279,10 +286,10 @@ def need(architecture: Architecture, plan: Plan, task: Task, *, batch: int, cont
             most = max(gradients * j // L + (L - j) * entering for j in range(L + 1))
             activations -= min(activations, gradients + kept - most)
     else:
-        outside, states = outer_states(architecture, task.optimizer), layer_states(architecture, plan, task.optimizer)
+        outside, states = outer_states(held, task.optimizer), layer_states(held, plan, task.optimizer)
         trained, optimizer = 0, sum(outside.values()) + sum(whole for whole, _ in states)
         if layered:
-            layer, head = max(each), head_bytes(architecture)
+            layer, head = max(each), head_bytes(held)
             streaming = layer if streamed else 0
             # a gradient to which no other is added stays in the arithmetic's dtype until it is used
             narrow, added, s = layer * dtype.itemsize // 4, task.accumulate > 1 or tiled, _sizes(architecture)
@@ -291,11 +298,11 @@ def need(architecture: Architecture, plan: Plan, task: Task, *, batch: int, cont
             here = [home(p.home).TIER == "device" for p in plan.parts(architecture) for _ in range(p.num_layers)]
             coming = max((w - stay for (w, stay), near in zip(states, here, strict=True) if not near), default=0)
             # copies are under way of some matrices while others are used, but where a gradient is whole after a loop over tiles
-            shapes = {s.shape for k in set(architecture.kinds) for s in architecture.block(k)[1].values()}
+            shapes = {s.shape for k in set(held.kinds) for s in held.block(k)[1].values()}
             largest = 4 * max(map(math.prod, shapes))
             under_way = 2 * largest if streamed and not tiled else 0
             if task.accumulate > 1:  # and the embedding's gradient stands, to be added to
-                under_way += 4 * math.prod(architecture.outer()[1]["embedding"].shape)
+                under_way += 4 * math.prod(held.outer()[1]["embedding"].shape)
             update = 0
             if streamed:  # all that was changed waits to go back, beside what one matrix is changed from; and gaps
                 update = coming + largest * (streaming + coming) // streaming + 5 * entering // parts
@@ -309,9 +316,11 @@ def need(architecture: Architecture, plan: Plan, task: Task, *, batch: int, cont
                 gradients -= narrow - largest * dtype.itemsize // 4
                 within = batch * context * dtype.itemsize * (4 * s.D + 2 * s.NH + 2 * s.KH + 3 * s.F)
                 moments = [cast - (largest * dtype.itemsize // 4 if cast else 0) + largest + within]
-            # after the layers all gradients of what is outside, and the state of one such parameter at a time
-            last = outer + max(outside.values()) - streaming - gradients
-            activations = max(*moments, loss - streaming - gradients, last)
+            # after the layers all gradients of what is outside, of one such parameter the state that came and what it is
+            # changed to, and the next one's, which comes meanwhile
+            first, *others = sorted(outside.values(), reverse=True)
+            last = outer + 2 * first + max(others, default=0) - streaming - gradients - kept
+            activations = max(max(moments) + sums, loss - streaming - gradients, last)
             if cast:  # of resident layers one is made going forward, and stays
                 activations += tiers["device"] * dtype.itemsize // 4
             optimizer = sum(whole if near else stay for (whole, stay), near in zip(states, here, strict=True))
@@ -321,7 +330,7 @@ def need(architecture: Architecture, plan: Plan, task: Task, *, batch: int, cont
             narrow = dtype.itemsize if task.accumulate == 1 else 4
             stacked = sum(sum(each[p.start : p.start + p.num_layers]) for p in plan.parts(architecture) if p.stacked)
             streaming, gradients = 0, stacked + (outer + tiers["device"] - stacked) * narrow // 4
-            activations = max(back, loss, _changing(architecture, plan, task.optimizer, gradients) - kept)
+            activations = max(back, loss, _changing(held, plan, task.optimizer, gradients) - kept)
     return Need(
         outer=outer, resident=tiers["device"], streaming=streaming, cache=0, activations=activations,
         host_weights=tiers["host"], host_optimizer=host_optimizer, host_kept=L * entering if remat == "offload" else 0,
@@ -823,10 +832,10 @@ def variants(
             refused = f"{show_bytes(n.host - ram)} over in host memory"
         return Variant(made, n, refused)
 
-    L, known = architecture.num_layers, remats(task)
+    L, known = architecture.num_layers, meshed.REMATS if plan.mesh else remats(task)
     nearest, farther = [r for r in known if r != "offload"], [r for r in known if r != "none"]
     # unrolled, the noise of every layer's parameters would be kernels of its own
-    listed = {} if task.optimizer.order else {"form": "scan"}
+    listed = {"form": "scan"} if not task.optimizer.order or not meshed.listed(plan) else {}
     for remat in (plan.remat,) if plan.remat else nearest:
         found.append(of(home="device", remat=remat, **listed))
     for remat in (plan.remat,) if plan.remat else farther:
@@ -834,7 +843,7 @@ def variants(
         if again and remat in ("none", "dots"):
             continue  # each layer is run again anyway
         forms = ("ahead", "") if ahead and task.runs_ahead(remat) else ("",)
-        for form in forms if L > 1 else ():
+        for form in forms if L > 1 and not plan.mesh else ():
             low, high = 1, L - 1
             while low < high:
                 middle = (low + high + 1) // 2
@@ -851,6 +860,8 @@ def seconds(
     architecture: Architecture, plan: Plan, task: Task, card: Any, *, batch: int, context: int
 ) -> dict[str, float]:
     """What a step takes at least of each resource, all parts together."""
+    if plan.mesh:
+        return meshed.seconds(architecture, plan, task, card, batch=batch, context=context, alone=seconds)
     tokens = task.accumulate * batch * context
     elements = sum(math.prod(s.shape) for s in architecture.specs().values() if s.out is not None)
     if not task.optimizer.order:

@@ -41,14 +41,13 @@ from typing import Any, Self
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 from jax.tree_util import keystr, tree_flatten_with_path
 
 from checkpoints.output import in_the_making, output_file, output_folder
 from checkpoints.peft import Adapter, AdapterConfig, read_adapter, uniform, write_adapter
 from jaxengine import export, placement
 from jaxengine.architecture import Architecture
-from jaxengine.finetune import layered, mezo, sampled
+from jaxengine.finetune import layered, mezo, places, sampled
 from jaxengine.finetune import step as whole
 from jaxengine.finetune.data import Batches, Packed
 from jaxengine.finetune.events import EventWriter
@@ -62,7 +61,6 @@ from jaxengine.homes.base import home
 from jaxengine.model import Model
 from jaxengine.plan import Plan, check_attention, check_stay
 from jaxengine.weights.base import Weight
-from sharding.rules import named_sharding
 
 log = logging.getLogger("jaxengine")
 
@@ -272,42 +270,6 @@ def _arrays(one: Adapter | None) -> dict[str, np.ndarray]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Where the state stands
-
-
-def _adapter_places(train: str, architecture: Architecture, plan: Plan, mesh: Any, tree: Any) -> Any:
-    """The trained tree with a sharding for each array of matrices' A and B: split as the matrix itself."""
-    of, rules, parts = trained(train).leaf_axes, plan.sharding_rules(), plan.parts(architecture)
-
-    def one(path: Any, leaf: Any) -> NamedSharding:
-        _, bank, place, *_, name, array = path  # banks, bank, kind or layer, (one or rest), matrix, a or b
-        kinds = parts[bank.idx].kinds
-        axes = of(architecture.block(kinds[place.idx % len(kinds)])[1][name.key])[array.key]
-        stacked = ("layers",) * (leaf.ndim - len(axes))
-        return named_sharding(rules, mesh, (*stacked, *axes))
-
-    return jax.tree_util.tree_map_with_path(one, tree)
-
-
-def _optimizer_places(state: Any, places: Any, mesh: Any) -> Any:
-    """A sharding for each leaf of an optimizer's state: a moment is split as its parameter, the rest is whole everywhere."""
-    flat, _ = tree_flatten_with_path(places)
-    own = {tuple(map(str, path)): place for path, place in flat}
-
-    def one(path: Any, leaf: Any) -> NamedSharding:
-        names = tuple(map(str, path))
-        place = next((own[names[i:]] for i in range(len(names)) if names[i:] in own), None)
-        if place is None or len(place.spec) > leaf.ndim:
-            return NamedSharding(mesh, PartitionSpec())
-        with contextlib.suppress(ValueError):  # a row's or a column's mean, of another shape
-            place.shard_shape(leaf.shape)
-            return place
-        return NamedSharding(mesh, PartitionSpec())
-
-    return jax.tree_util.tree_map_with_path(one, state)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # The run
 
 
@@ -410,9 +372,9 @@ class Run:
             with output_file(self.out / SETTINGS, overwrite=True) as path:
                 path.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
             self._manager = _manager(self.out / CHECKPOINTS, self.keep, best=self.held_out is not None)
-        self._abstract = self._abstract_state()
         self._frozen = jax.tree.map(lambda a: None, model.params) if self._every else model.params
         self._banks = tuple(dataclasses.replace(bank, weights=()) for bank in model.params["banks"])
+        self._abstract = self._abstract_state()
         latest = None if self._manager is None else self._manager.latest_step()
         self._feed = self._batches(state=None if latest is None else self._saved_position(latest))
         self._position = self._feed.state
@@ -434,29 +396,9 @@ class Run:
 
     def _abstract_state(self) -> State:
         """The state's shapes, dtypes and places."""
-        arch, plan, mesh, tuning = self.model.architecture, self.model.plan, self.model.mesh, self.tuning
-        made = abstract_trained(arch, plan, self.settings.task, placement.abstract(arch, plan, mesh))
-        if self._layered:
-            banks = tuple(dataclasses.replace(b, weights=()) for b in self.model.params["banks"])
-            return layered.abstract(tuning, banks, made)
-        if self.settings.train in SAMPLED:
-            return sampled.abstract(tuning, self.model.params["banks"], made)
-        if self._every:
-            places = jax.tree.map(lambda s: s.sharding, made)
-        else:
-            places = _adapter_places(self.settings.train, arch, plan, mesh, made)
-
-        def placed(s: Any, place: Any) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place)
-
-        if not self.settings.backward:
-            return mezo.abstract(tuning, jax.tree.map(placed, made, places))
-        optimizer = jax.eval_shape(tuning.optax().init, made)
-        places = places, _optimizer_places(optimizer, places, mesh), NamedSharding(mesh, PartitionSpec())
-        step = jax.ShapeDtypeStruct((), np.dtype("int32"))
-        return State(
-            *(jax.tree.map(placed, x, place) for x, place in zip((made, optimizer, step), places, strict=True))
-        )
+        arch, plan, mesh, task = self.model.architecture, self.model.plan, self.model.mesh, self.settings.task
+        made = abstract_trained(arch, plan, task, placement.abstract(arch, plan, mesh))
+        return places.state(self.tuning, task, arch, plan, made, self._banks)
 
     def _first_state(self) -> State:
         model, settings, wanted = self.model, self.settings, self._abstract
@@ -471,10 +413,10 @@ class Run:
         if not settings.backward:
             made = jax.device_put(made, jax.tree.map(lambda s: s.sharding, wanted.trained))
             return mezo.initial(self.tuning, made, settings.seed)
-        places = jax.tree.map(lambda s: s.sharding, (wanted.trained, wanted.optimizer, wanted.step))
-        made = jax.device_put(made, places[0])
-        optimizer = jax.jit(self.tuning.optax().init, out_shardings=places[1])(made)  # each moment where it will stand
-        return State(made, optimizer, jax.device_put(np.int32(0), places[2]))
+        where = jax.tree.map(lambda s: s.sharding, (wanted.trained, wanted.optimizer, wanted.step))
+        made = jax.device_put(made, where[0])
+        optimizer = jax.jit(self.tuning.optax().init, out_shardings=where[1])(made)  # each moment where it will stand
+        return State(made, optimizer, jax.device_put(np.int32(0), where[2]))
 
     # --- steps -----------------------------------------------------------------------------------------------------
 
@@ -545,9 +487,8 @@ class Run:
     def _put(self, rows: dict[str, np.ndarray], *lead: int) -> Batch:
         """Rows [..., T] as a Batch [*lead, T] on the mesh, rows split as its rules say."""
         shape = (*lead, self.settings.context)
-        axes = (None,) * (len(lead) - 1) + ("batch", "sequence")
-        place = named_sharding(self.model.plan.sharding_rules(), self.model.mesh, axes, shape=shape)
-        return Batch(**{name: jax.device_put(x.reshape(shape), place) for name, x in rows.items()})
+        where = places.batch(self.model.plan, self.model.mesh, shape)
+        return Batch(**{n: jax.device_put(x.reshape(shape), getattr(where, n).sharding) for n, x in rows.items()})
 
     def _advance(self, batch: Batch) -> tuple[State, dict[str, Any]]:
         if self._layered:
@@ -812,7 +753,7 @@ def with_adapter(model: Model, folder: str | os.PathLike[str]) -> Model:
     params, held = model.params, Begun(Path(folder), adapters, {})
     if names:
         tree = _filled_in(model, kind.make(options, arch, plan, params, jax.random.key(0)), held)
-        tree = jax.device_put(tree, _adapter_places("dora" if config.dora else "lora", arch, plan, mesh, tree))
+        tree = jax.device_put(tree, places.adapter_places("dora" if config.dora else "lora", arch, plan, mesh, tree))
         params = kind.combine(options, params, tree)
     for name in adapters:
         if not name.startswith("layers."):

@@ -27,6 +27,7 @@ from jaxengine.finetune.loss import cross_entropy
 from jaxengine.finetune.optimizers.base import Matrix, Optimizer
 from jaxengine.finetune.trained.base import trained as find_trained
 from jaxengine.walk import REMAT, lay_out, walk
+from sharding.rules import constrain
 
 LOGITS = 2**28  # bytes of float32 logits that stand at a time, where the user does not say how many tokens
 
@@ -140,6 +141,8 @@ def loss_sum(tuning: Tuning, params: Any, trained: Any, batch: Batch, *, differe
     )
     outer = whole["outer"]
     read = {n: outer[n] for n in trained["outer"] if n in head_names(outer)}
+    if not read and gathers(engine):
+        outer, x = _together(engine, outer, x)
 
     def logits(of_head: Any, x: Array) -> Array:
         return head(engine, {"outer": outer | of_head}, x)
@@ -148,6 +151,15 @@ def loss_sum(tuning: Tuning, params: Any, trained: Any, batch: Batch, *, differe
     return cross_entropy(
         logits, read, x, batch.targets, batch.weights, chunk=tuning.chunk(B, T), differentiate=differentiate
     )
+
+
+def _together(engine: Engine, outer: Any, x: Array) -> tuple[Any, Array]:
+    """What the head reads of frozen parameters, brought together once (fsdp), after x is there: not in each piece of the loss."""
+    rules, specs = engine.rules.override(("embed", None), ("latent", None)), engine.architecture.outer()[1]
+    plain = {n: outer[n] for n in head_names(outer) if isinstance(outer[n], jax.Array)}
+    plain, x = lax.optimization_barrier((plain, x))
+    whole = {n: constrain(w, rules, engine.mesh, specs[n].axes) for n, w in plain.items()}
+    return outer | whole, x
 
 
 def head_names(outer: Any) -> tuple[str, ...]:
