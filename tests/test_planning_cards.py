@@ -79,9 +79,9 @@ def test_the_pool_of_pinned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
         assert found.chosen is not None
         return [t for t in traps(found.architecture, found.chosen, found.card) if "pool stops at 64 GiB" in t]
 
-    [full] = pools(card="h200", plan=FULL, task="full", memory=20 * 10**9)
+    [full] = pools(card="h200", plan=FULL, task="full", memory=22 * 10**9)
     assert "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB=" in full
-    found = outcome("h200", plan=FULL, task="full", memory=20 * 10**9).chosen
+    found = outcome("h200", plan=FULL, task="full", memory=22 * 10**9).chosen
     assert found is not None
     assert found.need.host_weights < 64 * 2**30 < found.need.pinned
     assert found.need.host_optimizer == pytest.approx(8 * 8.03e9, rel=0.06)  # but for what is of the device
@@ -164,7 +164,7 @@ def test_steps_that_are_not_counted_closely(card: str, task: str, given: dict[st
 
 def test_bytes_of_each_tier_are_shown(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_3_8B))
-    words = ["plan", str(tmp_path), "--gpu", "h200", "--memory", "20GB", "--task", "full", "--no-compile"]
+    words = ["plan", str(tmp_path), "--gpu", "h200", "--memory", "22GB", "--task", "full", "--no-compile"]
     shown = CliRunner().invoke(app, words).output.replace("\n", " ")
     assert "in host memory: " in shown
     assert "GB weights, " in shown
