@@ -39,6 +39,11 @@ class Format:
         """The tree that `encode` makes, with the logical axes of each array in its place."""
         return self.module.leaf_axes(axes, out, **dict(self.options))
 
+    def refit(self, leaf: Any) -> Any:
+        """A Weight that was stored in this format, or in one of the same codes and scales, as this format has it."""
+        fit = getattr(self.module, "refit", None)
+        return leaf if fit is None else fit(leaf, **dict(self.options))
+
     def refuses(self, stored: str, dtype: str) -> str | None:
         """Why numbers of dtype `stored` are not held under a plan of dtype `dtype`; None where they are."""
         said = getattr(self.module, "refuses", None)

@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from checkpoints.peft import read_adapter
-from jaxengine import formats, placement
+from jaxengine import formats, orders, placement
 from jaxengine.architecture import Architecture, architecture
 from jaxengine.export import one_dtype
 from jaxengine.homes.base import check_platform
@@ -121,6 +121,7 @@ def load(
         over = mesh if isinstance(mesh, Mesh) else make_mesh(chosen.mesh or None)
         chosen = _counted(chosen, over)
         check_mesh(arch, chosen)
+        chosen = orders.over_mesh(arch, chosen, over)
         check_stay(arch, chosen)
         if chosen.stay and memory is None and find_home(chosen.home).TIER == "device":
             raise ValueError(
@@ -171,7 +172,7 @@ def load(
         _check_attention(arch, chosen)
         _check_host(arch, chosen, over)
         check_rules(arch, chosen.weight_rules)
-        check_formats(arch, source.plan, chosen)
+        check_formats(arch, orders.as_chosen(arch, source.plan, chosen), chosen)
         _check_numbers(arch, source, chosen)
         done, total = 0, source.nbytes - _left_on_disk(arch, chosen, source)
 
@@ -336,6 +337,7 @@ def from_arrays(
     over = make_mesh(plan.mesh or None)
     plan = _counted(plan, over)
     check_mesh(arch, plan)
+    plan = orders.over_mesh(arch, plan, over)
     _check_attention(arch, plan)
     params = placement.place(arch, plan, over, lambda name: np.asarray(jax.device_get(arrays[name])))
     return Model(arch, plan, over, params, Origin(dict(config or {})), None)

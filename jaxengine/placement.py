@@ -221,11 +221,14 @@ class _Axes(tuple):
 
 
 def _encoded(plan: Plan, name: str, array: Any, spec: Spec, rules: Rules, mesh: Mesh, memory: str | None) -> Any:
-    """One parameter in its format and place; `array` is numpy, or a Weight of numpy arrays that is in its format already.
+    """One parameter in its format and place; `array` is numpy, or a Weight of numpy arrays that is in its format already, or in
+    one that the format takes as it is (`Format.refit`).
     Raises ValueError for numbers that the format does not hold."""
     places, format_name, dtype = _places(plan, name, spec, rules, mesh, memory), plan.format_of(name, spec), plan.dtype
     plain = spec.out is None or format_name == "dense"
-    if isinstance(array, Weight) or (plain and array.dtype == jnp.dtype(dtype)):
+    if isinstance(array, Weight):
+        return jax.device_put(formats.find(format_name).refit(array), places)
+    if plain and array.dtype == jnp.dtype(dtype):
         return jax.device_put(array, places)
     on_device = _places(plan, name, spec, rules, mesh, None)
     raw = jax.device_put(array, named_sharding(rules, mesh, spec.axes))

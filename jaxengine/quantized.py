@@ -9,7 +9,9 @@ act-order (GPTQ's desc_act). The columns of such a matrix are sorted by group, a
 input in that order. Of a feed-forward block no gather is left: what its last matrix reads is made by the rows of the matrices
 before it, one row a number, so these rows are put in that order instead, once, while they are read (TP-aware
 dequantisation, arXiv:2402.04925). Neighbouring rows then belong to neighbouring columns, and a mesh splits both alike.
-It is exact: only the order of a sum changes. Elsewhere the order stays beside the codes (int4's act_order).
+It is exact: only the order of a sum changes. Elsewhere the order stays beside the codes (int4's act_order), and where a mesh
+splits the inputs, as of an attention's output matrix, it is resolved in each device's part of a row as the matrix is read
+(orders.py, weights/_parts.py): a device gathers from the inputs that it has.
 """
 
 from __future__ import annotations

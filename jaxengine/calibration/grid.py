@@ -64,7 +64,7 @@ class Grid:
                 f" hold alone: {would}"
             )
         return cls(
-            text, inputs, int(fmt.name[3:]), group, chosen.get("affine", False), chosen.get("act_order", False),
+            text, inputs, int(fmt.name[3:]), group, chosen.get("affine", False), bool(chosen.get("act_order")),
             chosen.get("scale", "float32"),
         )  # fmt: skip
 

@@ -41,7 +41,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int32, UInt8, UInt16
 
-from jaxengine.weights import _rows
+from jaxengine.weights import _parts, _rows
 from jaxengine.weights._codebook import LEAST_GROUP, InShape, group_of
 from jaxengine.weights.base import Integers, Weight, split_spec
 from pallas_kernels.quant_matmul import quant_matmul
@@ -96,6 +96,9 @@ class Grouped(Weight):
     high: the highest bit of 5-bit and 3-bit codes, uint16 [out..., Ip / 16]; else None.
     scale, zero: [out..., Ip / G] in one dtype; zero None where symmetric.
     perm: int32 [I], the codes' column i is the matrix's column perm[i]; None where they are in order.
+
+    Of rows in parts (_parts.py) codes and scales are of slots: perm is int32 [P, slots], the column in its part that a slot
+    reads; ends: int32 [P, groups], the block after the last of each group of the whole row. Else None.
     """
 
     codes: Array
@@ -105,6 +108,7 @@ class Grouped(Weight):
     perm: Int32[Array, "..."] | None
     in_shape: InShape = dataclasses.field(metadata={"static": True})
     bits: int = dataclasses.field(metadata={"static": True})
+    ends: Int32[Array, "..."] | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -126,27 +130,59 @@ class Grouped(Weight):
         return found | (unpack_plane(self.high, 1, self.group_size) << width)
 
     def unpacked(self) -> UInt8[Array, "..."]:
-        """The codes [out..., I], unsigned, in the order of `perm`; numpy where the arrays are."""
+        """The codes [out..., I], unsigned, in the order of `perm`; numpy where the arrays are. Not of rows in parts."""
         return self._padded_codes()[..., : math.prod(self.in_shape)]
 
     def integers(self) -> Integers:
-        return Integers(self.bits, self.unpacked(), self.scale, self.zero, self.perm, self.group_size)
+        w = self if self.ends is None else self.joined()
+        return Integers(w.bits, w.unpacked(), w.scale, w.zero, w.perm, w.group_size)
+
+    def in_parts(self, parts: int) -> Grouped:
+        """The same numbers, of a matrix with an order of columns, resolved in so many parts of a row."""
+        assert self.perm is not None
+        assert self.ends is None
+        found = _parts.places(self.perm, self.group_size, parts)
+        return dataclasses.replace(_placed(self, found), perm=found.columns, ends=found.ends)
+
+    def joined(self) -> Grouped:
+        """`in_parts` undone. Columns of a group may come in another order than before."""
+        inputs, xp = math.prod(self.in_shape), _numpy(self.codes)
+        perm, slot, block = _parts.whole(self.perm, self.ends, inputs)
+        group = _group_told(f"int{self.bits}", inputs, len(block))
+        scale, zero = (None if a is None else xp.take(a, block, axis=-1) for a in (self.scale, self.zero))
+        codes = xp.take(self._padded_codes(), slot, axis=-1)
+        low, high = _planes(self.bits, padded(codes, group), group)
+        return dataclasses.replace(self, codes=low, high=high, scale=scale, zero=zero, perm=perm, ends=None)
 
     def _spread(self, each: Float[Array, "..."]) -> Float[Array, "..."]:
         """A number of each group, [out..., Ip / G] -> the matrix's shape."""
-        flat = jnp.repeat(each, self.group_size, axis=-1)[..., : math.prod(self.in_shape)]
-        return self._in_order(flat).reshape(self.shape)
+        return self._in_order(jnp.repeat(each, self.group_size, axis=-1)).reshape(self.shape)
 
     def _in_order(self, flat: Array) -> Array:
+        """Numbers of codes as they stand [out..., Ip] -> of the matrix's columns [out..., I]."""
+        inputs = math.prod(self.in_shape)
+        if self.ends is not None:
+            return _out_of_parts(flat, jnp.asarray(self.perm), inputs)
+        flat = flat[..., :inputs]
         return flat if self.perm is None else _unpermuted(flat, jnp.asarray(self.perm))
+
+    def _as_they_stand(self, rows: Float[Array, "M I"]) -> Float[Array, "M Ip"]:
+        """The inputs that the codes' columns read."""
+        if self.ends is not None:
+            assert self.perm is not None
+            parts, slots = self.perm.shape
+            each = padded(rows, parts).reshape(len(rows), parts, -1)
+            # a part's slots read that part alone, and a mesh that splits the parts brings nothing together
+            found = jnp.take_along_axis(each, self.perm[None], axis=-1, mode="fill", fill_value=0)
+            return found.reshape(len(rows), parts * slots)
+        return padded(rows if self.perm is None else jnp.take(rows, self.perm, axis=-1, mode="clip"), self.group_size)
 
     def dense(self) -> Array:
         codes = jnp.asarray(self._padded_codes()).astype(jnp.float32)
         codes = codes.reshape(*self.scale.shape, self.group_size)
         zero = 2.0 ** (self.bits - 1) if self.zero is None else jnp.asarray(self.zero, jnp.float32)[..., None]
         flat = (codes - zero) * jnp.asarray(self.scale, jnp.float32)[..., None]
-        flat = flat.reshape(*self.scale.shape[:-1], -1)[..., : math.prod(self.in_shape)]
-        return self._in_order(flat).reshape(self.shape)
+        return self._in_order(flat.reshape(*self.scale.shape[:-1], -1)).reshape(self.shape)
 
     def error_bound(self) -> Array:
         """Of what `encode` made; codes that were chosen otherwise (GPTQ's) may be further off."""
@@ -165,11 +201,9 @@ class Grouped(Weight):
                 f" {list(self.in_shape)}"
             )
         rows = x.reshape(math.prod(lead), math.prod(self.in_shape))
-        if self.perm is not None:
-            rows = jnp.take(rows, self.perm, axis=-1, mode="clip")
         planes = [a.reshape(-1, a.shape[-1]) for a in (self.codes, self.high) if a is not None]
         y = quant_matmul(
-            padded(rows, self.group_size),
+            self._as_they_stand(rows),
             planes[0] if len(planes) == 1 else tuple(planes),
             self.scale.reshape(-1, self.scale.shape[-1]),
             None if self.zero is None else self.zero.reshape(-1, self.zero.shape[-1]),
@@ -190,6 +224,38 @@ def _unpermuted(flat: Array, perm: Array) -> Array:
     if perm.ndim > 1:  # a stack
         return jax.vmap(_unpermuted)(flat, perm)
     return jnp.take(flat, jnp.argsort(perm), axis=-1, mode="clip")
+
+
+def _out_of_parts(flat: Array, perm: Array, inputs: int) -> Array:
+    if perm.ndim > 2:  # a stack
+        return jax.vmap(functools.partial(_out_of_parts, inputs=inputs))(flat, perm)
+    parts, slots = perm.shape
+    # empty slots come after all others, those of a part that is not whole in the place of its last columns
+    at = jnp.argsort(perm, axis=-1, stable=True)[:, : _parts.width(inputs, parts)]
+    lead = flat.shape[:-1]
+    found = jnp.take_along_axis(
+        flat.reshape(*lead, parts, slots), at.reshape(*(1,) * len(lead), *at.shape), axis=-1, mode="clip"
+    )
+    return found.reshape(*lead, -1)[..., :inputs]
+
+
+def _placed(leaf: Grouped, found: _parts.Places) -> Grouped:
+    """Codes and scales of a whole row's order where parts have them."""
+    xp = _numpy(leaf.codes)
+    scale, zero = (None if a is None else xp.take(a, found.group, axis=-1) for a in (leaf.scale, leaf.zero))
+    low, high = _planes(leaf.bits, xp.take(leaf.unpacked(), found.source, axis=-1), _parts.SLOTS)
+    return dataclasses.replace(leaf, codes=low, high=high, scale=scale, zero=zero)
+
+
+def _planes(bits: int, codes: Any, group: int) -> tuple[Any, Any]:
+    """(codes, high) of codes of whole groups as they are stored."""
+    if bits == 8:
+        return (codes ^ np.uint8(128)).view(np.int8), None
+    planes, shift = [], 0
+    for width in PLANES[bits]:
+        planes.append(pack_plane((codes >> shift) & (2**width - 1), width, group))
+        shift += width
+    return planes[0], planes[1] if len(planes) > 1 else None
 
 
 # --- making one ---------------------------------------------------------------------------------------------------
@@ -225,14 +291,8 @@ def packed(
     group = _group_told(name, inputs, scale.shape[-1])
     if perm is not None:
         _check_perm(name, perm, inputs)
-    codes = padded(codes, group)
-    if bits == 8:
-        return Grouped((codes ^ np.uint8(128)).view(np.int8), None, scale, zero, perm, in_shape, bits)
-    planes, shift = [], 0
-    for width in PLANES[bits]:
-        planes.append(pack_plane((codes >> shift) & (2**width - 1), width, group))
-        shift += width
-    return Grouped(planes[0], planes[1] if len(planes) > 1 else None, scale, zero, perm, in_shape, bits)
+    low, high = _planes(bits, padded(codes, group), group)
+    return Grouped(low, high, scale, zero, perm, in_shape, bits)
 
 
 def _group_told(name: str, inputs: int, groups: int) -> int:
@@ -263,10 +323,11 @@ def encode(
     group_size: int,
     scale: str,
     grid: float | None = None,
-    act_order: bool = False,
+    parts: int = 0,
 ) -> Grouped:
     """Round w [out..., in...] to the nearest codes. grid: the zeros that there are lie so far apart; None is symmetric.
-    act_order: columns sorted by their largest magnitude, descending, before they are grouped."""
+    parts: 1 or more: columns are sorted by their largest magnitude, descending, before they are grouped, and that order is
+    resolved in so many parts of a row."""
     flat = w.reshape(*w.shape[:out], -1)
     inputs, in_shape = flat.shape[-1], InShape(w.shape[out:])
     G = group_of(inputs, group_size)
@@ -277,13 +338,21 @@ def encode(
         codes = codes.reshape(*flat.shape[:-1], -1)[..., :inputs]
         return packed(bits, codes, step, zero, in_shape=in_shape)
 
-    if not act_order:
+    if not parts:
         return rounded(flat)
     largest = jnp.abs(flat.astype(jnp.float32)).max(axis=tuple(range(out)))
     perm = jnp.argsort(largest, descending=True, stable=True).astype(jnp.int32)
+    found = None if parts == 1 else _parts.places(perm, G, parts)
+
+    def ordered(rows: Array) -> Grouped:
+        made = rounded(jnp.take(rows, perm, axis=-1, mode="clip"))
+        return made if found is None else _placed(made, found)
+
     # in blocks, or two matrices in another order would stand beside this one
-    made = _rows.in_blocks(lambda rows: rounded(jnp.take(rows, perm, axis=-1, mode="clip")), flat, out)
-    return dataclasses.replace(made, perm=perm)
+    made = _rows.in_blocks(ordered, flat, out)
+    if found is None:
+        return dataclasses.replace(made, perm=perm)
+    return dataclasses.replace(made, perm=found.columns, ends=found.ends)
 
 
 @functools.partial(jax.jit, static_argnames=("bits", "scale", "grid"))
@@ -342,16 +411,24 @@ def _rounded_up(s: Array, dtype: str) -> Array:
 
 
 def leaf_axes(
-    axes: tuple[str | None, ...], out: int, *, bits: int, affine: bool = False, act_order: bool = False
+    axes: tuple[str | None, ...],
+    out: int,
+    *,
+    bits: int,
+    affine: bool = False,
+    parts: int = 0,
 ) -> Grouped:
-    """The flattened inputs are named as the first in dim: a split of that dim is a split of them."""
+    """The flattened inputs are named as the first in dim: a split of that dim is a split of them, and of the parts of a row."""
     flat: Any = axes[: out + 1]
+    by_part: Any = (axes[out], None) if parts > 1 else None
+    perm: Any = by_part or ((None,) if parts else None)
     return Grouped(
         codes=flat,
         high=flat if len(PLANES.get(bits, ())) == 2 else None,
         scale=flat,
         zero=flat if affine else None,
-        perm=(None,) if act_order else None,  # pyright: ignore[reportArgumentType]
+        perm=perm,
         in_shape=InShape.any(len(axes) - out),
         bits=bits,
+        ends=by_part,
     )

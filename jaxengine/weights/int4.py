@@ -10,6 +10,10 @@ than zeros do: normal numbers are held better by symmetric groups of 64 than by 
 act_order: columns are sorted by their largest magnitude, descending, before they are grouped, and the permutation is
 stored, so that columns of like size share a scale. GPTQ (arXiv:2210.17323) has the order from its Hessian's diagonal
 (`desc_act`) and stores it the same way; `encode` sees no activations. x is gathered once before each product.
+
+act_order=4: that order, with the same codes and scales, resolved in 4 parts of a row, each of which gathers from itself alone
+(_parts.py). A matrix whose inputs a mesh splits over as many devices then needs no inputs of others; what is read grows:
+of 4096 inputs in groups of 128, 4.125 bits a weight to 6.2 in 2 parts, 7.3 in 4 and 9.7 in 8.
 """
 
 from __future__ import annotations
@@ -25,7 +29,7 @@ OPTIONS = {
     "group_size": (16, 32, 64, 128, 256),
     "affine": (False, True),
     "scale": _grouped.SCALES,
-    "act_order": (False, True),
+    "act_order": (False, True, 2, 4, 8, 16),
 }
 
 
@@ -36,11 +40,11 @@ def encode(
     group_size: int = 128,
     affine: bool = False,
     scale: str = "bfloat16",
-    act_order: bool = False,
+    act_order: bool | int = False,
 ) -> _grouped.Grouped:
-    """Quantise w [out..., in...] to 4 bits. scale: the dtype of scales and zeros."""
+    """Quantise w [out..., in...] to 4 bits. scale: the dtype of scales and zeros. act_order: true, or in how many parts."""
     grid = 1.0 if affine else None
-    return _grouped.encode(w, out=out, bits=4, group_size=group_size, scale=scale, grid=grid, act_order=act_order)
+    return _grouped.encode(w, out=out, bits=4, group_size=group_size, scale=scale, grid=grid, parts=int(act_order))
 
 
 def pack(codes: Any, scale: Any, zero: Any = None, *, in_shape: Sequence[int], perm: Any = None) -> _grouped.Grouped:
@@ -52,14 +56,20 @@ def pack(codes: Any, scale: Any, zero: Any = None, *, in_shape: Sequence[int], p
     return _grouped.packed(4, codes, scale, zero, in_shape=in_shape, perm=perm)
 
 
+def refit(leaf: _grouped.Grouped, *, act_order: bool | int = False, **options: Any) -> _grouped.Grouped:
+    """What was stored in this format, or in it with act_order=true, in this format."""
+    del options
+    return leaf if act_order <= 1 or leaf.ends is not None else leaf.in_parts(int(act_order))
+
+
 def leaf_axes(
     axes: tuple[str | None, ...],
     out: int,
     group_size: int = 128,
     affine: bool = False,
     scale: str = "bfloat16",
-    act_order: bool = False,
+    act_order: bool | int = False,
 ) -> _grouped.Grouped:
-    """Codes, scales and zeros as the out dims and the first in dim; the permutation is whole everywhere."""
+    """Codes, scales and zeros as the out dims and the first in dim; the permutation is whole everywhere, or split by parts."""
     del group_size, scale
-    return _grouped.leaf_axes(axes, out, bits=4, affine=affine, act_order=act_order)
+    return _grouped.leaf_axes(axes, out, bits=4, affine=affine, parts=int(act_order))

@@ -1,0 +1,77 @@
+"""Orders of columns (int4's act_order) over a mesh: each is resolved in the parts of a row that devices hold.
+
+Where a mesh splits the inputs of a matrix, and what it is contracted with alike, each device should gather from the inputs that
+it has. weights/_parts.py says what that takes; here it is decided which matrices, and in how many parts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+from jaxengine import formats
+from jaxengine.architecture import Architecture, Spec
+from jaxengine.plan import Plan
+from jaxengine.sources import stacked_name
+from sharding.rules import AnyMesh, Rules
+
+
+def over_mesh(architecture: Architecture, plan: Plan, mesh: AnyMesh) -> Plan:
+    """The plan with each order of columns resolved in as many parts of a row as the mesh splits it and its inputs into."""
+    rules = plan.sharding_rules()
+    return _with_formats(
+        architecture, plan, lambda name, spec, text: _in_parts(text, _devices_of_inputs(spec, rules, mesh))
+    )
+
+
+def as_chosen(architecture: Architecture, stored: Plan | None, chosen: Plan) -> Plan | None:
+    """The plan of stored weights with the parts that `chosen` resolves their orders in: codes and scales are the same."""
+    if stored is None:
+        return None
+
+    def one(name: str, spec: Spec, text: str) -> str:
+        wanted = chosen.format_of(name, spec)
+        parts = dict(formats.find(wanted).options).get("act_order", False)
+        return wanted if _in_parts(text, int(parts)) == wanted else text
+
+    return _with_formats(architecture, stored, one)
+
+
+def _with_formats(architecture: Architecture, plan: Plan, choose: Callable[[str, Spec, str], str]) -> Plan:
+    """The plan with choose(name, spec, its format now) as each matrix's format."""
+    found: dict[str, dict[str, str]] = {}
+    specs = architecture.specs()
+    for name, spec in specs.items():
+        if spec.out is not None:
+            found.setdefault(stacked_name(name), {})[name] = choose(name, spec, plan.format_of(name, spec))
+    rules = []
+    for stack, of in found.items():
+        now = {n: text for n, text in of.items() if plan.format_of(n, specs[n]) != text}
+        if len(now) == len(of) > 1 and len(set(now.values())) == 1:
+            rules.append(("layers.*." + stack.split(".", 1)[1], next(iter(now.values()))))
+        else:
+            rules += now.items()
+    return dataclasses.replace(plan, weight_rules=(*rules, *plan.weight_rules)) if rules else plan
+
+
+def _in_parts(text: str, devices: int) -> str:
+    """The format with its order of columns in parts that so many devices split; as it is where it has none, or parts already."""
+    fmt = formats.find(text)
+    if devices <= 1 or dict(fmt.options).get("act_order") is not True:
+        return text
+    parts = next((n for n in fmt.module.OPTIONS["act_order"] if n > 1 and n % devices == 0), None)
+    if parts is None:
+        return text
+    return str(dataclasses.replace(fmt, options=tuple((n, parts if n == "act_order" else v) for n, v in fmt.options)))
+
+
+def _devices_of_inputs(spec: Spec, rules: Rules, mesh: AnyMesh) -> int:
+    """Over how many devices a matrix's inputs are split, where what it is contracted with is split alike."""
+    if spec.out is None or spec.out >= len(spec.axes):
+        return 1
+    axis = spec.axes[spec.out]
+    split = rules.spec(spec.axes)[spec.out]
+    if (of_x := f"act_{axis}") in rules.names() and rules.spec((of_x,))[0] != split:
+        return 1  # a part of the matrix alone, which is brought together before it is used
+    return math.prod(mesh.shape[a] for a in ((split,) if isinstance(split, str) else split or ()))
