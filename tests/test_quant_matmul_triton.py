@@ -186,6 +186,45 @@ def test_the_layouts_formula(case: Case) -> None:
     case.check(compiled_run(case, (x, codes, scale, zero)), x, case.dense(codes, scale, zero))
 
 
+USUAL = 2**26  # numbers of a matrix in a usual run
+# the usual kinds, and what GPTQ, AWQ and GGUF bring
+REAL_KINDS = [
+    Case("int4", 128, 0, 0, 0), Case("nf4", 64, 0, 0, 0, scale="float32"), Case("int8", 0, 0, 0, 0),
+    Case("int4", 32, 0, 0, 0, zero=True), Case("fp8", 0, 0, 0, 0, scale="float32"), Case("mxfp4", 32, 0, 0, 0),
+    Case("fp8_block", 128, 0, 0, 0, scale="float32"), Case("int4", 128, 0, 0, 0, zero=True), Case("int8", 128, 0, 0, 0),
+]  # fmt: skip
+
+
+def of_real_models() -> list[Any]:
+    """Each matrix of the project's list with each kind at 1 and 16 rows; in a usual run one of them, kinds and rows in turn, but
+    of the largest (70B's and 27B's feed-forward) none, which take most of the time."""
+    found = []
+    for i, matrix in enumerate(shapes.MATRICES):
+        turn = (i % len(REAL_KINDS), (1, 16)[i % 2]) if matrix.N * matrix.K <= USUAL else None
+        for j, kind in enumerate(REAL_KINDS):
+            for M in (1, 16):
+                case = dataclasses.replace(kind, M=M, N=matrix.N, K=matrix.K)
+                name = f"{matrix}, {kind.kind} {kind.group_size}{' zeros' if kind.zero else ''}, {M} rows"
+                found.append(pytest.param(case, id=name, marks=() if turn == (j, M) else pytest.mark.thorough))
+    return found
+
+
+@pytest.mark.parametrize("case", of_real_models())
+def test_real_models_matrices(case: Case) -> None:
+    """With the tiles, turns and splits that these shapes have; held against the formula are the first outputs, the last, and
+    some between (no tile is wider than 128), whatever they are."""
+    x, codes, scale, zero = case.arrays()
+    y = np.asarray(run(case, (x, codes, scale, zero)))
+    assert y.shape == (case.M, case.N)
+    assert np.isfinite(y).all()
+    middle = 128 * (case.N // 128 // 2)
+    for first in sorted({0, middle, case.N - 128}):
+        some = slice(first, first + 128)
+        part = dataclasses.replace(case, N=128)
+        of = slice(first // 128, first // 128 + 1) if case.kind == "fp8_block" else some
+        part.check(y[:, some], x, part.dense(codes[some], scale[of], None if zero is None else zero[of]))
+
+
 def test_a_card_that_converts_fp8_itself() -> None:
     case = Case("fp8", 0, 3, 200, 416, scale="float32")
     x, codes, scale, _ = map(as_jax, case.arrays())
