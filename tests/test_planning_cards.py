@@ -151,7 +151,7 @@ def test_temporaries_are_one_block() -> None:
 )
 def test_steps_that_are_not_counted_closely(card: str, task: str, given: dict[str, Any], noted: bool) -> None:
     """Those whose rows tests/test_finetune_bytes.py does not hold to 5 %; float32 arithmetic is not of 16 bits."""
-    compute = {"compute": "float32"} if card == "t4" and task != "generate" else {}
+    compute: dict[str, Any] = {"compute": "float32"} if card == "t4" and task != "generate" else {}
     plan = dataclasses.replace(BF16, **given)
     found = plan_for(architecture(SMALL), plan, find(card), memory=10 * 10**9, task=task, **compute)
     assert found.chosen is not None
