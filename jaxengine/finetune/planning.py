@@ -621,10 +621,10 @@ def _need_in(
         # of float32 no order is asked for (`weights.base.einsum`): a layer's way back has all that it takes there, beside its
         # weights rounded as they are stored and the gradient of one, or attention's with attention's loop, whose products make
         # scores themselves; and that of the head is made last, of what it takes
-        each = 6 * s.D + 3 * s.NH + 2 * s.KH + 3 * s.F
+        numbers = 6 * s.D + 3 * s.NH + 2 * s.KH + 3 * s.F
         rounded = stored if M and stored < 4 else 0
         loop = _attention_loop(architecture, batch, context, 4, fused=True) + s.attending * rounded
-        again, cast = 4 * batch * context * each + max(4 * s.largest + layer * rounded, loop), 0
+        again, cast = 4 * batch * context * numbers + max(4 * s.largest + layer * rounded, loop), 0
         if of_head and loss_pieces(architecture, task, task.accumulate * batch, context) == 1:
             waiting_head = 4 * rows * (architecture.config.vocab_size + s.D)
     matrices = [s for k in set(architecture.kinds) for s in architecture.block(k)[1].values() if s.out is not None]
