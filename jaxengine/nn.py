@@ -79,47 +79,26 @@ def rms_norm(x: Float[Array, "... D"], weight: Any, eps: float, *, offset: float
 
     Gemma stores weight - 1 (offset 1) and multiplies before rounding; Llama rounds x / rms(x) to x's dtype first.
     """
-
-    def norm(x: Array, w: Array) -> Array:
-        wide = x.astype(jnp.float32)
-        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
-        w = w.reshape((1,) * (x.ndim - w.ndim) + w.shape)
-        if offset:
-            return (wide * (offset + w.astype(jnp.float32))).astype(x.dtype)
-        return wide.astype(x.dtype) * w.astype(x.dtype)
-
-    return _keeping_narrow(norm, x, value(weight))
+    wide = x.astype(jnp.float32)
+    wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    w = value(weight)
+    w = w.reshape((1,) * (x.ndim - w.ndim) + w.shape)
+    if offset:
+        return (wide * (offset + w.astype(jnp.float32))).astype(x.dtype)
+    return wide.astype(x.dtype) * w.astype(x.dtype)
 
 
 def layer_norm(x: Float[Array, "... D"], weight: Any, bias: Any, eps: float) -> Float[Array, "... D"]:
     """(x - mean) / std * weight + bias, computed in float32 (Ba et al., arXiv:1607.06450); either may be None."""
-
-    def norm(x: Array, w: Array | None, b: Array | None) -> Array:
-        wide = x.astype(jnp.float32)
-        wide = wide - wide.mean(-1, keepdims=True)
-        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
-        shape = (1,) * (x.ndim - 1) + x.shape[-1:]
-        if w is not None:
-            wide = wide * w.astype(jnp.float32).reshape(shape)
-        if b is not None:
-            wide = wide + b.astype(jnp.float32).reshape(shape)
-        return wide.astype(x.dtype)
-
-    return _keeping_narrow(norm, x, value(weight), value(bias))
-
-
-def _keeping_narrow(norm: Callable[..., Array], x: Array, *others: Any) -> Array:
-    """norm(x, *others), of which x is kept for the way back as it is where it is 16 bits wide. Before compute capability 9.0
-    XLA adds in float32, and would keep what the norm reads so, twice as wide, through the whole forward pass: it takes
-    bfloat16 rounded from float32 and widened again for the same. What is kept behind a barrier it does not."""
-    if x.dtype.itemsize > 2:
-        return norm(x, *others)
-    kept = jax.custom_vjp(norm)
-    kept.defvjp(
-        lambda x, *rest: (norm(x, *rest), (jax.lax.optimization_barrier(x), *rest)),
-        lambda held, gradient: jax.vjp(norm, *held)[1](gradient),
-    )
-    return kept(x, *others)
+    wide = x.astype(jnp.float32)
+    wide = wide - wide.mean(-1, keepdims=True)
+    wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    shape = (1,) * (x.ndim - 1) + x.shape[-1:]
+    if (w := value(weight)) is not None:
+        wide = wide * w.astype(jnp.float32).reshape(shape)
+    if (b := value(bias)) is not None:
+        wide = wide + b.astype(jnp.float32).reshape(shape)
+    return wide.astype(x.dtype)
 
 
 def plus(x: Array, bias: Any) -> Array:

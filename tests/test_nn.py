@@ -470,7 +470,7 @@ def test_padding_stays_finite() -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("name", ["rms", "rms, offset", "layer", "layer, no bias"])
 def test_gradients_of_norms(name: str, dtype: str) -> None:
-    """Against numpy float64, of x as it was rounded to the dtype; and what waits for the way back is no wider than it."""
+    """Against numpy float64, of x as it was rounded to the dtype."""
     rng = np.random.default_rng(1)
     x, g = (jnp.asarray(rng.normal(size=(3, 5, 64)), dtype) for _ in range(2))
     w, b = (jnp.asarray(rng.normal(size=64), dtype) for _ in range(2))
@@ -493,5 +493,3 @@ def test_gradients_of_norms(name: str, dtype: str) -> None:
     np.testing.assert_allclose(np.asarray(found[0], np.float64), wanted, rtol=0, atol=bound * abs(wanted).max())
     of_w = (G * unit).sum((0, 1))
     np.testing.assert_allclose(np.asarray(found[1], np.float64), of_w, rtol=0, atol=15 * bound * abs(G * unit).max())
-    wide = [r for r in jax.tree.leaves(back) if r.shape == x.shape and r.dtype.itemsize > x.dtype.itemsize]
-    assert not wide
