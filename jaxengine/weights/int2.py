@@ -4,7 +4,8 @@
 
 `_grouped.py` says how steps are chosen and what the scale's dtype bounds. Four codes around a whole zero are uneven, one
 below and two above or the other way round; affine puts the zero between two where that is nearer (a quarter of the error
-of normal numbers less), so that a weight of exactly 0 is held within half a step like any other. Bits per weight: 2 + 16 /
+of normal numbers less), so that a weight of exactly 0 is held within half a step like any other. It holds the largest numbers on
+both sides half a step too small, which a model may feel more than the error says (scripts/LOG.md). Bits per weight: 2 + 16 /
 group_size, 2.5 at the defaults; affine pays that fraction twice. Rounding to nearest in 2 bits loses much: a seventh of a
 normal matrix's power. It is for weights that were calibrated or trained for it.
 """

@@ -13,7 +13,7 @@ stored, so that columns of like size share a scale. GPTQ (arXiv:2210.17323) has 
 
 act_order=4: that order, with the same codes and scales, resolved in 4 parts of a row, each of which gathers from itself alone
 (_parts.py). A matrix whose inputs a mesh splits over as many devices then needs no inputs of others; what is read grows:
-of 4096 inputs in groups of 128, 4.125 bits a weight to 6.2 in 2 parts, 7.3 in 4 and 9.7 in 8.
+of 4096 inputs in groups of 128, 4.125 bits a weight to 6.25 in 2 parts, 7.5 in 4 and 10 in 8.
 """
 
 from __future__ import annotations

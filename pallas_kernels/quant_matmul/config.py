@@ -89,6 +89,9 @@ def config(
     block_m = 8 << (M * copies > 8) if beside else block_m
     # where registers are short, smaller blocks and no second tile a turn: the compiler is asked to spill nothing
     warps, block_n = (2, 64) if block_m <= 16 else (4, 64 if block_m == 32 or copies > 1 or affine else 128)
+    if beside and affine and copies == 2 and block_m == 8:
+        # one warp with as many outputs: fewer instructions for a weight, and no address of two warps' that is spilled
+        warps, block_n = 1, 32
     # (and where each group has its product, a second tile takes Triton four times as long to compile, for a tenth fewer
     # instructions)
     second = (copies == 1 or (beside and copies == 2)) and (block_m == 8 or (block_m == 16 and kind != "nf4"))
