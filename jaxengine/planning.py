@@ -20,7 +20,7 @@ from typing import Any, Unpack
 import jax
 from jax.sharding import AbstractMesh
 
-from jaxengine import machine
+from jaxengine import machine, orders
 from jaxengine.architecture import Architecture, architecture
 from jaxengine.engine import bucket
 from jaxengine.finetune import meshed
@@ -549,7 +549,10 @@ def plan_folder(
         stay=named_to_stay, attention=attention, remat=remat,
     )  # fmt: skip
     plan = with_rules(found, plan, weight_rules)
-    check_formats(found, stored, plan)
+    if (over := mesh_of(plan)) is not None:
+        check_mesh(found, plan)
+        plan = orders.over_mesh(found, plan, over)
+    check_formats(found, orders.as_chosen(found, stored, plan), plan)
     outcome = plan_for(
         found, plan, card, batch=batch, context=context, task=what or "generate",
         memory=None if memory is None else parse_bytes(memory), ram=None if ram is None else parse_bytes(ram, "ram"),

@@ -23,7 +23,8 @@ import jaxengine
 from checkpoints.safetensors import Reader
 from jaxengine import formats, orders, placement
 from jaxengine.architecture import architecture
-from jaxengine.plan import Plan
+from jaxengine.plan import Plan, layer_bytes
+from jaxengine.planning import plan_folder
 from jaxengine.proof import programs
 from jaxengine.weights import _parts, int4
 from sharding.mesh import make_mesh
@@ -234,6 +235,12 @@ def test_an_imported_checkpoint_over_a_mesh(mesh: str, tmp_path: Path) -> None:
     o = split.params["banks"][0].weights[0]["o"]
     assert o.perm.sharding.shard_shape(o.perm.shape)[0] == 1
     assert o.codes.sharding.shard_shape(o.codes.shape)[-1] * devices == o.codes.shape[-1]
+    said = f"tensor={devices}"  # of cards that are not here: the bytes that each of those here has
+    planned = plan_folder(theirs, gpu="rtx4090", mesh=said, sharding="tensor", context=32).candidates[0].plan
+    assert planned.weight_rules == split.plan.weight_rules
+    assert sum(layer_bytes(split.architecture, planned)) == sum(
+        x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(split.params["banks"])
+    )
     # the bound against transformers (tests/test_quantized_checkpoints.py); and between two orders of the same sums
     expected = jaxengine.load(plain).logits(TOKENS)
     np.testing.assert_allclose(split.logits(TOKENS), expected, atol=2e-4, rtol=0)
