@@ -267,8 +267,6 @@ def need(
                 alone = streaming * dtype.itemsize // stored + s.largest * stored
             elif not streamed:
                 alone = s.early * dtype.itemsize
-        if streamed and not tiled and dtype.itemsize == 2 and remat in ("full", "offload"):
-            back += entering  # what a norm reads, behind a barrier (nn._keeping_narrow)
         if streamed:
             back += _score_blocks(architecture, plan, task, batch * context * context)
         back -= _not_asked_for(architecture, task, batch * context * dtype.itemsize, streamed=bool(streamed))
