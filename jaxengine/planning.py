@@ -27,6 +27,7 @@ from jaxengine.finetune import meshed
 from jaxengine.finetune import planning as tuning
 from jaxengine.finetune.planning import Options
 from jaxengine.finetune.settings import Task
+from jaxengine.homes.base import home as find_home
 from jaxengine.plan import (
     DTYPES,
     Need,
@@ -288,6 +289,13 @@ def traps(architecture: Architecture, candidate: Candidate, card: Card, task: Ta
             "this step is not counted closely"
             + (" on a card below compute capability 8.0" if card.wide else " with attention 'xla' in 16 bits")
             + ": XLA was seen to take up to 1.5 times as much. Leave room, compile the plan, or train 'lora' with remat 'full'"
+        )
+    if task is not None and any(
+        len(p.kinds) > 1 and find_home(p.home).TIER != "device" for p in candidate.plan.parts(architecture)
+    ):
+        said.append(
+            "of a step through streamed layers that alternate XLA was seen to take up to 1.25 times as much as is counted: leave"
+            " room, or compile the plan"
         )
     if tiers["disk"]:
         plain = candidate.plan.weights == "dense" and not candidate.plan.weight_rules

@@ -244,7 +244,7 @@ class _Alternating:
                     ahead, g = _fetched_after(fetch, weights[j - 1], i, g)
                 given = (body, here, _at(states[j], i), _back_again(entered[j], self.offload))
                 asked, came = (of_body, of_weights[j], of_held[j]), (g, _at(of_states[j], i))
-                more, *found[j], g = _layer_back(self.kinds[j], given, asked, came, weights[j])
+                more, *found[j], g = _layer_back(self.kinds[j], given, asked, came, weights[j], several=True)
                 total = jax.tree.map(jnp.add, total, more)
                 here = ahead
             return (i - 1, g, total), tuple(found)
@@ -316,7 +316,7 @@ class _OneAhead:
         def through(j: int, turn: Any, here: Any, x: Any, g: Any, place: str) -> Any:
             given = (body, here, _at(states[j], turn), _back_again(x, self.offload))
             asked, came = (of_body, of_weights[j][place], of_held[j]), (g, _at(of_states[j], turn))
-            return _layer_back(self.kinds[j], given, asked, came, weights[j][place])
+            return _layer_back(self.kinds[j], given, asked, came, weights[j][place], several=K > 1)
 
         def alone(j: int, turn: int, x: Any, g: Any) -> Any:
             one, g = lax.optimization_barrier((ones[j], g))
@@ -397,15 +397,25 @@ def _with_way_back(form: _Alternating | _OneAhead, body: Body, weights: Any, sta
     return run(*given)
 
 
-def _layer_back(kind: Hashable, given: tuple[Any, ...], wanted: tuple[Any, ...], g: Any, stands: Any) -> Any:
+def _layer_back(
+    kind: Hashable, given: tuple[Any, ...], wanted: tuple[Any, ...], g: Any, stands: Any, *, several: bool
+) -> Any:
     """Back through one layer: its gradients that are wanted of (body, weights, state), those of weights where `stands` is,
-    and that of x. given: (body, weights, state, x)."""
+    and that of x. given: (body, weights, state, x).
+
+    several: of a turn. A layer is then run again once g is there, and all its gradients are made before the next one's: XLA
+    would else hold together what each of them keeps."""
+    if several:
+        *held, x = given
+        x, g = lax.optimization_barrier((x, g))
+        given = (*held, x)
 
     def layer(body: Any, weights: Any, state: Any, x: Any) -> Any:
         return _one(body, kind, weights, x, state)
 
     floats = jax.tree.map(_is_float, given[3])
-    of_body, of_weights, of_state, of_x = _pulled(layer, given, (*wanted, floats), g)
+    found = _pulled(layer, given, (*wanted, floats), g)
+    of_body, of_weights, of_state, of_x = lax.optimization_barrier(found) if several else found
     spaces = [jax.typeof(s).memory_space for s in _chosen(stands, wanted[1])]
     of_weights = [jax.device_put(w, space) for w, space in zip(of_weights, spaces, strict=True)]
     return of_body, of_weights, of_state, _filled(given[3], floats, of_x)

@@ -12,8 +12,9 @@ import numpy as np
 import optax
 import pytest
 from optax.contrib import MuonDimensionNumbers, muon
-from test_finetune import HOW, llama, losses, moved_by, run_of
+from test_finetune import HOW, LLAMA, llama, losses, moved_by, run_of
 
+import jaxengine
 from jaxengine import technique
 from jaxengine.finetune.optimizers import adamw8bit
 from jaxengine.finetune.optimizers.base import OPTIMIZERS, Matrix, Optimizer, optimizer
@@ -72,6 +73,22 @@ def test_each_layer_alone_in_host_memory_is_all_of_them_on_the_device(name: str)
     )
     least, most = SHARES[name]
     assert least <= state / layers <= most
+
+
+@pytest.mark.parametrize("family", ["gemma2", pytest.param("gemma3_text", marks=pytest.mark.thorough)])
+def test_unlike_layers_in_host_memory_are_those_on_the_device(family: str) -> None:
+    """That alternate, two of a turn, or are written out: every parameter, each layer changed before the next one's gradient."""
+    settings = dataclasses.replace(HOW, train="all", optimizer="sgd", learning_rate=0.3, steps=4, accumulate=2, batch=1)
+
+    def of(remat: str = "full", **how: Any) -> list[float]:
+        model = jaxengine.load(LLAMA.parent / family, dtype="float32", **how)
+        return losses(run_of(model, dataclasses.replace(settings, remat=remat)))
+
+    wanted = of()
+    assert moved_by(wanted) > 0.1
+    np.testing.assert_allclose(of(home="host"), wanted, rtol=2e-4)
+    np.testing.assert_allclose(of(home="host", remat="offload"), wanted, rtol=2e-4)
+    np.testing.assert_allclose(of(home="split", resident=1), wanted, rtol=2e-4)
 
 
 @pytest.mark.parametrize("name", NAMES)

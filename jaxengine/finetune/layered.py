@@ -109,14 +109,20 @@ def forward(bank: Bank, layer: Layer, attends: Any, x: Float[Array, "A B T D"], 
             x = parts(kind, place.fetch(weights), x)
         return x, tuple(kept)
 
-    def period(x: Array, slices: Any) -> tuple[Array, Any]:
+    def period(loop: Any, slices: Any) -> tuple[Any, Any]:
         kept = []
-        for kind, weights in zip(bank.kinds, slices, strict=True):
+        i, x = loop
+        for k, kind in enumerate(bank.kinds):
             kept.append(keep(x))
+            weights = slices[k]
+            if k:  # or all of a turn are brought at once; see walk._ordered for why the order is on the stack
+                stack, x = lax.optimization_barrier((bank.weights[k], x))
+                weights = at(stack, i)
             x = parts(kind, place.fetch(weights), x)
-        return x, tuple(kept)
+        return (i + 1, x), tuple(kept)
 
-    return lax.scan(period, x, bank.weights, length=bank.repeats)
+    (_, x), kept = lax.scan(period, (jnp.int32(0), x), bank.weights, length=bank.repeats)
+    return x, kept
 
 
 def _each_part(f: Callable[[Any], Array], rows: Any) -> Array:
@@ -179,9 +185,16 @@ def backward(
         i = bank.repeats - 1 - j
         stacks, states = list(stacks), list(states)
         for k, kind in reversed(list(enumerate(bank.kinds))):
+            x = at(kept[k], i)
+            if (
+                len(bank.kinds) > 1
+            ):  # one after the other, as of layers that are written out, and what was changed has gone back
+                stacks, states, x, g = lax.optimization_barrier((stacks, states, x, g))
             held = [at(t, i) for t in (stacks[k], states[k])]
             weights, state = (place.fetch(t) for t in held)
-            g, carry, weights, state = one(kind, weights, state, bring(at(kept[k], i)), g, carry)
+            g, carry, weights, state = one(kind, weights, state, bring(x), g, carry)
+            if len(bank.kinds) > 1:
+                g, carry, weights, state = lax.optimization_barrier((g, carry, weights, state))
             if write:
                 new = [place.back(t, h) for t, h in zip((weights, state), held, strict=True)]
                 stacks[k], states[k] = put(stacks[k], new[0], i), put(states[k], new[1], i)
