@@ -7,22 +7,40 @@ it has. weights/_parts.py says what that takes; here it is decided which matrice
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from collections.abc import Callable
 
+import jax
+import jax.numpy as jnp
+
 from jaxengine import formats
 from jaxengine.architecture import Architecture, Spec
-from jaxengine.plan import Plan
+from jaxengine.plan import Plan, abstract_leaf
 from jaxengine.sources import stacked_name
 from sharding.rules import AnyMesh, Rules
 
+log = logging.getLogger("jaxengine")
+
 
 def over_mesh(architecture: Architecture, plan: Plan, mesh: AnyMesh) -> Plan:
-    """The plan with each order of columns resolved in as many parts of a row as the mesh splits it and its inputs into."""
+    """The plan with each order of columns resolved in as many parts of a row as the mesh splits it and its inputs into. An
+    order stays whole, and a device gathers, where the mesh splits into a number that has no parts, or where the parts with
+    their room take more bytes than the matrix in no format: small groups in many parts."""
     rules = plan.sharding_rules()
-    return _with_formats(
-        architecture, plan, lambda name, spec, text: _in_parts(text, _devices_of_inputs(spec, rules, mesh))
-    )
+
+    def one(name: str, spec: Spec, text: str) -> str:
+        made = _in_parts(text, _devices_of_inputs(spec, rules, mesh))
+        if made == text:
+            return text
+        leaf = abstract_leaf(made, spec.shape, spec.out, plan.dtype)
+        size = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(leaf))
+        if size > math.prod(spec.shape) * jnp.dtype(plan.dtype).itemsize:
+            log.info("%s keeps its order whole: in parts it would take more bytes than %s", name, plan.dtype)
+            return text
+        return made
+
+    return _with_formats(architecture, plan, one)
 
 
 def as_chosen(architecture: Architecture, stored: Plan | None, chosen: Plan) -> Plan | None:

@@ -27,7 +27,7 @@ from jaxengine.plan import Plan, layer_bytes
 from jaxengine.planning import plan_folder
 from jaxengine.proof import programs
 from jaxengine.weights import _parts, int4
-from sharding.mesh import make_mesh
+from sharding.mesh import abstract_mesh, make_mesh
 
 U = 2.0**-24
 TOKENS = [3, 1, 4, 1, 5, 9, 2, 6]
@@ -287,7 +287,7 @@ def test_what_was_saved_over_a_mesh_is_loaded_anywhere(tmp_path: Path) -> None:
 def test_only_inputs_that_are_split_have_parts(sharding: str, mesh: str, wanted: int) -> None:
     """Under fully sharded weights a matrix is brought together before it is used, and its inputs are whole."""
     text = "int4:group_size=32,act_order=true"
-    plan = Plan(weights=text, mesh=mesh, sharding=sharding)
+    plan = Plan(weights=text, dtype="float32", mesh=mesh, sharding=sharding)
     arch = architecture(RAW)
     found = orders.over_mesh(arch, plan, make_mesh(mesh))
     for name, spec in arch.specs().items():
@@ -297,10 +297,24 @@ def test_only_inputs_that_are_split_have_parts(sharding: str, mesh: str, wanted:
             assert found.format_of(name, spec) == (given.replace("true", str(parts)) if parts else given)
     assert (found is plan) == (not wanted)
     # layers of their own formats
-    mixed = Plan(weights="int8", weight_rules=(("layers.1.o", text),), mesh=mesh, sharding=sharding)
+    mixed = Plan(weights="int8", dtype="float32", weight_rules=(("layers.1.o", text),), mesh=mesh, sharding=sharding)
     rules = orders.over_mesh(arch, mixed, make_mesh(mesh)).weight_rules
     new = (("layers.1.o", text.replace("true", str(wanted))),) if wanted else ()
     assert rules == (*new, ("layers.1.o", text))
+
+
+@pytest.mark.parametrize(
+    ("group_size", "devices", "whole"), [(128, 2, False), (32, 4, False), (32, 8, True), (32, 3, True)]
+)
+def test_an_order_stays_whole_where_parts_would_take_more_than_no_format(
+    group_size: int, devices: int, whole: bool
+) -> None:
+    """o of an 8B model: 4.5 bits a number whole in groups of 32, 14.4 in 4 parts, 23.8 in 8; 16 in bfloat16."""
+    raw = RAW | {"hidden_size": 4096, "num_attention_heads": 48, "num_key_value_heads": 48, "head_dim": 128}
+    plan = Plan(weights=f"int4:group_size={group_size},act_order=true", dtype="bfloat16", sharding="tensor")
+    found = orders.over_mesh(architecture(raw), plan, abstract_mesh(f"tensor={devices}"))
+    o = found.format_of("layers.0.o", architecture(raw).specs()["layers.0.o"])
+    assert o.endswith("act_order=true") == whole
 
 
 def test_the_case_is_one_with_an_order() -> None:

@@ -186,7 +186,7 @@ def test_the_layouts_formula(case: Case) -> None:
     case.check(compiled_run(case, (x, codes, scale, zero)), x, case.dense(codes, scale, zero))
 
 
-USUAL = 2**26  # numbers of a matrix in a usual run
+USUAL = 2**26  # numbers of a matrix
 # the usual kinds, and what GPTQ, AWQ and GGUF bring
 REAL_KINDS = [
     Case("int4", 128, 0, 0, 0), Case("nf4", 64, 0, 0, 0, scale="float32"), Case("int8", 0, 0, 0, 0),
@@ -196,16 +196,13 @@ REAL_KINDS = [
 
 
 def of_real_models() -> list[Any]:
-    """Each matrix of the project's list with each kind at 1 and 16 rows; in a usual run one of them, kinds and rows in turn, but
-    of the largest (70B's and 27B's feed-forward) none, which take most of the time."""
+    """Matrices of the project's list, kinds and rows in turn; of the largest (70B's and 27B's feed-forward) none, which take
+    minutes and gigabytes."""
     found = []
-    for i, matrix in enumerate(shapes.MATRICES):
-        turn = (i % len(REAL_KINDS), (1, 16)[i % 2]) if matrix.N * matrix.K <= USUAL else None
-        for j, kind in enumerate(REAL_KINDS):
-            for M in (1, 16):
-                case = dataclasses.replace(kind, M=M, N=matrix.N, K=matrix.K)
-                name = f"{matrix}, {kind.kind} {kind.group_size}{' zeros' if kind.zero else ''}, {M} rows"
-                found.append(pytest.param(case, id=name, marks=() if turn == (j, M) else pytest.mark.thorough))
+    for i, matrix in enumerate(m for m in shapes.MATRICES if m.N * m.K <= USUAL):
+        kind, M = REAL_KINDS[i % len(REAL_KINDS)], (1, 16)[i % 2]
+        name = f"{matrix}, {kind.kind} {kind.group_size}{' zeros' if kind.zero else ''}, {M} rows"
+        found.append(pytest.param(dataclasses.replace(kind, M=M, N=matrix.N, K=matrix.K), id=name))
     return found
 
 
