@@ -202,7 +202,8 @@ def of_real_models() -> list[Any]:
     for i, matrix in enumerate(m for m in shapes.MATRICES if m.N * m.K <= USUAL):
         kind, M = REAL_KINDS[i % len(REAL_KINDS)], (1, 16)[i % 2]
         name = f"{matrix}, {kind.kind} {kind.group_size}{' zeros' if kind.zero else ''}, {M} rows"
-        found.append(pytest.param(dataclasses.replace(kind, M=M, N=matrix.N, K=matrix.K), id=name))
+        marks = () if i < 3 else pytest.mark.thorough
+        found.append(pytest.param(dataclasses.replace(kind, M=M, N=matrix.N, K=matrix.K), id=name, marks=marks))
     return found
 
 
