@@ -8,6 +8,7 @@ float32 (sums of some hundred terms, 2^-20 of a w / s of up to 2^bits) cannot ch
 from __future__ import annotations
 
 import fcntl
+import gc
 import json
 import math
 import os
@@ -378,6 +379,7 @@ def test_memory_is_kept(two: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     ):
         quantize(two, FEW, out=tmp_path / "out", memory=1000, **HOW)
     assert list(tmp_path.iterdir()) == []
+    gc.collect()  # or arrays of earlier tests go meanwhile
     before, most = sum(a.nbytes for a in jax.live_arrays()), 0
 
     def track(done: int, total: int, what: str) -> None:
