@@ -37,21 +37,22 @@ def over_mesh(architecture: Architecture, plan: Plan, mesh: AnyMesh) -> Plan:
         size = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(leaf))
         if size > math.prod(spec.shape) * jnp.dtype(plan.dtype).itemsize:
             log.info("%s keeps its order whole: in parts it would take more bytes than %s", name, plan.dtype)
-            return text
+            return _with_order(text, True)
         return made
 
     return _with_formats(architecture, plan, one)
 
 
 def as_chosen(architecture: Architecture, stored: Plan | None, chosen: Plan) -> Plan | None:
-    """The plan of stored weights with the parts that `chosen` resolves their orders in: codes and scales are the same."""
+    """The plan of stored weights with the parts that `chosen` resolves their orders in: codes and scales are the same numbers,
+    whole or in whatever parts."""
     if stored is None:
         return None
 
     def one(name: str, spec: Spec, text: str) -> str:
         wanted = chosen.format_of(name, spec)
-        parts = dict(formats.find(wanted).options).get("act_order", False)
-        return wanted if _in_parts(text, int(parts)) == wanted else text
+        both = _order(text) and _order(wanted)
+        return wanted if both and _with_order(text, True) == _with_order(wanted, True) else text
 
     return _with_formats(architecture, stored, one)
 
@@ -74,14 +75,23 @@ def _with_formats(architecture: Architecture, plan: Plan, choose: Callable[[str,
 
 
 def _in_parts(text: str, devices: int) -> str:
-    """The format with its order of columns in parts that so many devices split; as it is where it has none, or parts already."""
+    """The format with its order of columns in parts that so many devices split; as it is where it has no order, or where its
+    parts are split by them already; with the order whole where no number of parts is."""
+    order = _order(text)
+    if devices <= 1 or not order or (order is not True and order % devices == 0):
+        return text
+    parts = (n for n in formats.find(text).module.OPTIONS["act_order"] if n > 1 and n % devices == 0)
+    return _with_order(text, next(parts, True))
+
+
+def _order(text: str) -> bool | int:
+    """False, True for one that is whole, or its parts."""
+    return dict(formats.find(text).options).get("act_order", False)
+
+
+def _with_order(text: str, order: bool | int) -> str:
     fmt = formats.find(text)
-    if devices <= 1 or dict(fmt.options).get("act_order") is not True:
-        return text
-    parts = next((n for n in fmt.module.OPTIONS["act_order"] if n > 1 and n % devices == 0), None)
-    if parts is None:
-        return text
-    return str(dataclasses.replace(fmt, options=tuple((n, parts if n == "act_order" else v) for n, v in fmt.options)))
+    return str(dataclasses.replace(fmt, options=tuple((n, order if n == "act_order" else v) for n, v in fmt.options)))
 
 
 def _devices_of_inputs(spec: Spec, rules: Rules, mesh: AnyMesh) -> int:

@@ -268,8 +268,14 @@ def test_what_was_saved_over_a_mesh_is_loaded_anywhere(tmp_path: Path) -> None:
     assert dict(alone.plan.weight_rules)["layers.*.o"].endswith("act_order=2")
     over = jaxengine.load(tmp_path / "one", mesh="data=2,tensor=4", sharding="tensor")
     assert dict(over.plan.weight_rules)["layers.*.o"].endswith("act_order=4")
+    anew = jaxengine.load(tmp_path / "split", mesh="data=2,tensor=4", sharding="tensor")
+    specs = anew.architecture.specs()
+    assert anew.plan.format_of("layers.1.o", specs["layers.1.o"]).endswith("act_order=4")
+    assert anew.params["banks"][0].weights[0]["o"].perm.shape[0] == 4
+    whole = jaxengine.load(tmp_path / "split", plan=one.plan)
+    assert whole.plan == one.plan
     of = lambda m: np.asarray(placement.stored(m.architecture, m.plan, m.params)["layers.1.o"]().dense())  # noqa: E731
-    for model in (alone, over):
+    for model in (alone, over, anew, whole):
         np.testing.assert_array_equal(of(model), of(one))
     other = jaxengine.load(theirs, plan=split.plan, mesh="data=4,tensor=2")  # the same plan again
     np.testing.assert_array_equal(of(other), of(one))

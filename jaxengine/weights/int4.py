@@ -57,9 +57,13 @@ def pack(codes: Any, scale: Any, zero: Any = None, *, in_shape: Sequence[int], p
 
 
 def refit(leaf: _grouped.Grouped, *, act_order: bool | int = False, **options: Any) -> _grouped.Grouped:
-    """What was stored in this format, or in it with act_order=true, in this format."""
+    """What was stored in this format, or in it with an order of columns that is whole or in other parts, in this format."""
     del options
-    return leaf if act_order <= 1 or leaf.ends is not None else leaf.in_parts(int(act_order))
+    held = 1 if leaf.ends is None else len(leaf.ends)
+    if not act_order or held == int(act_order):
+        return leaf
+    whole = leaf if leaf.ends is None else leaf.joined()
+    return whole if act_order is True else whole.in_parts(int(act_order))
 
 
 def leaf_axes(
