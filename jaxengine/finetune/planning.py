@@ -755,7 +755,9 @@ def layer_activations(architecture: Architecture, rows: int, itemsize: int, tile
         dims = {a: n for s in specs.values() for a, n in zip(s.axes, s.shape, strict=True)}
         D, F = dims["embed"], dims["mlp"]
         outs = sum(math.prod(s.shape[: s.out]) for s in specs.values() if s.out is not None)
-        parts = [rows * itemsize * n for n in (4 * D + outs + 2 * F, outs - D, 3 * D + F, outs + 2 * D)]
+        # queries and keys as they were before their norms, where they have some
+        normed = sum(math.prod(specs[n].shape[: specs[n].out]) for n in ("q", "k") if f"{n}_norm" in specs)
+        parts = [rows * itemsize * n for n in (4 * D + outs + normed + 2 * F, outs - D, 3 * D + F, outs + 2 * D)]
         if tile:
             attends = [s for s in specs.values() if s.out is not None and "mlp" not in s.axes]
             made = sum(math.prod(s.shape[: s.out]) for s in attends) - D  # queries, keys, values
