@@ -186,9 +186,7 @@ def backward(
         stacks, states = list(stacks), list(states)
         for k, kind in reversed(list(enumerate(bank.kinds))):
             x = at(kept[k], i)
-            if (
-                len(bank.kinds) > 1
-            ):  # one after the other, as of layers that are written out, and what was changed has gone back
+            if len(bank.kinds) > 1:  # one after the other, and what was changed has gone back
                 stacks, states, x, g = lax.optimization_barrier((stacks, states, x, g))
             held = [at(t, i) for t in (stacks[k], states[k])]
             weights, state = (place.fetch(t) for t in held)
