@@ -249,7 +249,7 @@ LOADING = (
     click.option("--adapter", metavar="FOLDER", help="A PEFT folder, LoRA or DoRA, to stand beside the weights."),
     click.option("--mesh", metavar="AXES", show_default="one device", help="Several devices, e.g. data=2,tensor=4."),
     click.option(
-        "--sharding", metavar="TABLE", show_default="single",
+        "--sharding", metavar="TABLE", show_default="as --mesh",
         help="How parameters are split over them: single, data, fsdp, tensor, fsdp+tensor.",
     ),
 )  # fmt: skip

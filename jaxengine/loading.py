@@ -35,6 +35,7 @@ from jaxengine.plan import (
     parameter_bytes,
     parse_bytes,
     show_bytes,
+    table_over,
     with_rules,
 )
 from jaxengine.planning import streamed_form
@@ -84,13 +85,14 @@ def load(
     weights: the format of matrices ('dense', 'int8', ...); weight_rules: of
     some by the pattern of their names, {'lm_head': 'int8', 'layers.*.down': 'dense'}, the first that matches, before the
     plan's own. dtype: 'float32', 'bfloat16' or 'float16' (the checkpoint's own if not given). mesh: e.g. 'data=2,tensor=4'
-    over all devices, or a jax Mesh; sharding: the table of rules. home: 'device', 'host', 'split', of which the first
-    `resident` layers are on the device, or 'disk', of which the first `resident` are there and the next `kept` in host
-    memory; form: 'unrolled', 'scan', 'ahead' or 'python'. stay: name patterns of parameters ('k', 'layers.*.v') that stand
-    on the device though their layers are streamed from host memory, as vectors always do. kv: the cache's codec ('raw',
-    'int8', 'int4'); kv_layout: the layout of sliding-window layers ('window', 'full'). attention: the implementation by
-    name ('auto', 'xla', 'triton', 'cudnn', 'mosaic_gpu', 'tokamax', 'reference'). adapter: a PEFT folder, whose LoRA or
-    DoRA stands beside the weights, in whatever format and home they are but on disk. progress: called with (name, bytes
+    over all devices, or a jax Mesh; sharding: the table of rules (that of the mesh's axes, if not given). home: 'device',
+    'host', 'split', of which the first `resident` layers are on the device, or 'disk', of which the first `resident` are
+    there and the next `kept` in host memory; form: 'unrolled', 'scan', 'ahead' or 'python'. stay: name patterns of
+    parameters ('k', 'layers.*.v') that stand on the device though their layers are streamed from host memory, as
+    vectors always do. kv: the cache's codec ('raw', 'int8', 'int4'); kv_layout: the layout of sliding-window layers
+    ('window', 'full'). attention: the implementation by name ('auto', 'xla', 'triton', 'cudnn', 'mosaic_gpu',
+    'tokamax', 'reference'). adapter: a PEFT folder, whose LoRA or DoRA stands beside the weights, in whatever format
+    and home they are but on disk. progress: called with (name, bytes
     read, bytes in all), and for layers that are packed first in the same way, from zero.
 
     Of the plan that an orbax folder was saved with, only what its bytes are decides here too, where no plan is given:
@@ -120,6 +122,8 @@ def load(
             chosen = with_rules(arch, chosen, weight_rules)
         over = mesh if isinstance(mesh, Mesh) else make_mesh(chosen.mesh or None)
         chosen = _counted(chosen, over)
+        if named is not None and sharding is None and chosen.sharding == "single" and not chosen.rules:
+            chosen = dataclasses.replace(chosen, sharding=table_over(chosen.mesh))
         check_mesh(arch, chosen)
         chosen = orders.over_mesh(arch, chosen, over)
         check_stay(arch, chosen)

@@ -429,6 +429,13 @@ def _split_over(rules: Rules) -> list[str]:
     return sorted({axis for axes in said for axis in ((axes,) if isinstance(axes, str) else axes)})
 
 
+def table_over(mesh: str) -> str:
+    """The table of rules that splits over just the axes of a mesh, where nobody says one: 'fsdp' for 'data=2,fsdp=4'."""
+    said = (part.replace(" ", "").partition("=") for part in mesh.split(","))
+    many = {axis for axis, _, size in said if size != "1"}
+    return "+".join(axis for axis in ("fsdp", "tensor") if axis in many) or ("data" if "data" in many else "single")
+
+
 def check_mesh(architecture: Architecture, plan: Plan) -> None:
     """Refuse, before anything is read, a mesh that the plan's rules do not go with or do not divide the model over."""
     mesh = mesh_of(plan)

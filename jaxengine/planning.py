@@ -44,6 +44,7 @@ from jaxengine.plan import (
     parse_bytes,
     shard_bytes,
     show_bytes,
+    table_over,
     tier_bytes,
     variants,
     weight_bytes,
@@ -553,7 +554,7 @@ def plan_folder(
     named_to_stay: Any = stay if isinstance(stay, str) else tuple(stay)  # a string, which Plan refuses
     plan = Plan(
         dtype=named, weights=start.weights, weight_rules=start.weight_rules, kv_codec=kv, mesh=mesh,
-        sharding=sharding or meshed.table(mesh),
+        sharding=sharding or table_over(mesh),
         stay=named_to_stay, attention=attention, remat=remat,
     )  # fmt: skip
     plan = with_rules(found, plan, weight_rules)

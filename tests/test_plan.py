@@ -164,7 +164,7 @@ def test_what_goes_with_a_budget_is_told() -> None:
     with pytest.raises(ValueError, match="give one"):
         jaxengine.load(GOLDEN / "llama", memory="1GB", home="host")
     with pytest.raises(ValueError, match="whole copy on each"):
-        jaxengine.load(GOLDEN / "llama", memory="1GB", mesh="data=8")
+        jaxengine.load(GOLDEN / "llama", memory="1GB", mesh="data=8", sharding="single")
     with pytest.raises(ValueError, match="no memory is given"):
         jaxengine.load(GOLDEN / "llama", context=512)
 
@@ -174,11 +174,23 @@ def test_a_plan_without_dtype_is_the_checkpoints_own() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "said"), [({"mesh": "data=8"}, "whole copy on each"), ({"sharding": "tensor"}, "one device")]
+    ("given", "said"),
+    [({"mesh": "data=8", "sharding": "single"}, "whole copy on each"), ({"sharding": "tensor"}, "one device")],
 )
 def test_a_mesh_and_its_rules_go_together(given: dict, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         jaxengine.load(GOLDEN / "llama", **given)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "table"),
+    [("data=8", "data"), ("fsdp=4,data=2", "fsdp"), ("data=4,tensor=-1", "tensor"), ("fsdp=4,tensor=2", "fsdp+tensor")],
+)
+def test_rules_are_those_of_the_meshs_axes_where_none_are_named(mesh: str, table: str) -> None:
+    model = jaxengine.load(jaxengine.demo_folder(), mesh=mesh)
+    assert model.plan.sharding == table
+    assert model.mesh.size == 8
+    assert jaxengine.load(jaxengine.demo_folder(), mesh=mesh, sharding=table).plan == model.plan
 
 
 def test_sizes_as_people_write_them() -> None:

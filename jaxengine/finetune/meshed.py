@@ -118,13 +118,6 @@ def check(architecture: Architecture, plan: Plan, task: Task, *, batch: int) -> 
         )
 
 
-def table(mesh: str) -> str:
-    """The table of rules that splits over just the axes of a mesh, where nobody says one: 'fsdp' for 'data=2,fsdp=4'."""
-    said = (part.replace(" ", "").partition("=") for part in mesh.split(","))
-    many = {axis for axis, _, size in said if size != "1"}
-    return "+".join(axis for axis in ("fsdp", "tensor") if axis in many) or ("data" if "data" in many else "single")
-
-
 def listed(plan: Plan) -> bool:
     """Whether layers on the devices are written out: on one device, and where each is brought together in its turn (fsdp).
     Elsewhere they are scanned: written out over several, XLA lets sums over devices wait, and keeps what they are made of."""
