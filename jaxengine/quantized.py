@@ -9,7 +9,7 @@ act-order (GPTQ's desc_act). The columns of such a matrix are sorted by group, a
 input in that order. Of a feed-forward block no gather is left: what its last matrix reads is made by the rows of the matrices
 before it, one row a number, so these rows are put in that order instead, once, while they are read (TP-aware
 dequantisation, arXiv:2402.04925). Neighbouring rows then belong to neighbouring columns, and a mesh splits both alike.
-It is exact: only the order of a sum changes. Elsewhere the order stays beside the codes (int4's act_order), and where a mesh
+It is exact: only the order of a sum changes. Elsewhere the order stays beside the codes (a format's act_order), and where a mesh
 splits the inputs, as of an attention's output matrix, it is resolved in each device's part of a row as the matrix is read
 (orders.py, weights/_parts.py): a device gathers from the inputs that it has.
 """
@@ -358,17 +358,9 @@ def _format(stored: Stored, scale: str, *, affine: bool, order: bool) -> str:
         return str(formats.find(f"fp8:dtype={FP8[stored.codes]},scale={shared}"))
     if kind == "nf4":
         return str(formats.find(f"nf4:group_size={_group(stored)},double=false"))
-    if kind == "int8":
-        if order:
-            raise CheckpointError(
-                f"{stored.name} has 8-bit codes in another order of columns (desc_act), which is read of 4-bit codes only"
-            )
-        return str(formats.find(f"int8:group_size={_group(stored)}"))
-    said = f"{kind}:group_size={_group(stored)},affine={affine},scale={scale}"
-    if order and kind != "int4":
-        raise CheckpointError(
-            f"{stored.name}: another order of columns (desc_act) is read of 4-bit codes only, not {kind}"
-        )
+    said = f"{kind}:group_size={_group(stored)}"
+    if kind != "int8":
+        said += f",affine={affine},scale={scale}"
     return str(formats.find(f"{said},act_order=true" if order else said))
 
 
@@ -399,14 +391,14 @@ def _pack(text: str, stored: Stored, matrix: Matrix, spec: Spec) -> Any:
     scale = scale.reshape(*out_shape, -1)
     if stored.kind in ("mxfp4", "nf4"):
         return module.pack(codes, scale, in_shape=in_shape)
+    perm = matrix.perm
+    if options.get("act_order") and perm is None:
+        perm = np.arange(math.prod(in_shape), dtype=np.int32)
     if stored.kind == "int8":
         scale = scale.astype(np.float32)
-        return module.pack(codes, scale if options.get("group_size") else scale[..., 0], in_shape=in_shape)
+        return module.pack(codes, scale if options.get("group_size") else scale[..., 0], in_shape=in_shape, perm=perm)
     dtype = np.dtype(options.get("scale", "bfloat16"))
     if options.get("affine"):
         middle = np.uint8(1 << (int(stored.kind[3:]) - 1))
         zero = (np.full(scale.shape, middle) if zero is None else zero.reshape(scale.shape)).astype(dtype)
-    perm = matrix.perm
-    if options.get("act_order") and perm is None:
-        perm = np.arange(math.prod(in_shape), dtype=np.int32)
     return module.pack(np.ascontiguousarray(codes), scale.astype(dtype), zero, in_shape=in_shape, perm=perm)

@@ -281,7 +281,9 @@ def test_jax_packs_what_numpy_packs(name: str) -> None:
     np.testing.assert_array_equal(on_device.unpacked(), codes)
 
 
-@pytest.mark.parametrize("text", [*CHOICES, "int4:act_order=true"])
+@pytest.mark.parametrize(
+    "text", [*CHOICES, "int4:act_order=true", "int8:group_size=32,act_order=true", "int2:act_order=true"]
+)
 def test_a_matrix_packed_from_its_codes_is_the_same_tree(text: str) -> None:
     """So an importer's Weight takes the place of the one that a plan expects."""
     leaf = encode(text, matrix())
@@ -341,11 +343,9 @@ C, S = np.zeros((4, 64), np.uint8), np.ones((4, 2), np.float32)
         ("int4", {"zero": S.astype(np.float16)}, "scale is float32 and zero float16"),
         ("int4", {"perm": np.arange(64)}, r"perm is int64 \[64\]; it is int32 \[64\]"),
         ("int4", {"perm": np.zeros(64, np.int32)}, "perm is no permutation"),
-        ("int3", {"perm": np.arange(64, dtype=np.int32)}, "got a perm; pack it as int4"),
         ("int5", {"codes": C + np.uint8(32)}, "largest code is 32; codes of 5 bits are 0 to 31"),
         ("int5", {"perm": np.arange(64, dtype=np.int32)}, "got a perm; pack it as int4"),
-        ("int2", {"perm": np.arange(64, dtype=np.int32)}, "got a perm; pack it as int4"),
-        ("int8", {"perm": np.arange(64, dtype=np.int32)}, "got a perm"),
+        ("int8", {"perm": np.arange(64, dtype=np.int32), "scale": S[:, 0]}, "got a perm of columns that share one scale a row"),
         ("int8", {"zero": S}, "got a zero"),
         ("int8", {"scale": S.astype(np.float16)}, "scale is float16; it is float32"),
         ("int8", {"scale": S[:3, 0]}, r"uint8 \[4, 64\] and scale \[3\]"),
@@ -392,7 +392,7 @@ def test_act_order_serves_columns_of_different_sizes() -> None:
 
 DOTS = [
     "int4:group_size=16,act_order=true,affine=true", "int3", "int2:group_size=16,affine=true,scale=float16",
-    "int8:group_size=32",
+    "int8:group_size=32", "int8:group_size=64,act_order=true", "int3:act_order=true,affine=true",
 ]  # fmt: skip
 contract_jit = jax.jit(contract, static_argnums=0)
 
@@ -505,6 +505,16 @@ def test_parts_that_disagree_are_refused(bits: int, change: dict[str, Any], said
              "least": np.zeros((3, 8), np.uint8), "least_unit": unit}  # fmt: skip
     with pytest.raises(ValueError, match=said):
         kquant.pack(bits, **(parts | change), in_shape=(256,))
+
+
+def test_an_order_of_int8_is_of_groups_alone() -> None:
+    w = jnp.zeros((8, 64))
+    with pytest.raises(
+        ValueError, match=r"act_order=true orders columns into groups, and group_size is 0.*say group_size=128"
+    ):
+        formats.find("int8:act_order=true").encode(w, out=1)
+    with pytest.raises(ValueError, match=r"act_order=4 and outliers=8: .*leave one of the two out"):
+        formats.find("int8:group_size=32,outliers=8,act_order=4").encode(w, out=1)
 
 
 def test_act_order_costs_a_number_a_column() -> None:

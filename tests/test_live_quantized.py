@@ -23,6 +23,8 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+from test_quantized_checkpoints import CASES, folders  # noqa: E402
+
 import jaxengine  # noqa: E402
 from checkpoints import compressed  # noqa: E402
 from checkpoints.quantized import Stored, method  # noqa: E402
@@ -239,6 +241,20 @@ def tiny(folder: Path) -> Any:
 def logits(model: Any) -> np.ndarray:
     with torch.no_grad():
         return model(torch.tensor([TOKENS])).logits.float().numpy()
+
+
+@pytest.mark.parametrize("case", ["gptq-8-order", "gptq-3-order", "gptq-2-order"])
+def test_gptq_of_other_bits_says_what_its_matrices_say(case: str, tmp_path: Path) -> None:
+    """transformers' dense model with the matrices that the layout means, by tests/oracles/packed.py; codes of random bits."""
+    theirs, plain = folders(CASES[case][0], tmp_path)
+    model, told = transformers.AutoModelForCausalLM.from_pretrained(
+        plain, dtype=torch.float32, output_loading_info=True
+    )
+    assert not told["missing_keys"]
+    assert not told["unexpected_keys"]
+    expected = logits(model)
+    assert 0.3 < np.abs(expected).max() < 30
+    np.testing.assert_allclose(jaxengine.load(theirs, form="scan").logits(TOKENS), expected, atol=ATOL, rtol=0)
 
 
 @pytest.mark.parametrize("double", [False, True])

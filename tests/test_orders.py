@@ -23,10 +23,10 @@ import jaxengine
 from checkpoints.safetensors import Reader
 from jaxengine import formats, orders, placement
 from jaxengine.architecture import architecture
-from jaxengine.plan import Plan, layer_bytes
+from jaxengine.plan import Plan, abstract_leaf, layer_bytes
 from jaxengine.planning import plan_folder
 from jaxengine.proof import programs
-from jaxengine.weights import _parts, int4
+from jaxengine.weights import _parts
 from sharding.mesh import abstract_mesh, make_mesh
 
 U = 2.0**-24
@@ -38,15 +38,17 @@ RAW = {
 }  # fmt: skip
 
 
-def random_leaf(inputs: int, G: int, *, outputs: int = 6, affine: bool = True, perm: Any = None, seed: int = 0) -> Any:
+def random_leaf(
+    inputs: int, G: int, *, outputs: int = 6, affine: bool = True, perm: Any = None, seed: int = 0, bits: int = 4
+) -> Any:
     """A matrix of random codes in a random order of columns, in numpy."""
     rng = np.random.default_rng(seed)
     groups = -(-inputs // G)
-    codes = rng.integers(0, 16, (outputs, inputs)).astype(np.uint8)
+    codes = rng.integers(0, 2**bits, (outputs, inputs)).astype(np.uint8)
     scale = rng.uniform(0.5, 2, (outputs, groups)).astype(np.float32)
-    zero = rng.integers(0, 16, (outputs, groups)).astype(np.float32) if affine else None
+    zero = rng.integers(0, 2**bits, (outputs, groups)).astype(np.float32) if affine else None
     perm = (rng.permutation(inputs) if perm is None else perm).astype(np.int32)
-    return int4.pack(codes, scale, zero, in_shape=(inputs,), perm=perm)
+    return formats.find(f"int{bits}").module.pack(codes, scale, zero, in_shape=(inputs,), perm=perm)
 
 
 def exact_of(leaf: Any) -> np.ndarray:
@@ -55,7 +57,7 @@ def exact_of(leaf: Any) -> np.ndarray:
     found = np.empty(codes.shape)
     for i, column in enumerate(perm):
         g = i // leaf.group_size
-        zero = 8 if leaf.zero is None else leaf.zero[:, g].astype(np.float64)
+        zero = 2 ** (leaf.bits - 1) if leaf.zero is None else leaf.zero[:, g].astype(np.float64)
         found[:, column] = leaf.scale[:, g].astype(np.float64) * (codes[:, i] - zero)
     return found
 
@@ -77,6 +79,25 @@ def test_parts_hold_the_same_numbers(inputs: int, G: int, parts: int) -> None:
     # in the groups that there were: an export tells each column's
     g, h = (np.argsort(w.perm, kind="stable") // w.group_size for w in (leaf, whole))
     np.testing.assert_array_equal(g, h)
+
+
+@pytest.mark.parametrize(("bits", "parts"), [(8, 4), (3, 2), (2, 4)])
+def test_codes_of_other_bits_in_parts(bits: int, parts: int) -> None:
+    """The same numbers and products, and what a plan expects of the format."""
+    leaf = random_leaf(512, 64, bits=bits, affine=bits < 8)
+    said = f"int{bits}:group_size=64," + ("" if bits == 8 else "affine=true,scale=float32,") + f"act_order={parts}"
+    split = formats.find(said).refit(leaf)
+    exact = exact_of(leaf)
+    np.testing.assert_array_equal(np.asarray(split.dense()), exact.astype(np.float32))
+    np.testing.assert_array_equal(exact_of(split.joined()), exact)
+    planned = abstract_leaf(said, (6, 512), 1, "float32")
+    assert jax.tree.structure(planned) == jax.tree.structure(split)
+    assert [(a.shape, a.dtype) for a in jax.tree.leaves(planned)] == [
+        (a.shape, a.dtype) for a in jax.tree.leaves(split)
+    ]
+    x = np.random.default_rng(1).normal(size=(3, 512)).astype(np.float32)
+    y = np.asarray(jax.tree.map(jnp.asarray, split).contract("bi,oi->bo", jnp.asarray(x)))
+    assert (abs(y - x @ exact.T) <= (split.perm.size + 8) * U * (abs(x) @ abs(exact.T))).all()
 
 
 @pytest.mark.parametrize("parts", [2, 4])
@@ -225,10 +246,10 @@ def test_no_step_brings_activations_together(devices: int, form: str, kind: str)
     assert gathers(plan, mesh, kind)
 
 
-@pytest.mark.parametrize("mesh", ["data=4,tensor=2", "data=2,tensor=4"])
-def test_an_imported_checkpoint_over_a_mesh(mesh: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("mesh", "bits"), [("data=4,tensor=2", 4), ("data=2,tensor=4", 4), ("data=4,tensor=2", 8)])
+def test_an_imported_checkpoint_over_a_mesh(mesh: str, bits: int, tmp_path: Path) -> None:
     """GPTQ with desc_act: logits of the matrices that it means, tokens of one device, and the same file when it is written."""
-    theirs, plain = folders(gptq(act_order=True), tmp_path, RAW)
+    theirs, plain = folders(gptq(bits, act_order=True, sym=bits == 8), tmp_path, RAW)
     one, split = jaxengine.load(theirs), jaxengine.load(theirs, mesh=mesh, sharding="tensor")
     devices = int(mesh[-1])
     assert dict(split.plan.weight_rules)["layers.*.o"].endswith(f"act_order={devices}")

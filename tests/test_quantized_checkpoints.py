@@ -67,8 +67,10 @@ def gptq(bits: int = 4, group: int = 32, *, sym: bool = False, act_order: bool =
         if sym:  # the middle code, less one in the first version
             nibbles = np.full((G, O), 2 ** (bits - 1) - (not v2), np.uint8)
             qzeros = base.pack(nibbles, bits)
-        elif not v2 and bits == 4:
-            qzeros &= 0x77777777  # a 15 would be 16, and carry into its neighbour
+        elif not v2 and bits != 3:
+            qzeros &= {2: 0x55555555, 4: 0x77777777}[
+                bits
+            ]  # the largest would be one more, and carry into its neighbour
         parts = {
             "qweight": words(rng, I * bits // 32, O), "qzeros": qzeros, "scales": scales(rng, G, O, size=0.06 / 2**bits * 4)
         }  # fmt: skip
@@ -228,8 +230,17 @@ CASES: dict[str, tuple[Case, str]] = {
     "gptq-v2": (gptq(v2=True), "int4:group_size=32,affine=true,scale=float16"),
     "gptq-8": (gptq(bits=8, sym=True), "int8:group_size=32"),
     "gptq-8-rows": (gptq(bits=8, sym=True, group=-1, v2=True), "int8"),
+    "gptq-8-order": (gptq(bits=8, sym=True, act_order=True), "int8:group_size=32,act_order=true"),
     "gptq-3": (gptq(bits=3, v2=True), "int3:group_size=32,affine=true,scale=float16"),
+    "gptq-3-sym": (gptq(bits=3, sym=True), "int3:group_size=32,scale=float16"),
+    "gptq-3-order": (gptq(bits=3, act_order=True), "int3:group_size=32,affine=true,scale=float16,act_order=true"),
     "gptq-2": (gptq(bits=2, v2=True, group=64), "int2:group_size=64,affine=true,scale=float16"),
+    "gptq-2-sym-order": (
+        gptq(bits=2, sym=True, act_order=True, group=64), "int2:group_size=64,scale=float16,act_order=true",
+    ),
+    "gptq-2-order": (
+        gptq(bits=2, act_order=True, group=64), "int2:group_size=64,affine=true,scale=float16,act_order=true",
+    ),
     "awq": (awq(), "int4:group_size=32,affine=true,scale=float16"),
     "awq-128": (awq(128), "int4:affine=true,scale=float16"),
     "nf4": (nf4(), "nf4:double=false"),
@@ -240,6 +251,7 @@ CASES: dict[str, tuple[Case, str]] = {
     "ct-int4-affine": (ct_integers("pack-quantized", 4, "group", symmetric=False), "int4:group_size=32,affine=true"),
     "ct-int4-rows": (ct_integers("pack-quantized", 4, "channel", symmetric=False), "int4:affine=true"),
     "ct-int4-order": (ct_integers("pack-quantized", 4, "group", order=True), "int4:group_size=32,act_order=true"),
+    "ct-int8-order": (ct_integers("pack-quantized", 8, "group", order=True), "int8:group_size=32,act_order=true"),
     "ct-int3": (ct_integers("pack-quantized", 3, "group", dtype=np.float32), "int3:group_size=32,scale=float32"),
     "ct-int8-packed": (ct_integers("pack-quantized", 8, "group", group=64), "int8:group_size=64"),
     "ct-int8": (ct_integers("int-quantized", 8, "channel", dtype=np.float32), "int8"),
@@ -319,7 +331,20 @@ def sources(packed_folder: Path, plain_folder: Path) -> tuple[Any, Any]:
 
 
 @pytest.mark.parametrize(
-    "case", ["gptq-act-order", "awq", "nf4-double", "llm-int8", "ct-int4-affine", "ct-fp8-block", "fp8-block", "mxfp4"]
+    "case",
+    [
+        "gptq-act-order",
+        "gptq-8-order",
+        "gptq-3-order",
+        "gptq-2-sym-order",
+        "awq",
+        "nf4-double",
+        "llm-int8",
+        "ct-int4-affine",
+        "ct-fp8-block",
+        "fp8-block",
+        "mxfp4",
+    ],
 )
 def test_the_logits_are_those_of_the_matrices_that_the_layout_means(case: str, tmp_path: Path) -> None:
     """Of each method, layers in stacks."""
@@ -681,11 +706,62 @@ def test_nothing_is_packed(tmp_path: Path) -> None:
         jaxengine.load(write(tmp_path / "m", plain, LLAMA | {"quantization_config": CASES["gptq"][0].config}))
 
 
-def test_zero_points_that_are_not_symmetric(tmp_path: Path) -> None:
-    tensors, _ = tensors_of(CASES["gptq"][0], LLAMA)
-    config = CASES["gptq"][0].config | {"sym": True}
-    with pytest.raises(CheckpointError, match="zero points other than 8, and quantization_config says sym: true"):
+@pytest.mark.parametrize(
+    ("bits", "said"),
+    [
+        (
+            4,
+            "zero points other than 8, 1 to 8, and quantization_config says sym: true of 4 bits; if .* say sym: false there",
+        ),
+        (
+            8,
+            "zero points other than 128, 0 to 25[0-9], .* sym: true of 8 bits; 8-bit codes are read symmetric: quantise again",
+        ),
+    ],
+)
+def test_zero_points_that_are_not_symmetric(bits: int, said: str, tmp_path: Path) -> None:
+    this = gptq(bits, v2=bits == 8)
+    tensors, _ = tensors_of(this, LLAMA)
+    config = this.config | {"sym": True}
+    with pytest.raises(CheckpointError, match=said):
         jaxengine.load(write(tmp_path / "m", tensors, LLAMA | {"quantization_config": config}))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_symmetric_zero_points_are_the_middle_however_they_are_written(bits: int, tmp_path: Path) -> None:
+    """Less one or as they are beside either checkpoint_format; of 3 bits also as GPTQModel made them from whole words, with
+    its numbers in their places and with two of them interchanged."""
+    this, O = gptq(bits, sym=True), 128
+    half = 2 ** (bits - 1)
+    words = [base.pack(np.full((1, O), q, np.uint8), bits)[0] for q in (half, half - 1)]
+    if bits == 3:
+        at = [
+            0b01001001001001001001001001001001,
+            0b10010010010010010010010010010010,
+            0b00100100100100100100100100100100,
+        ]
+        middle = words[0].view(np.uint32).reshape(-1, 3)
+        words += [(middle - np.array(c, np.uint32)).reshape(-1).view(np.int32) for c in (at, at[::-1])]
+    rng = np.random.default_rng(0)
+    parts = this.make(rng, O, O)
+    exact = this.dense(parts, O, O)
+    for n, qzeros in enumerate(words):
+        stored = {f"m.{k}": v for k, v in (parts | {"qzeros": np.tile(qzeros, (O // 32, 1))}).items()}
+        with Reader.open(write(tmp_path / f"{n}", stored, {})) as reader:
+            for version in ("gptq", "gptq_v2"):
+                how = method(this.config | {"checkpoint_format": version})
+                matrix = how.read(reader, how.describe(reader, "m.weight", O, O), slice(0, O))
+                codes = matrix.codes.astype(np.float64) - (0 if bits == 8 else half)
+                np.testing.assert_array_equal(codes * np.repeat(matrix.scale.astype(np.float64), 32, 1), exact)
+
+
+def test_8_bit_codes_with_zero_points_are_refused(tmp_path: Path) -> None:
+    this = gptq(8, v2=True)
+    tensors, _ = tensors_of(this, LLAMA)
+    with pytest.raises(
+        CheckpointError, match=r"8-bit codes with zero points \(sym is false\).*of 4, 3 and 2 bits are read"
+    ):
+        jaxengine.load(write(tmp_path / "m", tensors, LLAMA | {"quantization_config": this.config}))
 
 
 @pytest.mark.parametrize(

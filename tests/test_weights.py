@@ -43,10 +43,17 @@ from sharding.rules import Rules, named_sharding
 WEIGHTS = "jaxengine.weights"
 
 
+WITH = {("int8", "act_order"): "group_size=32,"}  # without which an option is refused
+
+
 def variants(name: str) -> list[str]:
     """A format as it is, and with each other value of each of its options."""
     options = getattr(technique.find(WEIGHTS, name), "OPTIONS", {})
-    found = [f"{name}:{option}={value}" for option, values in options.items() for value in values]
+    found = [
+        f"{name}:{WITH.get((name, option), '')}{option}={value}"
+        for option, values in options.items()
+        for value in values
+    ]
     return list(dict.fromkeys([name, *(str(formats.find(text)) for text in found)]))
 
 

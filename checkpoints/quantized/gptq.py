@@ -9,6 +9,10 @@ checkpoint_format "gptq" holds zero points less one, "gptq_v2" as they are. One 
 as transformers' loader does: the writer subtracted it from whole words, so that what borrowed comes back. (3-bit fields
 straddle words, and there the fields are counted up.)
 
+Of symmetric codes (sym) the zero point is the middle one, and qzeros can but say so: less one, or as it is whatever
+checkpoint_format says (GPTQModel 5 writes 8 beside "gptq": vllm-project/vllm#38966), or, of 3 bits, with the number that
+GPTQModel took from the third word of three taken from the first and the other way round (until its pull request 2763).
+
 act-order (desc_act) leaves the inputs of one group all over the row. They are sorted by group when they are read, once,
 and the order is kept beside the codes.
 """
@@ -31,6 +35,7 @@ from checkpoints.quantized.base import (
     group_count,
     module_of,
     one_of,
+    pack,
     setting,
     tensor,
     unpack,
@@ -99,8 +104,8 @@ class GPTQ:
                 found["g_idx"] = g_idx
         if bits == 8 and not sym:
             raise CheckpointError(
-                f"{module} has 8-bit codes with zero points (sym is false); 8-bit codes are read symmetric: quantise with"
-                f" sym=true, or in 4 bits"
+                f"{module} has 8-bit codes with zero points (sym is false), which no format here holds: with zero points codes"
+                f" of 4, 3 and 2 bits are read, and 8-bit codes with sym: true. Quantise again with sym=true, or in 4 bits"
             )
         return Stored(
             name, found, KINDS[bits], outputs, inputs, group=max(group, 0), affine=not sym, scale=scales.dtype.name,
@@ -113,19 +118,40 @@ class GPTQ:
         codes = unpack(words.T, bits, stored.inputs)
         scale = np.ascontiguousarray(tensors.read(stored.tensors["scales"])[:, rows].T)
         packed = tensors.read(stored.tensors["qzeros"])
-        if self._minus_one and 32 % bits == 0:
-            packed = (packed.view(np.uint32) + np.uint32(sum(1 << i for i in range(0, 32, bits)))).view(np.int32)
-        zero = unpack(packed, bits, stored.outputs)[:, rows]
-        if self._minus_one and 32 % bits:
-            zero = zero + np.uint8(1)
-        if not stored.affine and (zero != middle).any():
+        zero = None
+        if stored.affine:
+            zero = np.ascontiguousarray(self._zero_points(packed, bits, stored.outputs)[:, rows].T)
+        elif not any(np.array_equal(packed, np.broadcast_to(w, packed.shape)) for w in _middles(bits, stored.outputs)):
+            found = np.unique(self._zero_points(packed, bits, stored.outputs))
             raise CheckpointError(
-                f"{stored.tensors['qzeros']} has zero points other than {middle}, and quantization_config says sym: true;"
-                f" say sym: false there"
+                f"{stored.tensors['qzeros']} has zero points other than {middle}, {found.min()} to {found.max()}, and"
+                f" quantization_config says sym: true of {bits} bits; "
+                + (
+                    "8-bit codes are read symmetric: quantise again with sym=true, or in 4 bits"
+                    if bits == 8
+                    else "if they were made with zero points, say sym: false there, and else download it again"
+                )
             )
         perm = column_order(tensors, stored)
         if perm is not None:
             codes = codes[:, perm]
         if bits == 8:
             codes = (codes ^ np.uint8(128)).view(np.int8)
-        return Matrix(codes, scale, np.ascontiguousarray(zero.T) if stored.affine else None, perm)
+        return Matrix(codes, scale, zero, perm)
+
+    def _zero_points(self, packed: np.ndarray, bits: int, outputs: int) -> np.ndarray:
+        """uint8 [G, O]."""
+        if self._minus_one and 32 % bits == 0:
+            packed = (packed.view(np.uint32) + np.uint32(sum(1 << i for i in range(0, 32, bits)))).view(np.int32)
+        zero = unpack(packed, bits, outputs)
+        return (zero + np.uint8(1)) & np.uint8((1 << bits) - 1) if self._minus_one and 32 % bits else zero
+
+
+def _middles(bits: int, outputs: int) -> list[np.ndarray]:
+    """The words [O bits / 32] in which files have the middle code as each zero point."""
+    half = 1 << (bits - 1)
+    one, less, middle = (pack(np.full((1, outputs), q, np.uint8), bits)[0].view(np.uint32) for q in (1, half - 1, half))
+    found = [middle, less]
+    if bits == 3:  # from words: what a field borrowed of the next word is lost
+        found += [middle - one, middle - one.reshape(-1, 3)[:, ::-1].reshape(-1)]
+    return [words.view(np.int32) for words in found]

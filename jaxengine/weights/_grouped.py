@@ -47,6 +47,7 @@ from jaxengine.weights.base import Integers, Weight, split_spec
 from pallas_kernels.quant_matmul import quant_matmul
 
 SCALES = ("bfloat16", "float16", "float32")
+ORDERS = (False, True, 2, 4, 8, 16)  # act_order: none, whole, or in so many parts of a row (_parts.py)
 LARGEST_GROUP = 256
 PLANES = {5: (4, 1), 4: (4,), 3: (2, 1), 2: (2,)}  # bits of the planes that codes of so many bits stand in
 LEAST = {"bfloat16": 2.0**-120, "float16": 2.0**-14, "float32": 2.0**-120}  # of a scale
@@ -408,6 +409,15 @@ def _rounded_up(s: Array, dtype: str) -> Array:
     dropped = jnp.uint32(2 ** (23 - jnp.finfo(dtype).nmant) - 1)
     bits = lax.bitcast_convert_type(s, jnp.uint32)
     return lax.bitcast_convert_type((bits + dropped) & ~dropped, jnp.float32)
+
+
+def refit(leaf: Grouped, act_order: bool | int) -> Grouped:
+    """What was stored without an order of columns, or with one that is whole or in other parts, with this one."""
+    held = 1 if leaf.ends is None else len(leaf.ends)
+    if not act_order or held == int(act_order):
+        return leaf
+    whole = leaf if leaf.ends is None else leaf.joined()
+    return whole if act_order is True else whole.in_parts(int(act_order))
 
 
 def leaf_axes(

@@ -8,6 +8,8 @@ of normal numbers less), so that a weight of exactly 0 is held within half a ste
 both sides half a step too small, which a model may feel more than the error says (scripts/LOG.md). Bits per weight: 2 + 16 /
 group_size, 2.5 at the defaults; affine pays that fraction twice. Rounding to nearest in 2 bits loses much: a seventh of a
 normal matrix's power. It is for weights that were calibrated or trained for it.
+
+act_order: as int4's, whole or in parts.
 """
 
 from __future__ import annotations
@@ -19,33 +21,51 @@ from jaxtyping import Array
 
 from jaxengine.weights import _grouped
 
-OPTIONS = {"group_size": (16, 32, 64, 128, 256), "affine": (False, True), "scale": _grouped.SCALES}
+OPTIONS = {
+    "group_size": (16, 32, 64, 128, 256),
+    "affine": (False, True),
+    "scale": _grouped.SCALES,
+    "act_order": _grouped.ORDERS,
+}
 GRID = 1 / 16  # of zeros: with 6 significant bits at most they are exact in every dtype of scales
 
 
 def encode(
-    w: Array, *, out: int, group_size: int = 32, affine: bool = False, scale: str = "bfloat16"
+    w: Array,
+    *,
+    out: int,
+    group_size: int = 32,
+    affine: bool = False,
+    scale: str = "bfloat16",
+    act_order: bool | int = False,
 ) -> _grouped.Grouped:
-    """Quantise w [out..., in...] to 2 bits. scale: the dtype of scales and zeros."""
+    """Quantise w [out..., in...] to 2 bits. scale: the dtype of scales and zeros. act_order: as int4's."""
     grid = GRID if affine else None
-    return _grouped.encode(w, out=out, bits=2, group_size=group_size, scale=scale, grid=grid)
+    return _grouped.encode(w, out=out, bits=2, group_size=group_size, scale=scale, grid=grid, parts=int(act_order))
 
 
 def pack(codes: Any, scale: Any, zero: Any = None, *, in_shape: Sequence[int], perm: Any = None) -> _grouped.Grouped:
-    """The Weight of codes that were chosen elsewhere: uint8 [out..., I], scale and zero [out..., groups].
+    """The Weight of codes that were chosen elsewhere: uint8 [out..., I], scale and zero [out..., groups], perm int32 [I].
 
-    numpy in, numpy out; `_grouped.packed` says more. Raises ValueError for a perm: a plan has no name for one here.
+    numpy in, numpy out; `_grouped.packed` says more.
     """
-    if perm is not None:
-        raise ValueError(
-            "int2: columns are in the matrix's own order, got a perm; pack it as int4, which has act_order"
-        )
-    return _grouped.packed(2, codes, scale, zero, in_shape=in_shape)
+    return _grouped.packed(2, codes, scale, zero, in_shape=in_shape, perm=perm)
+
+
+def refit(leaf: _grouped.Grouped, *, act_order: bool | int = False, **options: Any) -> _grouped.Grouped:
+    """What was stored in this format, or in it with an order of columns that is whole or in other parts, in this format."""
+    del options
+    return _grouped.refit(leaf, act_order)
 
 
 def leaf_axes(
-    axes: tuple[str | None, ...], out: int, group_size: int = 32, affine: bool = False, scale: str = "bfloat16"
+    axes: tuple[str | None, ...],
+    out: int,
+    group_size: int = 32,
+    affine: bool = False,
+    scale: str = "bfloat16",
+    act_order: bool | int = False,
 ) -> _grouped.Grouped:
-    """Codes, scales and zeros as the out dims and the first in dim."""
+    """Codes, scales and zeros as the out dims and the first in dim; the permutation is whole everywhere, or split by parts."""
     del group_size, scale
-    return _grouped.leaf_axes(axes, out, bits=2, affine=affine)
+    return _grouped.leaf_axes(axes, out, bits=2, affine=affine, parts=int(act_order))

@@ -29,7 +29,7 @@ OPTIONS = {
     "group_size": (16, 32, 64, 128, 256),
     "affine": (False, True),
     "scale": _grouped.SCALES,
-    "act_order": (False, True, 2, 4, 8, 16),
+    "act_order": _grouped.ORDERS,
 }
 
 
@@ -59,11 +59,7 @@ def pack(codes: Any, scale: Any, zero: Any = None, *, in_shape: Sequence[int], p
 def refit(leaf: _grouped.Grouped, *, act_order: bool | int = False, **options: Any) -> _grouped.Grouped:
     """What was stored in this format, or in it with an order of columns that is whole or in other parts, in this format."""
     del options
-    held = 1 if leaf.ends is None else len(leaf.ends)
-    if not act_order or held == int(act_order):
-        return leaf
-    whole = leaf if leaf.ends is None else leaf.joined()
-    return whole if act_order is True else whole.in_parts(int(act_order))
+    return _grouped.refit(leaf, act_order)
 
 
 def leaf_axes(

@@ -11,6 +11,8 @@ group_size: 0 is the above. With 16, 32, 64 or 128 each group of that many input
 
 outliers: so many columns, those of the largest numbers, are kept as they are and take no part in any scale (LLM.int8(),
 arXiv:2208.07339, for weights; `_outliers.py` says what differs).
+
+act_order: groups are of columns in another order, as int4's are, whole or in parts; of groups alone, and not beside outliers.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from jaxengine.weights import _grouped, _outliers
 from jaxengine.weights.base import Integers, Weight, split_spec
 from pallas_kernels.quant_matmul import quant_matmul
 
-OPTIONS = {"group_size": (0, 16, 32, 64, 128), "outliers": (0, 8, 16, 32, 64, 128)}
+OPTIONS = {"group_size": (0, 16, 32, 64, 128), "outliers": (0, 8, 16, 32, 64, 128), "act_order": _grouped.ORDERS}
 LEAST = 2.0**-120  # of a scale: half of it, and its products with codes, are normal float32 numbers
 
 
@@ -73,14 +75,24 @@ class PerChannel(Weight):
 
 
 def encode(
-    w: Array, *, out: int, group_size: int = 0, outliers: int = 0
+    w: Array, *, out: int, group_size: int = 0, outliers: int = 0, act_order: bool | int = False
 ) -> PerChannel | _grouped.Grouped | _outliers.Outliers:
     """Quantise w [out..., in...] to int8 with one scale for each of its leading `out` dims' channels, or of their groups;
-    `outliers` columns stay as they are."""
+    `outliers` columns stay as they are. act_order: as int4's. ValueError for it without groups, and beside outliers."""
+    if act_order and not group_size:
+        raise ValueError(
+            f"int8: act_order={str(act_order).lower()} orders columns into groups, and group_size is 0, one scale for all of a"
+            f" row: say group_size=128 (or 16, 32, 64) too, or leave act_order out"
+        )
+    if act_order and outliers:
+        raise ValueError(
+            f"int8: act_order={str(act_order).lower()} and outliers={outliers}: columns that are kept have no place in an order;"
+            f" leave one of the two out"
+        )
     if outliers:
         return _outliers.encode(w, out, outliers, lambda rows: encode(rows, out=1, group_size=group_size))
     if group_size:
-        return _grouped.encode(w, out=out, bits=8, group_size=group_size, scale="float32")
+        return _grouped.encode(w, out=out, bits=8, group_size=group_size, scale="float32", parts=int(act_order))
     wide = w.astype(jnp.float32)
     largest = jnp.abs(wide).max(axis=tuple(range(out, w.ndim)), keepdims=True)
     # never a subnormal, which XLA flushes to zero; an all-zero channel keeps its zeros
@@ -95,19 +107,24 @@ def pack(
     """The Weight of codes that were chosen elsewhere; numpy in, numpy out.
 
     codes: [out..., I], int8, or uint8 with 128 for zero. scale: float32, [out...] for one per channel, or [out..., groups].
-    Raises ValueError for another dtype or shape, for a zero or a perm (the format is symmetric and in order).
+    perm: int32 [I], of groups. Raises ValueError for another dtype or shape, for a zero (the format is symmetric), and for a
+    perm of one scale per channel, which no order of columns changes.
     """
-    if zero is not None or perm is not None:
-        what = "zero" if zero is not None else "perm"
+    if zero is not None:
         raise ValueError(
-            f"int8: codes are symmetric and in the matrix's own order, got a {what}; subtract a zero that is the same"
-            f" everywhere from the codes first, or decode the matrix and encode it anew"
+            "int8: codes are symmetric, got a zero; subtract one that is the same everywhere from the codes first, or decode"
+            " the matrix and encode it anew"
+        )
+    if perm is not None and scale.ndim < codes.ndim:
+        raise ValueError(
+            f"int8: got a perm of columns that share one scale a row: put them in the matrix's own order, or give scales"
+            f" [out..., groups] in place of {list(scale.shape)}"
         )
     if scale.dtype != np.float32:
         raise ValueError(f"int8: scale is {scale.dtype.name}; it is float32, which holds bfloat16 and float16 exactly")
     if scale.ndim == codes.ndim:
         codes = codes.view(np.uint8) ^ np.uint8(128) if codes.dtype == np.int8 else codes
-        return _grouped.packed(8, codes, scale, in_shape=in_shape)
+        return _grouped.packed(8, codes, scale, in_shape=in_shape, perm=perm)
     inputs = math.prod(in_shape)
     if codes.dtype not in (np.int8, np.uint8) or codes.shape[-1] != inputs or scale.shape != codes.shape[:-1]:
         raise ValueError(
@@ -118,12 +135,19 @@ def pack(
     return PerChannel(codes.reshape(*scale.shape, *in_shape), scale)
 
 
+def refit(leaf: Any, *, act_order: bool | int = False, **options: Any) -> Any:
+    """What was stored in this format, or in it with an order of columns that is whole or in other parts, in this format."""
+    del options
+    return _grouped.refit(leaf, act_order) if isinstance(leaf, _grouped.Grouped) else leaf
+
+
 def leaf_axes(
-    axes: tuple[str | None, ...], out: int, group_size: int = 0, outliers: int = 0
+    axes: tuple[str | None, ...], out: int, group_size: int = 0, outliers: int = 0, act_order: bool | int = False
 ) -> PerChannel | _grouped.Grouped | _outliers.Outliers:
-    """Codes are laid out as w, and of groups with the inputs as one dim; the scale as its output dims, and the groups."""
+    """Codes are laid out as w, and of groups with the inputs as one dim; the scale as its output dims, and the groups; the
+    permutation is whole everywhere, or split by parts."""
     if outliers:
         return _outliers.leaf_axes(leaf_axes(axes, out, group_size), axes, out)
     if group_size:
-        return _grouped.leaf_axes(axes, out, bits=8)
+        return _grouped.leaf_axes(axes, out, bits=8, parts=int(act_order))
     return PerChannel(codes=axes, scale=axes[:out])  # pyright: ignore[reportArgumentType]

@@ -36,9 +36,22 @@ def bits_at(words: Any, position: Any, bits: int) -> np.ndarray:
     return (both >> (np.asarray(position) % 32)) & (2**bits - 1)
 
 
+def fields(words: Any, bits: int, count: int) -> np.ndarray:
+    """Codes of rows of words [..., W] as AutoGPTQ packs them: of 3 bits, 32 of them in three words, as its loop says."""
+    if bits != 3:
+        return bits_at(words, np.arange(count) * bits, bits)
+    w = (np.asarray(words).astype(np.int64) & 0xFFFFFFFF).reshape(*np.shape(words)[:-1], -1, 3)
+    a, b, c = w[..., 0], w[..., 1], w[..., 2]
+    found = [(a >> 3 * k) & 7 for k in range(10)] + [(a >> 30) | ((b & 1) << 2)]
+    found += [(b >> 3 * k + 1) & 7 for k in range(10)] + [(b >> 31) | ((c & 3) << 1)]
+    found += [(c >> 3 * k + 2) & 7 for k in range(10)]
+    return np.stack(found, axis=-1).reshape(*w.shape[:-2], -1)[..., :count]
+
+
 def gptq(parts: Parts, O: int, I: int, bits: int, group: int, *, v2: bool = False) -> np.ndarray:
-    q = bits_at(parts["qweight"].T, np.arange(I) * bits, bits)  # [O, I]
-    z = bits_at(parts["qzeros"], np.arange(O) * bits, bits).T + (0 if v2 else 1)  # [O, G]
+    q = fields(parts["qweight"].T, bits, I)  # [O, I]
+    z = fields(parts["qzeros"], bits, O).T  # [O, G]
+    z = z if v2 else (z + 1) % 2**bits
     g = parts.get("g_idx", np.arange(I) // (group if group > 0 else I))
     s = parts["scales"].astype(np.float64).T
     return s[:, g] * (q - z[:, g])
