@@ -27,6 +27,7 @@ from jaxengine.plan import Plan, abstract_leaf, layer_bytes
 from jaxengine.planning import plan_folder
 from jaxengine.proof import programs
 from jaxengine.weights import _parts
+from pallas_kernels import aot
 from sharding.mesh import abstract_mesh, make_mesh
 
 U = 2.0**-24
@@ -159,6 +160,7 @@ def test_encode_and_the_plan_agree() -> None:
 
 # --- over a mesh ------------------------------------------------------------------------------------------------------
 
+SHAPE = r"[a-z]+\d+\[[\d,]*\]"
 COLLECTIVES = r"(all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
 
 
@@ -244,6 +246,50 @@ def test_no_step_brings_activations_together(devices: int, form: str, kind: str)
     assert split.weight_rules == (("layers.*.o", f"int4:group_size=32,act_order={devices}"), *rules)
     assert not gathers(split, mesh, kind)
     assert gathers(plan, mesh, kind)
+
+
+def in_layers(plan: Plan, target: aot.Target, kind: str) -> Counter[str]:
+    """What a step that is compiled for cards moves between them in its layers: 'all-reduce f32[1,256]' and how often."""
+    step = programs(architecture(RAW), plan, target.mesh, batch=1, length=32)[kind]
+    text = target.compile(step.program.on("gpu"), *step.static, *target.place(step.abstract)).as_text()
+    found = Counter[str]()
+    for line in text.splitlines():
+        if (made := re.search(COLLECTIVES, line)) and "/layer/" in line:
+            # the last of a tuple: one that is started has its operands before its result
+            found[f"{made[1]} {re.findall(SHAPE, line[: made.start()])[-1]}"] += 1
+    return found
+
+
+@pytest.mark.parametrize(
+    ("devices", "card", "kind", "rows", "form"),
+    [
+        (2, "H200", "decode", 1, "unrolled"),
+        (4, "RTX 4090", "prefill", 32, "unrolled"),
+        (2, "RTX 4090", "prefill", 32, "scan"),
+    ],
+)
+@pytest.mark.aot
+@pytest.mark.skipif(aot.missing() is not None, reason=str(aot.missing()))
+def test_cards_sum_o_and_down_and_bring_nothing_together(
+    devices: int, card: str, kind: str, rows: int, form: str
+) -> None:
+    """Of each layer two sums of a result [rows, D], and no gather; with the orders whole, the same two and a gather of the
+    inputs of each: of 256 and of 512."""
+    text = "int4:group_size=64,act_order=true"
+    rules = (("lm_head", "dense"),)
+    plan = Plan(
+        dtype="bfloat16", weights=text, weight_rules=rules, mesh=f"tensor={devices}", sharding="tensor", form=form
+    )
+    layers = 1 if form == "scan" else 2  # in the program
+    with aot.target(aot.CARDS[card], tensor=devices) as target:
+        split = orders.over_mesh(architecture(RAW), plan, target.mesh)
+        now = text.replace("true", str(devices))
+        assert split.weight_rules == (("layers.*.down", now), ("layers.*.o", now), *rules)
+        assert in_layers(split, target, kind) == {f"all-reduce f32[{rows},256]": 2 * layers}
+        told = in_layers(plan, target, kind)
+    of = "{}" if rows == 1 else f"{rows},{{}}"
+    gathered = {f"all-gather bf16[{of.format(inputs)}]": layers for inputs in (256, 512)}
+    assert told == {f"all-reduce f32[{rows},256]": 2 * layers} | gathered
 
 
 @pytest.mark.parametrize(("mesh", "bits"), [("data=4,tensor=2", 4), ("data=2,tensor=4", 4), ("data=4,tensor=2", 8)])
