@@ -86,9 +86,25 @@ def find(text: str) -> Format:
             raise ValueError(f"weights={text!r}: {option} is given twice")
         found = {str(v).lower(): v for v in known[option]}
         if not equals or value.lower() not in found:
-            raise ValueError(f"weights={text!r}: {option} is {value!r}; it can be {', '.join(found)}")
+            near = _nearest(value.lower(), list(found))
+            hint = f". Nearest: {' or '.join(near)}" if near else ""
+            raise ValueError(f"weights={text!r}: {option} is {value!r}; it can be {', '.join(found)}{hint}")
         given[option] = found[value.lower()]
     return Format(name, tuple((n, given[n]) for n in known if n in given and given[n] != defaults[n]))
+
+
+YES = {"1": "true", "yes": "true", "on": "true", "0": "false", "no": "false", "off": "false", "none": "false"}
+
+
+def _nearest(value: str, there: list[str]) -> list[str]:
+    """Of the values that there are, the one or two that this may have meant."""
+    if YES.get(value) in there:
+        return [YES[value]]
+    numbers = [int(v) for v in there if v.isdigit()]
+    if value.isdigit() and numbers:
+        below, above = [n for n in numbers if n < int(value)], [n for n in numbers if n > int(value)]
+        return [str(n) for n in (*below[-1:], *above[:1])]
+    return difflib.get_close_matches(value, there, n=1)
 
 
 def rules(given: Mapping[str, str] | Sequence[str | tuple[str, str]]) -> tuple[tuple[str, str], ...]:

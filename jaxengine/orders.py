@@ -7,6 +7,7 @@ it has. weights/_parts.py says what that takes; here it is decided which matrice
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import logging
 import math
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from checkpoints.errors import CheckpointError
 from jaxengine import formats
 from jaxengine.architecture import Architecture, Spec
 from jaxengine.plan import Plan, abstract_leaf
@@ -26,35 +28,85 @@ log = logging.getLogger("jaxengine")
 def over_mesh(architecture: Architecture, plan: Plan, mesh: AnyMesh) -> Plan:
     """The plan with each order of columns resolved in as many parts of a row as the mesh splits it and its inputs into. An
     order stays whole, and a device gathers, where the mesh splits into a number that has no parts, or where the parts with
-    their room take more bytes than the matrix in no format: small groups in many parts."""
+    their room take more bytes than the matrix in no format: small groups in many parts. A warning says so."""
     rules = plan.sharding_rules()
+    whole: dict[str, dict[str, None]] = {}  # {why: names}
 
     def one(name: str, spec: Spec, text: str) -> str:
-        made = _in_parts(text, _devices_of_inputs(spec, rules, mesh))
+        devices = _devices_of_inputs(spec, rules, mesh)
+        made = _in_parts(text, devices)
+        if _order(made) is True and devices > 1:
+            whole.setdefault(_no_parts(text, devices, mesh.size), {})[_of_all_layers(name)] = None
         if made == text:
             return text
         leaf = abstract_leaf(made, spec.shape, spec.out, plan.dtype)
         size = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(leaf))
         if size > math.prod(spec.shape) * jnp.dtype(plan.dtype).itemsize:
-            log.info("%s keeps its order whole: in parts it would take more bytes than %s", name, plan.dtype)
+            why = (
+                f"in {_order(made)} parts they would take more bytes than in {plan.dtype}; larger groups, or inputs over fewer"
+                f" devices, take less"
+            )
+            whole.setdefault(why, {})[_of_all_layers(name)] = None
             return _with_order(text, True)
         return made
 
-    return _with_formats(architecture, plan, one)
+    made = _with_formats(architecture, plan, one)
+    for why, names in whole.items():
+        log.warning(
+            "%s: orders of columns (act_order) stay whole, and each device gathers all inputs: %s",
+            ", ".join(names),
+            why,
+        )
+    return made
+
+
+def _no_parts(text: str, devices: int, size: int) -> str:
+    """Why a format has no parts for so many devices, of `size`, and what would work."""
+    parts = [str(n) for n in formats.find(text).module.OPTIONS["act_order"] if n > 1]
+    near = [n for n in parts if int(n) <= size]
+    return (
+        f"the mesh splits them over {devices} devices, and an order is resolved in {', '.join(parts)} parts. Split over"
+        f" {' or '.join(near)} devices (tensor={near[-1]}), nothing is gathered"
+    )
+
+
+def _of_all_layers(name: str) -> str:
+    """'layers.*.o' of 'layers.3.o'."""
+    return "layers.*." + name.split(".", 2)[2] if name.startswith("layers.") else name
 
 
 def as_chosen(architecture: Architecture, stored: Plan | None, chosen: Plan) -> Plan | None:
     """The plan of stored weights with the parts that `chosen` resolves their orders in: codes and scales are the same numbers,
-    whole or in whatever parts."""
+    whole or in whatever parts. CheckpointError where it asks for what differs in more than that."""
     if stored is None:
         return None
 
     def one(name: str, spec: Spec, text: str) -> str:
         wanted = chosen.format_of(name, spec)
-        both = _order(text) and _order(wanted)
-        return wanted if both and _with_order(text, True) == _with_order(wanted, True) else text
+        if wanted == text or not (_order(text) or _order(wanted)):
+            return text
+        if _order(text) and _order(wanted) and _with_order(text, True) == _with_order(wanted, True):
+            return wanted
+        if formats.find(text).name == formats.find(wanted).name:
+            raise CheckpointError(_said(name, text, wanted, chosen))
+        return text
 
     return _with_formats(architecture, stored, one)
+
+
+def _said(name: str, stored: str, wanted: str, chosen: Plan) -> str:
+    """Why a format that differs from the stored one, one of them with an order of columns, is not what is read."""
+    pattern = next((p for p, _ in chosen.weight_rules if fnmatch.fnmatchcase(name, p)), None)
+    given = f"weights={wanted!r}" if pattern is None else f"rule {pattern + '=' + wanted!r}"
+    if not _order(stored):
+        why, near = "its columns are in order, or their order stands in the rows of the matrices before it", stored
+    elif not _order(wanted):
+        why, near = "its codes are in an order of columns that they cannot be read without", stored
+    else:
+        why, near = "of what is stored the parts that its order is resolved in can be chosen, and nothing else", stored
+        near = _with_order(stored, _order(wanted))
+    near = near if pattern is None else f"{pattern}={near}"
+    return f"{given}: {name} is stored as {stored!r}: {why}. Nearest: {near!r}; or leave it out"
 
 
 def _with_formats(architecture: Architecture, plan: Plan, choose: Callable[[str, Spec, str], str]) -> Plan:

@@ -7,6 +7,7 @@ are grouped does not matter to it, so it bounds what one device gives and what s
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from collections import Counter
 from pathlib import Path
@@ -416,6 +417,60 @@ def test_an_order_stays_whole_where_parts_would_take_more_than_no_format(
     found = orders.over_mesh(architecture(raw), plan, abstract_mesh(f"tensor={devices}"))
     o = found.format_of("layers.0.o", architecture(raw).specs()["layers.0.o"])
     assert o.endswith("act_order=true") == whole
+
+
+@pytest.mark.parametrize(
+    ("devices", "near"), [(3, "2 devices (tensor=2)"), (5, "2 or 4 devices (tensor=4)"), (6, ""), (2, None)]
+)
+def test_orders_that_stay_whole_are_told_once(devices: int, near: str | None, caplog: pytest.LogCaptureFixture) -> None:
+    """Of all layers in one line: which matrices, why, and what would split them."""
+    plan = Plan(weights="int4:group_size=128,act_order=true", dtype="bfloat16", sharding="tensor")
+    found = orders.over_mesh(architecture(RAW | {"num_hidden_layers": 8}), plan, abstract_mesh(f"tensor={devices}"))
+    if near is None:
+        assert not caplog.messages
+        return
+    assert found == plan
+    (told,) = caplog.messages
+    assert told.startswith(
+        "layers.*.down, layers.*.o: orders of columns (act_order) stay whole, and each device gathers"
+    )
+    assert f"over {devices} devices, and an order is resolved in 2, 4, 8, 16 parts. Split over {near}" in told
+
+
+def test_parts_that_take_too_much_are_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    plan = Plan(weights="int4:group_size=16,act_order=true", dtype="bfloat16", sharding="tensor")
+    orders.over_mesh(architecture(RAW), plan, abstract_mesh("tensor=4"))
+    (told,) = caplog.messages
+    assert re.match(
+        r"layers\.\*\.down, layers\.\*\.o: .*: in 4 parts they would take more bytes than in bfloat16; larger groups",
+        told,
+    )
+
+
+IMPORTED = "int4:group_size=32,affine=true,scale=float16"
+
+
+@pytest.mark.parametrize(
+    ("matrix", "text", "said"),
+    [
+        ("o", f"{IMPORTED},act_order=3", r"act_order is '3'; it can be false, true, 2, 4, 8, 16\. Nearest: 2 or 4"),
+        ("o", f"{IMPORTED},act_order=yes", r"act_order is 'yes'; .*Nearest: true"),
+        ("o", f"{IMPORTED},actorder=2", r"no option 'actorder'; .*Did you mean 'act_order'"),
+        ("o", IMPORTED, rf"codes are in an order.* Nearest: 'layers\.\*\.o={IMPORTED},act_order=true'; or leave it out"),
+        ("o", "int4:act_order=2", rf"layers\.0\.o is stored as .*nothing else\. Nearest: 'layers\.\*\.o={IMPORTED},act_order=2'"),
+        ("down", f"{IMPORTED},act_order=2", rf"stands in the rows .* Nearest: 'layers\.\*\.down={IMPORTED}'"),
+    ],
+)  # fmt: skip
+def test_a_rule_that_spells_an_order_otherwise_is_refused_with_the_nearest(
+    matrix: str, text: str, said: str, tmp_path: Path
+) -> None:
+    theirs, _ = folders(gptq(act_order=True), tmp_path, RAW)
+    rule = f"layers.*.{matrix}"
+    with pytest.raises(ValueError, match=f"^rule '{re.escape(rule)}={text}': .*{said}"):
+        jaxengine.load(theirs, weight_rules={rule: text})
+    (tmp_path / "plan.json").write_text(json.dumps({"dtype": "float32", "weight_rules": [[rule, text]]}))
+    with pytest.raises(ValueError, match=f"^rule '{re.escape(rule)}={text}': "):
+        jaxengine.load(theirs, plan=Plan.from_json((tmp_path / "plan.json").read_text()))
 
 
 def test_the_case_is_one_with_an_order() -> None:
