@@ -120,8 +120,13 @@ def rules(given: Mapping[str, str] | Sequence[str | tuple[str, str]]) -> tuple[t
         if len(pair) != 2 or not all(isinstance(s, str) and s for s in pair):
             said = repr(one) if isinstance(one, str) else f"{pair!r}"
             raise ValueError(f"rule {said}: it is PATTERN=FORMAT, a parameter's name and a format, e.g. 'lm_head=int8'")
-        try:
-            found.append((pair[0], str(find(pair[1]))))
-        except ValueError as error:
-            raise ValueError(f"rule {'='.join(pair)!r}: {error}") from None
+        found.append(rule(*pair))
     return tuple(found)
+
+
+def rule(pattern: str, text: str) -> tuple[str, str]:
+    """(pattern, format as a Plan has it); ValueError that names the rule for a format that there is not."""
+    try:
+        return pattern, str(find(text))
+    except ValueError as error:
+        raise ValueError(f"rule {f'{pattern}={text}'!r}: {error}") from None

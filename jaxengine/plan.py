@@ -90,7 +90,7 @@ class Plan:
             raise ValueError(f"Plan: dtype is {self.dtype!r}; it can be {', '.join(DTYPES)}")
         # as `formats` writes them, so that equal choices are equal plans
         object.__setattr__(self, "weights", str(formats.find(self.weights)))
-        object.__setattr__(self, "weight_rules", formats.rules(self.weight_rules))
+        object.__setattr__(self, "weight_rules", tuple(formats.rule(*r) for r in self.weight_rules))
         forms = home(self.home).FORMS
         if self.form and self.form not in forms:
             raise ValueError(f"Plan: home {self.home!r} takes the form {' or '.join(forms)}, not {self.form!r}")

@@ -157,7 +157,10 @@ def rows(
         found = {task: accuracy(model, tokenizer, task, samples, seed).value for task in tasks.TASKS}
         each = {g: [v for task, v in found.items() if task.startswith(names)] for g, names in GROUPS.items()}
         groups = {g: sum(values) / len(values) for g, values in each.items()}
-        yield Row(text, *weight_size(model), per_byte(bits, sizes), above, groups)
+        row = Row(text, *weight_size(model), per_byte(bits, sizes), above, groups)
+        del model
+        jax.clear_caches()  # each program of XLA:CPU holds maps of memory, of which Linux gives a process 65,530
+        yield row
 
 
 def loaded(folder: str, text: str, seed: int, loading: dict[str, Any]) -> jaxengine.Model:
