@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxengine import formats
 from jaxengine.weights import fp8, mxfp4, nf4
 from jaxengine.weights._codebook import InShape, group_of
 from jaxengine.weights.base import Weight, contract, take
@@ -201,6 +202,25 @@ def test_nf4s_error_is_below_int4s(group_size: int) -> None:
     if group_size == 64:
         assert abs(found[True] / error[7] - 0.73) < 0.01  # what the file's head says
         assert abs(found[True] / error[8] - 0.86) < 0.01
+
+
+@pytest.mark.parametrize(
+    ("nf", "integer", "wins"),
+    [
+        ("nf4", "int4", True),  # 4.14 and 4.125 bits
+        ("nf4:group_size=32", "int4:group_size=64", True),  # 4.27 and 4.25
+        ("nf4:group_size=128,double=false", "int4:group_size=64", False),  # 4.25 each
+        ("nf4:double=false", "int4:group_size=32", False),  # 4.5 each
+    ],
+)
+def test_nf4_beside_our_int4_in_equal_bytes(nf: str, integer: str, wins: bool) -> None:
+    """The published order is of int4 by max / 7; our steps reach half a code further. Bytes within half a hundredth."""
+    w = normal(64, 4096)
+    leaves = [formats.find(text).encode(jnp.asarray(w), out=1) for text in (nf, integer)]
+    held, other = (sum(np.asarray(a).nbytes for a in jax.tree.leaves(leaf)) for leaf in leaves)
+    assert abs(held / other - 1) < 0.005
+    one, two = (np.square(dense(leaf) - w).mean() for leaf in leaves)
+    assert (one < 0.9 * two) if wins else (two < 0.95 * one)
 
 
 # --- MXFP4 --------------------------------------------------------------------------------------------------------
