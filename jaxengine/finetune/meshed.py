@@ -18,6 +18,7 @@ from typing import Any, cast
 
 import jax.numpy as jnp
 
+from jaxengine import formats
 from jaxengine.architecture import Architecture, Spec
 from jaxengine.finetune import step
 from jaxengine.finetune.settings import Task
@@ -71,6 +72,7 @@ class OneDevice:
 
 COMBINED = 30 * 2**20  # bytes that XLA brings together, or sums, in one go (its own thresholds, jax 0.12)
 TRAINED, OPTIMIZERS, REMATS = ("lora", "all"), ("adamw", "lion", "sgd"), ("full",)
+FROZEN = ("dense", "int8", "int4", "nf4")  # formats below what is trained beside them; those of 4 bits not over tensor
 SAID = "leave the mesh out (a run without --memory goes over it all the same)"
 
 
@@ -91,20 +93,28 @@ def check(architecture: Architecture, plan: Plan, task: Task, *, batch: int) -> 
         refuse("remat", plan.remat, "remat 'full'")
     if task.tile:
         refuse("tile", task.tile, "all tokens of a row at a time")
-    if task.accumulate > 1:
-        refuse("accumulate", task.accumulate, "one part, accumulate 1")
     if plan.stay:
         refuse("stay", plan.stay, "vectors alone staying, no stay")
-    if plan.weights != "dense" or plan.weight_rules:
-        refuse("weights", plan.weights, "weights 'dense' and no rule")
+    if plan.weight_rules:
+        refuse("weight_rules", dict(plan.weight_rules), "one format of all matrices, no rule")
     if (task.compute or plan.dtype) != "bfloat16":
         refuse("compute", task.compute or plan.dtype, "arithmetic in bfloat16")
     if plan.attention == "reference":
         refuse("attention", plan.attention, "attention 'auto'")
     mesh = mesh_of(plan)
     assert mesh is not None
-    if len(many := [a for a, n in mesh.shape.items() if n > 1]) > 1:
-        refuse("mesh", plan.mesh, f"one axis alone: {', '.join(f'{a}={mesh.size}' for a in many)}")
+    if len(many := [a for a, n in mesh.shape.items() if n > 1]) > 1 and (
+        set(many) != {"data", "tensor"} or not task.beside
+    ):
+        alone = ", ".join(f"{a}={mesh.size}" for a in many)
+        refuse("mesh", plan.mesh, f"one axis alone ({alone}), or task 'lora' over data and tensor")
+    if task.accumulate > 1 and (not task.beside or "fsdp" in many):
+        refuse("accumulate", task.accumulate, "one part, accumulate 1, or task 'lora' over data or tensor")
+    name = formats.find(plan.weights).name
+    if name not in FROZEN or plan.weights.startswith("int8:"):
+        refuse("weights", plan.weights, f"weights {', '.join(FROZEN)}")
+    if name in ("int4", "nf4") and "tensor" in many:
+        refuse("weights", plan.weights, "weights 'dense' or 'int8', or any of 4 bits over data or fsdp")
     if task.train == "all" and max(mesh.shape.get(axis, 1) for axis in ("data", "fsdp")) > 2:
         refuse("task", task.name, "data=2, fsdp=2 or tensor, or task 'lora'")
     if plan.rules:
