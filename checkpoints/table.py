@@ -223,8 +223,9 @@ class Table:
             said.append(f"Of another shape ({sum(map(len, misshapen.values()))}):{listing(lines)}")
         if any(name.rsplit(".", 1)[-1] in _QUANTISED for name in unexpected):
             said.append(
-                "Tensors of such names come from a checkpoint that is already quantised; take the unquantised one of "
-                "the same model and quantise it here."
+                "Tensors of such names are of packed matrices, and config.json has no quantization_config that says how they "
+                "are packed, or one that leaves these out: add what they were made with (AutoGPTQ's quantize_config.json "
+                'has its fields; "quant_method": "gptq" goes with them), or take the unquantised checkpoint.'
             )
         raise CheckpointError("\n".join(said))
 

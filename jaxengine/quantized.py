@@ -144,7 +144,7 @@ class Quantized:
             view.shapes[name] = shape
         if wrong:
             raise CheckpointError(
-                f"{self.folder}: {len(wrong)} matrices do not fit quantization_config ({self._said}):{listing(wrong)}"
+                f"{self.folder}: {_matrices(len(wrong))} not fit quantization_config ({self._said}):{listing(wrong)}"
             )
         if not view.packed:
             raise CheckpointError(
@@ -318,6 +318,10 @@ class Quantized:
         reader = self._absorbed.get(name)
         stored = None if reader is None else self._stored_of(reader)
         return None if stored is None else self._order(stored)
+
+
+def _matrices(count: int) -> str:
+    return f"{count} matrices do" if count > 1 else "one matrix does"
 
 
 def _by_row(spec: Spec) -> bool:

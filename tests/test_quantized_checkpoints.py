@@ -589,7 +589,8 @@ def ct(**changed: Any) -> dict[str, Any]:
     [
         ({"quant_method": "aqlm"}, r"quant_method 'aqlm' is not read; read are auto-round, awq, .*, mxfp4"),
         ({"quant_method": "gtpq"}, r"Nearest: 'gptq'"),
-        ({"bits": 4}, "quant_method None is not read"),
+        ({"bits": 4}, "quant_method None is not read.*None is named: say which one packed it"),
+        ({"bits": 4, "desc_act": False}, "quant_method None is not read.*None is named: 'gptq' has desc_act"),
         ("int4", "it is an object with a quant_method"),
         ({"quant_method": "gptq", "bits": 4}, "quant_method 'gptq' needs group_size"),
         (GPTQ | {"bits": 5}, "bits 5; read are 2, 3, 4, 8"),
@@ -625,7 +626,9 @@ Tensors = dict[str, np.ndarray]
 @pytest.mark.parametrize(
     ("case", "change", "said"),
     [
-        ("gptq", lambda t: t.pop(f"{DOWN}.scales"), r"down_proj\.scales is not in"),
+        ("gptq", lambda t: t.pop(f"{DOWN}.scales"),
+         r": one matrix does not fit (?s:.*)down_proj\.scales is not in .*: a matrix of 128 outputs and 256 inputs in 4 bits"
+         r" with group_size 32 needs a GPTQ scale of that name"),
         ("gptq", lambda t: t.pop(f"{DOWN}.qzeros"), r"down_proj\.qzeros is not in"),
         ("gptq", lambda t: t.update({f"{DOWN}.qweight": t[f"{DOWN}.qweight"][:-1]}),
          r"down_proj\.qweight is \[31, 128\]; a matrix of 128 outputs and 256 inputs in 4 bits .* needs \[32, 128\]"),
@@ -645,7 +648,7 @@ Tensors = dict[str, np.ndarray]
         ("ct-int4", lambda t: t.update({f"{DOWN}.weight_shape": np.array([128, 255])}), r"says \[128, 255\]"),
         ("ct-int4", lambda t: t.update({f"{DOWN}.weight_packed": t[f"{DOWN}.weight_packed"][:, 1:]}),
          r"weight_packed is \[128, 31\]; a matrix of 128 outputs and 256 inputs in 4 bits .* needs \[128, 32\]"),
-        ("ct-int4", lambda t: t.pop(f"{DOWN}.weight_scale"), r"down_proj\.weight_scale is not in .*: a scale a matrix of 128"),
+        ("ct-int4", lambda t: t.pop(f"{DOWN}.weight_scale"), r"weight_scale is not in .*: a matrix of 128 .* needs a scale"),
         ("ct-int4-affine", lambda t: t.pop(f"{DOWN}.weight_zero_point"), r"weight_zero_point is not in"),
         ("ct-int8", lambda t: t.pop(f"{DOWN}.weight_scale"), r"weight_scale is not in"),
         ("fp8-block", lambda t: t.pop(f"{DOWN}.weight_scale_inv"), r"weight_scale_inv is not in"),
@@ -683,6 +686,42 @@ def test_a_group_that_does_not_divide(raw: dict[str, Any], config: dict[str, Any
     tensors, _ = tensors_of(gptq(), raw)
     with pytest.raises(CheckpointError, match=said):
         jaxengine.load(write(tmp_path / "m", tensors, raw | {"quantization_config": config}))
+
+
+@pytest.mark.parametrize(
+    ("case", "config", "said"),
+    [
+        ("gptq", gptq(8, sym=True).config, r"qweight is \[16, 128\]; .* in 8 bits .* needs \[32, 128\]: bits 4 would fit"),
+        ("gptq", gptq(group=64).config, r"scales is \[4, 128\]; .* needs \[2, 128\]: group_size 32 would fit"),
+        ("gptq", gptq(group=-1).config, r"scales is \[4, 128\]; .* needs \[1, 128\]: group_size 32 would fit"),
+        ("gptq", awq().config, r"qweight is \[16, 128\]; .* needs \[128, 16\]: quant_method 'gptq' would fit"),
+        ("awq", gptq().config, r"qweight is \[128, 16\]; .* needs \[16, 128\]: quant_method 'awq' would fit"),
+    ],
+)  # fmt: skip
+def test_a_config_of_another_checkpoint_is_told_what_would_fit(
+    case: str, config: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    tensors, _ = tensors_of(CASES[case][0], LLAMA)
+    with pytest.raises(CheckpointError, match=rf"14 matrices do not fit (?s:.*)q_proj\.{said}; is quantization_config"):
+        jaxengine.load(write(tmp_path / "m", tensors, LLAMA | {"quantization_config": config}))
+
+
+def test_packed_matrices_of_another_size_are_told_no_bits(tmp_path: Path) -> None:
+    """Of twice the inputs the words of 4 bits are as many as those of 2 would be."""
+    tensors, _ = tensors_of(CASES["gptq"][0], LLAMA)
+    raw = LLAMA | {"hidden_size": 256, "head_dim": 32, "quantization_config": CASES["gptq"][0].config}
+    with pytest.raises(
+        CheckpointError, match=r"q_proj\.qweight is \[16, 128\]; .*: it does not belong to the model of config"
+    ):
+        jaxengine.load(write(tmp_path / "m", tensors, raw))
+
+
+def test_packed_matrices_without_a_config_are_told_what_lacks(tmp_path: Path) -> None:
+    tensors, _ = tensors_of(CASES["gptq"][0], LLAMA)
+    with pytest.raises(
+        CheckpointError, match=r"(?s)Missing.*are of packed matrices, and config\.json has no quantization_config"
+    ):
+        jaxengine.load(write(tmp_path / "m", tensors, LLAMA))
 
 
 def test_a_matrix_that_is_packed_and_should_not_be(tmp_path: Path) -> None:

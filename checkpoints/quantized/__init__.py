@@ -35,6 +35,12 @@ METHODS: dict[str, Callable[[Mapping[str, Any]], Method]] = {
     "mxfp4": Mxfp4,
 }
 
+# fields of a quantization_config that one method alone has
+FIELDS = {
+    "checkpoint_format": "gptq", "desc_act": "gptq", "zero_point": "awq", "config_groups": "compressed-tensors",
+    "weight_block_size": "fp8",
+}  # fmt: skip
+
 
 def method(config: Any) -> Method:
     """The method that a quantization_config names, made of it; CheckpointError for one that is not read."""
@@ -46,6 +52,11 @@ def method(config: Any) -> Method:
     if name not in METHODS:
         near = difflib.get_close_matches(str(name), METHODS, n=1)
         hint = f" Nearest: {near[0]!r}." if near else ""
+        if name is None:
+            hint = " None is named: " + next(
+                (f"{like!r} has {field}." for field, like in FIELDS.items() if field in config),
+                "say which one packed it.",
+            )
         raise CheckpointError(
             f"quantization_config: quant_method {name!r} is not read; read are {', '.join(METHODS)}.{hint} Take such a"
             f" checkpoint, or the unquantized one, which weights='int8' or 'int4' quantizes while it is read"

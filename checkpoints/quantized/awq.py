@@ -64,7 +64,11 @@ class AWQ:
         if outputs % 8:
             raise CheckpointError(f"{module} has {outputs} outputs; AWQ packs them by eight")
         of = f"a matrix of {outputs} outputs and {inputs} inputs in 4 bits with group_size {self._group}"
-        tensor(tensors, f"{module}.qweight", "an AWQ matrix", [(inputs, outputs // 8)], of, [np.int32])
+        gptq = "quant_method 'gptq'"
+        tensor(
+            tensors, f"{module}.qweight", "an AWQ matrix", [(inputs, outputs // 8)], of, [np.int32],
+            like=lambda shape: gptq if shape == (inputs // 8, outputs) else None,
+        )  # fmt: skip
         tensor(tensors, f"{module}.qzeros", "an AWQ zero point", [(G, outputs // 8)], of, [np.int32])
         floats = ("float16", "bfloat16", "float32")
         scales = tensor(tensors, f"{module}.scales", "an AWQ scale", [(G, outputs)], of, floats)

@@ -21,7 +21,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -171,22 +171,36 @@ def module_of(name: str) -> str:
 
 
 def tensor(
-    tensors: Tensors, name: str, what: str, shapes: Sequence[Sequence[int]], of: str, dtypes: Sequence[Any]
+    tensors: Tensors,
+    name: str,
+    what: str,
+    shapes: Sequence[Sequence[int]],
+    of: str,
+    dtypes: Sequence[Any],
+    *,
+    like: Callable[[tuple[int, ...]], str | None] = lambda shape: None,
 ) -> TensorInfo:
     """A packed matrix's part; CheckpointError where it is not there, has another dtype, or none of the shapes.
 
-    of: what decides the shape, for the message.
+    of: what decides the shape, for the message. like: the setting that another shape would fit, if there is one.
     """
     if name not in tensors:
-        raise CheckpointError(f"{name} is not in {tensors.source}: {what} {of} needs it. Download the checkpoint again")
+        raise CheckpointError(
+            f"{name} is not in {tensors.source}: {of} needs {what} of that name. Download the checkpoint again"
+        )
     info = tensors.info(name)
     allowed = [np.dtype(d) for d in dtypes]
     if info.dtype not in allowed:
         raise CheckpointError(f"{name} is {info.dtype}; {what} is {' or '.join(d.name for d in allowed)}")
     if info.shape not in [tuple(s) for s in shapes]:
+        near = like(info.shape)
         raise CheckpointError(
-            f"{name} is {list(info.shape)}; {of} needs {' or '.join(str(list(s)) for s in shapes)}: it does not belong to"
-            f" the model of config.json, or its quantization_config is another one's"
+            f"{name} is {list(info.shape)}; {of} needs {' or '.join(str(list(s)) for s in shapes)}: "
+            + (
+                "it does not belong to the model of config.json, or its quantization_config is another one's"
+                if near is None
+                else f"{near} would fit; is quantization_config another one's?"
+            )
         )
     return info
 

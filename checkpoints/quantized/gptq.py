@@ -94,8 +94,20 @@ class GPTQ:
         for what, size in (("inputs", inputs), ("outputs", outputs)):
             if size * bits % 32:
                 raise CheckpointError(f"{module} has {size} {what}, and {bits}-bit codes of as many do not fill words")
-        tensor(tensors, f"{module}.qweight", "a GPTQ matrix", [(inputs * bits // 32, outputs)], of, [np.int32])
-        scales = tensor(tensors, f"{module}.scales", "a GPTQ scale", [(G, outputs)], of, FLOATS)
+
+        def other_bits(shape: tuple[int, ...]) -> str | None:
+            if (name := f"{module}.scales") not in tensors or tensors.info(name).shape != (G, outputs):
+                return None  # of other sizes altogether
+            found = (f"bits {b}" for b in KINDS if shape == (inputs * b // 32, outputs))
+            return next(found, "quant_method 'awq'" if shape == (inputs, outputs // 8) else None)
+
+        def other_group(shape: tuple[int, ...]) -> str | None:
+            fits = len(shape) == 2 and shape[1] == outputs and shape[0] and inputs % shape[0] == 0
+            return f"group_size {inputs // shape[0] if shape[0] > 1 else -1}" if fits else None
+
+        words = [(inputs * bits // 32, outputs)]
+        tensor(tensors, f"{module}.qweight", "a GPTQ matrix", words, of, [np.int32], like=other_bits)
+        scales = tensor(tensors, f"{module}.scales", "a GPTQ scale", [(G, outputs)], of, FLOATS, like=other_group)
         tensor(tensors, f"{module}.qzeros", "a GPTQ zero point", [(G, outputs * bits // 32)], of, [np.int32])
         found = {p[1:]: module + p for p in PARTS[:3]}
         if (g_idx := f"{module}.g_idx") in tensors:
