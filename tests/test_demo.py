@@ -246,6 +246,21 @@ def test_a_table_holds_formats_against_the_first(tokenizer, monkeypatch, tmp_pat
     assert int8[head.index("copy")] == f"{sum(named) / len(named):.3f}"
 
 
+def test_programs_of_a_row_go_before_the_next(tokenizer, monkeypatch):
+    """Each holds maps of memory, of which a process may have some 65,000: the table did not end without."""
+    program, held = jax.jit(lambda x: x + 1), []
+
+    def text_bits(*given):
+        held.append(program._cache_size())
+        program(1.0)
+        return [100.0, 200.0], [50, 60]
+
+    monkeypatch.setattr(evaluation, "text_bits", text_bits)
+    monkeypatch.setattr(evaluation, "accuracy", lambda *given: evaluation.Figure(0.0, 0, 1))
+    assert len(list(evaluation.rows("demo", ["dense", "int8", "int4"], tokenizer, 2, 0, {}))) == 3
+    assert held == [0, 0, 0]
+
+
 def test_the_table_has_every_format():
     """And each choice that is no size, and what is rounded with text beside what is rounded to nearest."""
     plain = [text for text in evaluation.FORMATS if evaluation.BY not in text]
