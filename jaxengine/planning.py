@@ -177,9 +177,10 @@ def candidates(
 ) -> list[Candidate]:
     """The plan's variants on a card, from the nearest to the farthest. task: what is fine-tuned; None: text is generated."""
     if task is not None:
-        rows = {"batch": batch, "context": context}
+        rows: dict[str, Any] = {"batch": batch, "context": context}
         ahead = worth_ahead(architecture, plan, task, card, **rows)
-        made = tuning.variants(architecture, plan, task, memory=memory, ram=ram, ahead=ahead, wide=card.wide, **rows)
+        how: Any = {"memory": memory, "ram": ram, "wide": card.wide, "keeps_gelu": tuning.keeps_gelu(card)}
+        made = tuning.variants(architecture, plan, task, ahead=ahead, **how, **rows)
         times = [tuning.seconds(architecture, v.plan, task, card, **rows) for v in made]
         count = task.accumulate * batch * context
         return [Candidate(v.plan, v.need, v.refused, tuple(t.items()), count) for v, t in zip(made, times, strict=True)]
@@ -264,6 +265,11 @@ def _as_they_are(task: Task | None) -> bool:
     return task is not None and not task.beside
 
 
+def _alternates(plan: Plan, architecture: Architecture) -> bool:
+    """Whether unlike layers follow each other in a bank that is streamed."""
+    return any(len(p.kinds) > 1 and find_home(p.home).TIER != "device" for p in plan.parts(architecture))
+
+
 def traps(architecture: Architecture, candidate: Candidate, card: Card, task: Task | None = None) -> list[str]:
     """What to know before running it on this card. task: what is fine-tuned; None: text is generated."""
     said = []
@@ -291,12 +297,11 @@ def traps(architecture: Architecture, candidate: Candidate, card: Card, task: Ta
             + (" on a card below compute capability 8.0" if card.wide else " with attention 'xla' in 16 bits")
             + ": XLA was seen to take up to 1.5 times as much. Leave room, compile the plan, or train 'lora' with remat 'full'"
         )
-    if task is not None and any(
-        len(p.kinds) > 1 and find_home(p.home).TIER != "device" for p in candidate.plan.parts(architecture)
-    ):
+    added = task is not None and (task.sampled or (task.train == "all" and (task.tile or task.accumulate > 1)))
+    if added and _alternates(candidate.plan, architecture):
         said.append(
-            "of a step through streamed layers that alternate XLA was seen to take up to 1.25 times as much as is counted: leave"
-            " room, or compile the plan"
+            "of a step through streamed layers that alternate, where gradients are added up or layers are trained in turn, XLA"
+            " was seen to take up to 1.15 times as much as is counted: leave room, or compile the plan"
         )
     if tiers["disk"]:
         plain = candidate.plan.weights == "dense" and not candidate.plan.weight_rules

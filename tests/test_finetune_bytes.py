@@ -2,18 +2,20 @@
 
 tests/test_tuning_plan.py and tests/test_mezo.py have the rows that the parts for gaps and for copies under way were made on.
 These differ from them in width, depth, key heads, rows, card or what is trained. The parts for tiles, for the form 'ahead',
-for DoRA, for codes, for targets, for optimizers of 8 bits and adafactor, for attention in XLA, for a T4 and for float32 beside 16
-bits were corrected on the rows here. All are held to the 5 % that a
-plan promises.
+for DoRA, for codes, for targets, for optimizers of 8 bits and adafactor, for attention in XLA, for a T4, for float32 beside 16
+bits, for feed-forward blocks without a gate or with gelu, and for layers that alternate were corrected on the rows here. All
+are held to the 5 % that a plan promises.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from typing import Any, cast
 
 import pytest
+from oracles.golden import GOLDEN
 from test_planning import LLAMA_3_8B, SMALL
 from test_tuning_plan import BF16, F32
 
@@ -41,6 +43,41 @@ SHAPES: dict[str, dict[str, Any]] = {
     "small": LESS, "long": LESS | LONG, "thin": THIN, "wide": WIDE, "8B": LLAMA_3_8B, "8B, long": LLAMA_3_8B | LONG,
     "three thin": THIN | {"num_hidden_layers": 3}, "two of 8B": LLAMA_3_8B | LONG | {"num_hidden_layers": 2, "vocab_size": 4096},
 }  # fmt: skip
+
+
+def of(family: str) -> dict[str, Any]:
+    """The family's golden config as wide as "small", with four layers, which alternate where the family's do."""
+    raw = json.loads((GOLDEN / family / "config.json").read_text())
+    if family == "gpt2":
+        return raw | {
+            "n_embd": 2048,
+            "n_head": 16,
+            "n_positions": 4096,
+            "n_inner": 8192,
+            "n_layer": 4,
+            "vocab_size": 8192,
+        }
+    raw |= {
+        "hidden_size": 2048,
+        "num_attention_heads": 16,
+        "max_position_embeddings": 4096,
+        "num_hidden_layers": 4,
+        "vocab_size": 8192,
+    }
+    if family == "opt":
+        return raw | {"ffn_dim": 8192, "word_embed_proj_dim": 2048}
+    raw |= {"num_key_value_heads": 4, "head_dim": 128, "intermediate_size": 5632}
+    if "layer_types" in raw:
+        raw["layer_types"] = (
+            ["sliding_attention", "full_attention"] if "gemma" in family else ["full_attention"] * 2
+        ) * 2
+    if raw.get("sliding_window"):
+        raw["sliding_window"] = 512
+    return raw
+
+
+FAMILIES = ("gemma2", "gemma3_text", "gpt2", "opt", "qwen3")
+SHAPES |= {family: of(family) for family in FAMILIES}
 HOST = {"home": "host"}
 AHEAD = {"home": "host", "form": "ahead"}
 XLA, HALF, WIDENED = {"attention": "xla"}, {"dtype": "float16"}, {"compute": "float32"}
@@ -77,8 +114,33 @@ ROWS: list[Row] = [
     ("three thin", "RTX 4090", "lora", XLA, 2, 1024, {}),
     ("small", "T4", "lora", HOST | HALF, 4, 1024, WIDENED),
     ("wide", "T4", "lora", {"dtype": "float32"} | HOST, 2, 1024, WIDENED),
+    ("gemma2", "H200", "lora", HOST, 4, 1024, {}),
+    ("gemma3_text", "RTX 4090", "lora", HOST, 4, 1024, {}),
+    ("gpt2", "RTX 4090", "lora", {}, 4, 1024, {}),
+    ("opt", "RTX 4090", "lora", HOST, 4, 1024, {}),
 ]
+MISSED = {
+    ("opt", "H200", "lora", "host"): "7 % over: 524 MB for 564, of the sums that XLA makes again while attention goes back",
+    ("opt", "H200", "full", "host"): "7 % under: one array of the feed-forward block's width waits while its weights change",
+    ("gpt2", "H200", "full", "host"): "9 % under: as of OPT",
+}  # fmt: skip
+
+
+def each_family() -> list[Any]:
+    """Adapters through layers in host memory and on the device, and every parameter in host memory; those of ROWS left out."""
+    found = []
+    for family in FAMILIES:
+        for card in ("RTX 4090", "H200"):
+            for task, plan in (("lora", HOST), ("lora", {}), ("full", HOST)):
+                row = (family, card, task, plan, 4, 1024, {})
+                why = MISSED.get((family, card, task, plan.get("home", "device")))
+                marks = [pytest.mark.xfail(raises=AssertionError, strict=True, reason=why)] if why else []
+                found += [pytest.param(*row, marks=marks)] if row not in ROWS else []
+    return found
+
+
 FURTHER: list[Any] = [
+    *each_family(),
     # the noise of every parameter takes long to compile
     ("thin", "RTX 3090", "mezo", HOST, 8, 512, {}),
     ("wide", "RTX 3090", "mezo", HOST, 1, 512, {}),
@@ -164,7 +226,8 @@ def on_device(
             arch, chosen, what, cast(Any, target.mesh), batch=batch, context=context
         )
         compiled = target.compile(program.on("gpu"), *static, *target.place(abstract))
-    need = tuning.need(arch, chosen, what, batch=batch, context=context, wide=aot.CARDS[card].wide)
+    there: dict[str, Any] = {"wide": aot.CARDS[card].wide, "keeps_gelu": tuning.keeps_gelu(aot.CARDS[card])}
+    need = tuning.need(arch, chosen, what, batch=batch, context=context, **there)
     assert aot.host_bytes(compiled) == pytest.approx(need.host, rel=0.05)
     report = audit(compiled).check()
     assert {c.dma for c in report.copies} <= {True}

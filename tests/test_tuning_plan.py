@@ -36,6 +36,7 @@ from pallas_kernels.audit import Report, audit
 from pallas_kernels.cards import find
 
 F32 = Plan(dtype="float32")
+FEW: dict[str, Any] = {"batch": 4, "context": 64}
 ARCH_8B = architecture(LLAMA_3_8B)
 
 
@@ -133,6 +134,26 @@ def test_layers_are_fetched_one_ahead_where_a_step_can_and_copies_are_worth_hidi
     assert chosen is not None
     assert (chosen.plan.home, chosen.plan.form) in (("split", "ahead"), ("split", ""))
     assert chosen.fits
+
+
+@pytest.mark.parametrize(("family", "kept"), [("gemma2", 128 + 64), ("llama", 0)])
+def test_what_gelu_made_is_counted_on_cards_that_keep_it(family: str, kept: int) -> None:
+    """Bytes of a step's way back on an H200 beyond those on an RTX 4090: of all tokens the feed-forward block's width and the
+    stream's. Which cards do was read from programs compiled for them (scripts/LOG.md)."""
+    raw = json.loads((GOLDEN / family / "config.json").read_text()) | {"intermediate_size": 128, "hidden_size": 64}
+    there, here = (
+        {c.plan: c.need.device for c in plan_for(architecture(raw), BF16, find(n), **FEW, task="lora").candidates}
+        for n in ("h200", "rtx4090")
+    )
+    same = [p for p in there if p in here and p.remat == "full" and p.home in ("device", "host")]
+    assert len(same) >= 2
+    assert {there[p] - here[p] for p in same} == {FEW["batch"] * FEW["context"] * 2 * kept}
+    writes = {
+        n
+        for n in ("a100 80gb", "h100 pcie", "h200", "b200", "rtx3090", "rtx4090", "rtx5090")
+        if tuning.keeps_gelu(find(n))
+    }
+    assert writes == {"a100 80gb", "h100 pcie", "h200", "b200"}
 
 
 @pytest.mark.parametrize("family", ["gpt2", "opt_350m_like", "gemma2", "phi3"])

@@ -308,7 +308,7 @@ def chosen_plan(folder: str, given: dict[str, Any]) -> tuple[Architecture, Plan,
     from jaxengine.architecture import architecture
     from jaxengine.export import one_dtype
     from jaxengine.finetune import meshed
-    from jaxengine.finetune.planning import variants
+    from jaxengine.finetune.planning import keeps_gelu, variants
     from jaxengine.finetune.run import begun, check
     from jaxengine.finetune.settings import Settings
     from jaxengine.machine import available_ram, pool_limit_bytes
@@ -371,7 +371,10 @@ def chosen_plan(folder: str, given: dict[str, Any]) -> tuple[Architecture, Plan,
     # as `jaxengine plan` asks of that card; of one that is not in its table, and on a CPU, nothing is known or gained
     ahead = card is not None and worth_ahead(arch, plan, settings.task, card, **rows)
     wide = below_ampere()
-    found = variants(arch, plan, settings.task, memory=budget, ram=room, ahead=ahead, wide=wide, **rows)
+    gelu = card is not None and keeps_gelu(card)
+    found = variants(
+        arch, plan, settings.task, memory=budget, ram=room, ahead=ahead, wide=wide, keeps_gelu=gelu, **rows
+    )
     fits = next((v for v in found if not v.refused), None)
     if fits is None:
         least = min(found, key=lambda v: (v.need.device > budget, v.need.device))

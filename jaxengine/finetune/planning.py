@@ -45,7 +45,7 @@ from jaxengine.plan import (
     width,
 )  # fmt: skip
 from pallas_kernels.attention.xla import Blocks, blocks
-from pallas_kernels.cards import CARDS
+from pallas_kernels.cards import CARDS, Card
 
 GAPS = 0.05  # between buffers of unlike sizes that copies hold for a while, of their bytes
 
@@ -209,17 +209,19 @@ def need(
     held: Architecture | None = None,
     sums: int = 0,
     wide: bool = False,
+    keeps_gelu: bool = False,
 ) -> Need:
     """What a step needs: `batch` rows of `context` tokens a part; over a mesh each of its devices, and the machine of host
     memory. held: the shapes that parameters and what is trained are held in, where they are used in others; sums: bytes of what
     goes between devices while streamed layers are trained themselves. wide: on a card
-    below sm_80, where XLA makes nothing inside a product: see `_wide_back`."""
+    below sm_80, where XLA makes nothing inside a product: see `_wide_back`. keeps_gelu: see that of a card."""
+    on_card: Any = {"wide": wide, "keeps_gelu": keeps_gelu}
     if plan.mesh:
-        how: Any = {"alone": functools.partial(need, wide=wide), "loss": loss_activations}
+        how: Any = {"alone": functools.partial(need, **on_card), "loss": loss_activations}
         return meshed.need(architecture, plan, task, batch=batch, context=context, **how)
     if plan.attention == "reference":
         plain = dataclasses.replace(plan, attention="auto")
-        least = need(architecture, plain, task, batch=batch, context=context, held=held, wide=wide)
+        least = need(architecture, plain, task, batch=batch, context=context, held=held, **on_card)
         scores = _score_bytes(architecture, plan, task, batch * context * context)
         return dataclasses.replace(least, activations=least.activations + scores)
     if task.sampled:
@@ -248,6 +250,13 @@ def need(
     written_out = task.train == "lora" and not streamed and all(p.form == "unrolled" for p in plan.parts(architecture))
     back -= entering // parts if (tiled or written_out) and remat == "full" else 0
     back += decoded_bytes(architecture, plan, batch * context, dtype.itemsize)
+    # of streamed layers that alternate the next one, which was brought, and what came into it stand; a layer goes back after
+    # attention has gone forward, and what that made is not made again
+    alternating = any(len(p.kinds) > 1 and home(p.home).TIER != "device" for p in plan.parts(architecture))
+    shape = _sizes(architecture)
+    if not tiled:
+        each_token = (shape.D + shape.NH) * alternating + _kept_beside_gelu(architecture) * keeps_gelu
+        back += batch * context * dtype.itemsize * each_token
     # a magnitude's gradient asks for what each matrix gave before it
     back += one.dots if task.train == "dora" and remat in ("full", "offload") else 0
     if task.train == "dora" and remat == "none":  # which is there already, but for one of the two that are multiplied
@@ -281,6 +290,8 @@ def need(
                     moments[0] = alone + batch * context * dtype.itemsize * each
                 moments[0] += _zeros_before(architecture, dtype.itemsize, **rows)
                 moments.append(_xla_back(architecture, plan, task, dtype.itemsize, **rows))
+            elif streamed and not tiled and dtype.itemsize == 2 and s.halves == 1:
+                moments.append(s.attending * 2 + batch * context * 2 * _attention_back(architecture, task))
         activations = max(moments) - streaming
         if written_out and remat == "full" and task.accumulate == 1:  # as gradients come, what came into layers goes
             most = max(gradients * j // L + (L - j) * entering for j in range(L + 1))
@@ -310,6 +321,9 @@ def need(
                     update -= layer
                 update += int(GAPS * (streaming + gradients + kept + update))
             moments = [cast + back + under_way, update]
+            if alternating:
+                # a layer and its state come at once, before its gradient is made; what came in is widened for a norm
+                moments.append(cast - (0 if added else narrow) + coming + back + 2 * entering // parts)
             if streamed and not added and 8 * _state_of_largest(architecture, task.optimizer) < largest:
                 # nothing of its size is waited for: a layer's last matrix is changed as soon as its gradient is there, while
                 # the others are as they are used, and no gradient of theirs is made
@@ -336,6 +350,25 @@ def need(
         host_weights=tiers["host"], host_optimizer=host_optimizer, host_kept=L * entering if remat == "offload" else 0,
         disk=tiers["disk"], trained=trained, gradients=gradients, optimizer=optimizer, kept=kept,
     )  # fmt: skip
+
+
+def keeps_gelu(card: Card) -> bool:
+    """Whether XLA writes what a gate's gelu made until its way back, and does not make it again there: its cost model takes that
+    for cheaper where memory is fast beside float32 arithmetic. (Seen of A100, H100, H200, B200, 9 to 25 operations a byte of
+    memory; not of RTX 3090, 4090 and 5090, 38 to 82.)"""
+    return card.fp32 < 30 * card.bandwidth
+
+
+def _kept_beside_gelu(architecture: Architecture) -> int:
+    """Numbers a token that stand where gelu's result does: that, and where what attention gave is normed before it is added, the
+    sum, which is then not made again either."""
+    config = architecture.config
+    act = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None) or ""
+    specs = architecture.block(architecture.kinds[0])[1]
+    if "gate" not in specs or not act.startswith("gelu"):
+        return 0
+    s = _sizes(architecture)
+    return s.F + s.D * ("post_attention_norm" in specs and "pre_mlp_norm" in specs)
 
 
 def counted_closely(plan: Plan, task: Task, *, wide: bool) -> bool:
@@ -428,7 +461,8 @@ def _score_blocks(architecture: Architecture, plan: Plan, task: Task, pairs: int
 
 class _Sizes(NamedTuple):
     """Of the widest layer: what each token has of each kind of number, and the elements of its matrices, but for those that take
-    the feed-forward block's width, of those of attention that make queries, keys and values, and of the largest."""
+    the feed-forward block's width, of those of attention that make queries, keys and values, and of the largest; how many make
+    that width."""
 
     D: int
     F: int
@@ -438,6 +472,7 @@ class _Sizes(NamedTuple):
     early: int
     attending: int
     largest: int
+    halves: int
 
 
 def _sizes(architecture: Architecture) -> _Sizes:
@@ -459,6 +494,7 @@ def _sizes(architecture: Architecture) -> _Sizes:
                 early,
                 attending,
                 max(math.prod(s.shape) for s in matrices),
+                sum("mlp" in s.axes[: s.out] for s in matrices),
             )
         )
     return max(found, key=lambda s: (s.F, s.NH, s.D))
@@ -535,6 +571,15 @@ def _xla_back(
         return batch * context * itemsize * each + loop + zeros
     each += s.D + s.D * (waits.halves > 0) + s.NH * waits.attended + s.F * min(2, waits.halves)
     return batch * context * itemsize * each + loop + s.attending * itemsize
+
+
+def _attention_back(architecture: Architecture, task: Task) -> int:
+    """Numbers a token of a streamed layer's way back for adapters in 16 bits while attention goes back in a kernel, where the
+    feed-forward block has no gate (where it has one, more stands while that goes back): queries, keys, values, what
+    attention made, and the gradients of each; x, its two norms, o's result, the gradients that came in and of each of
+    these; and what the block's adapters wait for."""
+    s, waits = _sizes(architecture), _waits(architecture, task)
+    return 8 * s.D + 4 * s.NH + 4 * s.KH + (waits.halves + waits.last) * s.F
 
 
 def _wide_back(architecture: Architecture, plan: Plan, task: Task, *, batch: int, context: int, streamed: int) -> int:
@@ -757,12 +802,13 @@ def layer_activations(architecture: Architecture, rows: int, itemsize: int, tile
         outs = sum(math.prod(s.shape[: s.out]) for s in specs.values() if s.out is not None)
         # queries and keys as they were before their norms, where they have some
         normed = sum(math.prod(specs[n].shape[: specs[n].out]) for n in ("q", "k") if f"{n}_norm" in specs)
-        parts = [rows * itemsize * n for n in (4 * D + outs + normed + 2 * F, outs - D, 3 * D + F, outs + 2 * D)]
+        halves = sum(s.out is not None and "mlp" in s.axes[: s.out] for s in specs.values())  # 1 where there is no gate
+        parts = [rows * itemsize * n for n in (4 * D + outs + normed + halves * F, outs - D, 3 * D + F, outs + 2 * D)]
         if tile:
             attends = [s for s in specs.values() if s.out is not None and "mlp" not in s.axes]
             made = sum(math.prod(s.shape[: s.out]) for s in attends) - D  # queries, keys, values
             heads = max(math.prod(s.shape[s.out :]) for s in attends if s.out and "heads" in s.axes[s.out :])
-            block = tile * itemsize * (outs - D - made + 2 * F)
+            block = tile * itemsize * (outs - D - made + halves * F)
             parts[0] = max(rows * itemsize * (5 * D + 2 * (made + heads)), rows * itemsize * (4 * D + heads) + block)
             parts[3] = parts[0]
         found.append(tuple(parts))
@@ -802,10 +848,11 @@ def variants(
     context: int,
     ahead: bool = True,
     wide: bool = False,
+    keeps_gelu: bool = False,
 ) -> list[Variant]:
     """A plan with its layers in other homes and more or less kept for the way back, from the nearest to the farthest. ahead:
-    whether streamed layers are listed as fetched one ahead too, before the plain scan, where a step can run that. wide: see
-    `need`."""
+    whether streamed layers are listed as fetched one ahead too, before the plain scan, where a step can run that. wide,
+    keeps_gelu: see `need`."""
     found = []
 
     def unlike(made: Plan) -> bool:
@@ -820,7 +867,7 @@ def variants(
 
     def of(**given: Any) -> Variant:
         made = dataclasses.replace(plan, **({"form": "", "resident": 0, "kept": 0, "chunk": 0} | given))
-        n = need(architecture, made, task, batch=batch, context=context, wide=wide)
+        n = need(architecture, made, task, batch=batch, context=context, wide=wide, keeps_gelu=keeps_gelu)
         refused = ""
         if made.remat == "dots" and any(
             home(p.home).TIER != "device" and p.form == "scan" and len(p.kinds) > 1 for p in made.parts(architecture)
