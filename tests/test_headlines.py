@@ -10,16 +10,19 @@ Democratizing massive model inference", 2022).
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import math
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from rich.console import Console
 
 from jaxengine.architecture import architecture
 from pallas_kernels import aot
@@ -118,6 +121,36 @@ def test_the_table() -> None:
     assert "2303.06865" in said
     assert "Needs a KV cache on the host" in said
     assert "MOM" not in said
+
+
+def test_the_answer_is_in_the_table_however_narrow() -> None:
+    """At 80 columns, which is what rich takes for a pipe, and at its own width, where nothing is cut."""
+    asked = ["--no-compile", "--only", "headinfer-1m", "--only", "tpi-llm"]
+    for width in ("80", None):
+        shown = CliRunner().invoke(headlines.main, asked, env={"COLUMNS": width})
+        assert shown.exit_code == 0, shown.output
+        table = shown.stdout[: shown.stdout.index("\nheadinfer-1m: HeadInfer")].splitlines()
+        assert max(map(len, table)) <= int(width or 120)
+        assert any(re.search(r"\bfits\b", line) for line in table)
+        for name, answer in (("headinfer-1m", "no"), ("tpi-llm", "yes")):
+            (row,) = (line for line in table if line.strip().startswith(f"{name}:"))
+            assert re.search(rf" {answer} ", row), row
+        assert any("(3.1 GB)" in line for line in table) == (width is None)
+
+
+def test_where_xla_and_arithmetic_are_apart_the_table_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    """By more than the 5 % of a plan, in either direction."""
+    (found,) = (headlines.figures(h, compiled=False) for h in headlines.HEADLINES if h.name == "tpi-llm")
+    assert (found.off, found.apart, found.to_dict()["off"]) == (None, False, None)
+    proof = SimpleNamespace(program="decode", host=0, temporaries=0, seconds=0.0, report=SimpleNamespace(problems=()))
+    for part, said in ((1.06, "6.0% more"), (0.94, "6.0% less"), (1.04, ""), (0.96, "")):
+        proof.device = round(part * found.need.device)
+        row = dataclasses.replace(found, proofs=(proof,))
+        assert row.to_dict()["off"] == pytest.approx(part - 1, abs=1e-6)
+        headlines.show(Console(width=120), [row])
+        shown = capsys.readouterr().out
+        assert (f"{said} than the arithmetic's" in shown) == bool(said)
+        assert (" !" in shown) == bool(said)
 
 
 def test_a_claim_that_is_not_there() -> None:
