@@ -330,7 +330,8 @@ def from_arrays(
 ) -> Model:
     """A Model of parameters that are in memory ({name: array}), e.g. freshly initialised or trained ones.
 
-    config: the raw config.json fields, needed for `save`.
+    config: the raw config.json fields, needed for `save`. Checks what `load` does of home and device: the version of jax,
+    the pool of pinned memory, and that a card streams layers rightly.
     """
     if not plan.dtype:
         raise ValueError(
@@ -343,5 +344,6 @@ def from_arrays(
     check_mesh(arch, plan)
     plan = orders.over_mesh(arch, plan, over)
     _check_attention(arch, plan)
+    _check_host(arch, plan, over)
     params = placement.place(arch, plan, over, lambda name: np.asarray(jax.device_get(arrays[name])))
     return Model(arch, plan, over, params, Origin(dict(config or {})), None)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -19,15 +20,17 @@ import pytest
 import jaxengine
 from checkpoints.errors import CheckpointError
 from checkpoints.safetensors import Reader, write_file
-from jaxengine import technique
+from jaxengine import loading, placement, technique
 from jaxengine.architecture import architecture
 from jaxengine.config import ConfigError
 from jaxengine.export import convert
+from jaxengine.homes.base import check_platform
 from jaxengine.loading import from_arrays
 from jaxengine.placement import stored
 from jaxengine.plan import Plan
 from jaxengine.sources import layer_of, read_config, stacked_name
 from jaxengine.weights.base import Weight
+from sharding.mesh import make_mesh
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = sorted(p.parent.name for p in GOLDEN.glob("*/golden.npz"))
@@ -229,6 +232,76 @@ def test_weight_rules_that_choose_nothing(case: str, pattern: str, said: str, mo
     assert str(refused.value).startswith(f"weight_rules: {pattern!r} ")
     with pytest.raises(ValueError, match=said):
         from_arrays(architecture(read_config(GOLDEN / case)), plan, {})
+
+
+# --- what a card cannot do ----------------------------------------------------------------------------------------------
+
+
+def by_load(**given: Any) -> Any:
+    return jaxengine.load(GOLDEN / "llama", dtype="float32", **given)
+
+
+def by_arrays(**given: Any) -> Any:
+    return from_arrays(architecture(read_config(GOLDEN / "llama")), Plan(dtype="float32", **given), {})
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """A mesh of one GPU, as far as checks look at it; what is placed there is refused."""
+    real, abstract = make_mesh(), placement.abstract
+    device = SimpleNamespace(platform="gpu", device_kind="NVIDIA H200")
+    mesh = SimpleNamespace(devices=np.asarray([device], object), local_devices=[device], size=1, shape={"data": 1})
+    monkeypatch.setattr(loading, "make_mesh", lambda *given: mesh)
+    monkeypatch.setattr(loading, "check_platform", lambda name, platform: check_platform(name, platform, (0, 12, 0)))
+    monkeypatch.setattr(placement, "abstract", lambda arch, plan, over: abstract(arch, plan, real))
+
+    def place(*given: Any) -> None:
+        raise RuntimeError("it went on to place")
+
+    monkeypatch.setattr(placement, "place", place)
+    return device
+
+
+@pytest.mark.parametrize("way", [by_load, by_arrays])
+def test_a_card_that_streams_wrongly_is_refused_first(
+    way: Callable[..., Any], card: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The self-test is of this device, before anything is placed, and only where layers stand in host memory."""
+    seen: list[Any] = []
+
+    def wrong(device: Any, *, folder: Path) -> None:
+        seen.append(device)
+        raise RuntimeError(f"Streaming layers from host memory is wrong here: {folder.name}")
+
+    monkeypatch.setattr(loading, "check_streaming", wrong)
+    with pytest.raises(RuntimeError, match="Streaming layers from host memory is wrong here: jaxengine"):
+        way(home="host")
+    assert seen == [card]
+    with pytest.raises(RuntimeError, match="it went on to place"):
+        way(home="device")
+    assert seen == [card]
+
+
+@pytest.mark.parametrize("way", [by_load, by_arrays])
+def test_more_pinned_memory_than_xla_gives_is_refused_first(
+    way: Callable[..., Any], card: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loading, "check_streaming", lambda device, folder: pytest.fail("it went on"))
+    monkeypatch.setattr(loading, "pool_limit_bytes", lambda *given: 1000)
+    with pytest.raises(
+        ValueError, match=r"home='host' keeps .* in pinned host memory, and XLA's pool stops at 1 kB: set"
+    ):
+        way(home="host")
+
+
+@pytest.mark.parametrize("way", [by_load, by_arrays])
+def test_a_jax_that_streams_wrongly_is_refused_first(
+    way: Callable[..., Any], card: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loading, "check_platform", lambda name, platform: check_platform(name, platform, (0, 11, 0)))
+    monkeypatch.setattr(loading, "available_ram", lambda: pytest.fail("it went on"))
+    with pytest.raises(ValueError, match=r"home=.host. on a GPU needs jax 0\.11\.1 or newer, and this is 0\.11\.0"):
+        way(home="host")
 
 
 def test_weight_rules_that_choose_something() -> None:
