@@ -595,7 +595,9 @@ def activation_bytes(
     What one layer holds at its widest: queries, keys, values and what attention makes of them, or the two halves of the
     feed-forward block; the residual stream twice. A matrix that is scanned goes when it has been used, so that attention's are
     not there beside the halves. Attention keeps no scores but those of some blocks where it runs in XLA
-    (float32; a card below sm_80). Under a chunk, T is the chunk. The compiler's own figure differs with the card.
+    (float32; a card below sm_80). Under a chunk, T is the chunk, the stream of all tokens stands once, and attention takes a
+    copy of the slots where the cache is in codes or a layer's is a slice of many. A loop over layers on the device takes a
+    period's as slices. The compiler's own figure differs with the card.
 
     wide: whether a product's result is written in float32 before it is narrowed, as on cards below sm_80.
     """
@@ -608,6 +610,9 @@ def activation_bytes(
     parts = plan.parts(architecture)
     beside = streamed_bytes(architecture, plan)  # not there yet while resident layers run
     listed = any(home(p.home).TIER == "device" and not p.stacked for p in parts)
+    looped = [p for p in parts if p.stacked and p.repeats > 1]
+    sliced = (max(layer_bytes(architecture, plan)) * len(p.kinds) for p in looped if home(p.home).TIER == "device")
+    slices = max(0, max(sliced, default=0) - beside)
     for kind in set(architecture.kinds):
         attention = architecture.attention(kind)
         N, K, H = attention.num_heads, attention.num_kv_heads, attention.head_dim
@@ -620,7 +625,8 @@ def activation_bytes(
         S = layout.num_slots(length, attention.window) if chunk else T
         if chunk and not layout.holds(T, S, attention.window):
             S += T
-        read_again = batch * S * 2 * K * H * size if chunk else 0  # slots as attention takes them
+        taken = plan.kv_codec != "raw" or any(kind in p.kinds for p in looped)
+        read_again = batch * S * 2 * K * H * size if chunk and taken else 0  # slots as attention takes them
         scores = (4 + size) * rows * S * N
         if plan.attention != "reference":  # which writes all of them
             in_blocks = plan.dtype == "float32" or plan.attention == "xla"
@@ -641,12 +647,13 @@ def activation_bytes(
         )
         # partial products of a matrix that is split along what it contracts, summed over devices in float32
         sums = (1 if beside else 3) * rows * D * 4 if dims["mlp"] > F else 0
-        widest = max(widest, 2 * batch * tokens * D * size + max(attending, halves) + sums)
+        stream = (batch * tokens + 2 * rows if chunk else 2 * rows) * D * size
+        widest = max(widest, stream + max(attending, halves) + sums)
     prompt, step = _gathered_bytes(architecture, plan)
     anew = _made_bytes(architecture, _formats_alone(plan))
     if wide:  # where no kernel reads codes
         anew = max(anew, decoded_bytes(architecture, plan, rows, size))
-    return max(widest + 16 * batch * tokens + prompt, step) + anew  # ids, positions
+    return max(widest + slices + 16 * batch * tokens + prompt, step) + anew  # ids, positions
 
 
 @functools.cache
@@ -796,6 +803,18 @@ def show_bytes(n: int) -> str:
     return f"{n} B"
 
 
+def rounded_up(n: int, most: int) -> tuple[str, int]:
+    """As `show_bytes`, but never less, nor more than `most` (which n is not): the words, and the bytes that they stand for."""
+    unit, size = next(
+        (u, s) for u, s in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3), ("B", 1)) if n >= s
+    )
+    for digits in range(max(0, 3 - len(str(n // size))), 13):
+        words = f"{-(-n * 10**digits // size) / 10**digits:.{digits}f} {unit}"
+        if n <= parse_bytes(words) <= most:
+            return words, parse_bytes(words)
+    return f"{n} B", n
+
+
 @dataclasses.dataclass(frozen=True)
 class Need:
     """Bytes by what they are for. Device (each of a mesh): embeddings and head, resident layers and what stays of streamed
@@ -859,6 +878,17 @@ def need(architecture: Architecture, plan: Plan, *, batch: int, context: int, wi
     )
 
 
+def lacking(n: Need, memory: int, ram: int | None) -> tuple[int, int]:
+    """Bytes of the device and of the host that are needed beyond these."""
+    return max(0, n.device - memory), 0 if ram is None else max(0, n.host - ram)
+
+
+def lacks(n: Need, memory: int, ram: int | None) -> str:
+    """'1.2 GB over on the device and 3 GB over in host memory'; '' where it fits."""
+    tiers = zip(lacking(n, memory, ram), ("on the device", "in host memory"), strict=True)
+    return " and ".join(f"{show_bytes(size)} over {where}" for size, where in tiers if size)
+
+
 @dataclasses.dataclass(frozen=True)
 class Variant:
     """A plan, what it needs, and why that is too much ('': it fits)."""
@@ -890,12 +920,7 @@ def variants(
     def of(**given: Any) -> Variant:
         made = dataclasses.replace(plan, **({"form": "", "resident": 0, "kept": 0} | given))
         n = need(architecture, made, batch=batch, context=context, wide=wide)
-        refused = _idle_stay(made)
-        if n.device > memory:
-            refused = f"{show_bytes(n.device - memory)} over on the device"
-        elif ram is not None and n.host > ram:
-            refused = f"{show_bytes(n.host - ram)} over in host memory"
-        return Variant(made, n, refused)
+        return Variant(made, n, _idle_stay(made) or lacks(n, memory, ram))
 
     def most(fits: Callable[[int], bool], low: int, high: int) -> int:
         """The largest number that fits, of those where larger ones never need less; `low` if none does."""

@@ -196,6 +196,48 @@ def test_arithmetic_against_the_compiled_programs(plan: Plan) -> None:
     assert prefill.report.problems == decode.report.problems == ()
 
 
+GEMMA = SMALL | {
+    "model_type": "gemma2", "head_dim": 128, "sliding_window": 1024, "num_hidden_layers": 4, "query_pre_attn_scalar": 128,
+    "hidden_activation": "gelu_pytorch_tanh", "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0,
+}  # fmt: skip
+PARTLY = {"home": "split", "resident": 2}
+LOOPS = [
+    ("small", "h200", {"home": "host", "chunk": 512}, 2**17),
+    ("gemma", "rtx4090", {"form": "scan"}, 4096),
+    ("gemma", "rtx4090", {"chunk": 512}, 2**17),
+    *(
+        pytest.param(*row, marks=pytest.mark.thorough)
+        for row in (
+            ("small", "rtx4090", {"home": "host", "form": "ahead", "chunk": 512}, 2**17),
+            ("small", "rtx4090", {"chunk": 512}, 2**17),
+            ("small", "h200", {"form": "scan", "chunk": 512}, 2**17),
+            ("small", "h200", PARTLY | {"chunk": 512}, 2**17),
+            ("gemma", "h200", {"home": "host", "chunk": 512}, 2**17),
+            ("gemma", "h200", {"form": "scan", "chunk": 512}, 2**17),
+            ("gemma", "h200", PARTLY | {"chunk": 512}, 2**17),
+            ("small", "h200", {"form": "scan"}, 4096),
+        )
+    ),
+]
+
+
+@pytest.mark.aot
+@pytest.mark.skipif(aot.missing() is not None, reason=str(aot.missing()))
+@pytest.mark.parametrize(("raw", "card", "given", "context"), LOOPS, ids=str)
+def test_prompts_in_chunks_and_loops_on_the_device(raw: str, card: str, given: dict[str, Any], context: int) -> None:
+    """A long prompt's stream is there once; attention takes a copy of the slots where a loop slices them out; a loop over
+    layers on the device has a period's matrices as slices."""
+    from jaxengine.plan import need
+    from jaxengine.proof import prove
+
+    arch = architecture({"small": SMALL, "gemma": GEMMA}[raw] | {"max_position_embeddings": 2**17})
+    plan = dataclasses.replace(BF16, **given)
+    counted = need(arch, plan, batch=1, context=context)
+    prefill, _ = prove(arch, plan, find(card), batch=1, length=context)
+    assert prefill.device == pytest.approx(counted.device, rel=0.05)
+    assert prefill.report.problems == ()
+
+
 @pytest.mark.aot
 @pytest.mark.skipif(aot.missing() is not None, reason=str(aot.missing()))
 @pytest.mark.parametrize(
