@@ -62,7 +62,7 @@ from jaxengine.architecture import Architecture, architecture
 from jaxengine.command import SETTINGS, reported, start_jax
 from jaxengine.finetune.data import Documents, pack
 from jaxengine.finetune.run import Run, Settings
-from jaxengine.loading import from_arrays
+from jaxengine.loading import from_arrays, load
 from jaxengine.model import Model
 from jaxengine.plan import Plan, layer_bytes, need
 from jaxengine.walk import lay_out
@@ -113,6 +113,7 @@ class Size:
     steps: int = 6  # of a call of decode
     tuned: tuple[tuple[int, int], ...] = ((4, 4096), (16, 4096), (1, 4096))  # rows and tokens of a step of fine-tuning
     tuned_steps: int = 3  # that are timed
+    tuned_tokens: int = 16384  # of a step, from which on streamed layers are to keep the resident rate
     memory_layers: int = 12
     memory_batch: int = 8
     memory_length: int = 1024
@@ -139,9 +140,8 @@ class Size:
 FULL = Size()
 TINY = Size(
     copies=(2**12, 2**14), rounds=2, width=NARROWEST, layers=3, batches=(1,), widest=2, steps=2, tuned=((2, 16),), tuned_steps=2,
-    memory_layers=3,
-    memory_batch=1, memory_length=64, vocabulary=96, narrow=NARROWEST, matmul=32, read=2**16, slots=8,
-    table_tokens=(32,), table_refused=(32,), table_slots=(64,), table_heads=(16,), table_rounds=2, probed=(32,),
+    tuned_tokens=32, memory_layers=3, memory_batch=1, memory_length=64, vocabulary=96, narrow=NARROWEST, matmul=32, read=2**16,
+    slots=8, table_tokens=(32,), table_refused=(32,), table_slots=(64,), table_heads=(16,), table_rounds=2, probed=(32,),
     table_matrices=((128, 256), (256, 128), (128, 128)), table_rows=((1,), (), ()), table_bytes=0, probed_rows=(2,), tables=False,
 )  # fmt: skip
 
@@ -437,6 +437,7 @@ def places(resident: int) -> dict[str, Plan]:
     }
 
 
+OF_LINK = 0.9  # of what the link alone would allow: asked of each streamed form that serves, at every number of rows
 FROM_PYTHON = (
     "host, python"  # the walk over layers is Python's: a program a layer, its weights copied beside the one before
 )
@@ -494,7 +495,10 @@ def passes(size: Size, folder: Path) -> Iterator[Row]:
                 tokens = jnp.zeros((batch, 1), jnp.int32)
                 call = functools.partial(run, model.engine, model.params, tokens, *more)
                 times = seconds(call, size.rounds)
-                yield {"form": name + said, **limits.of_pass(model, batch, times)}
+                row = limits.of_pass(model, batch, times)
+                asked = not said and row["streamed_bytes"] and batch in size.batches
+                row |= aim("fraction_of_limit", OF_LINK, row["fraction_of_limit"]) if asked else {}
+                yield {"form": name + said, **row}
         del model
 
 
@@ -528,10 +532,13 @@ def decoding(size: Size, folder: Path) -> Iterator[Row]:
             if "int4" in name:
                 beside = {"over_bfloat16": row["tokens_per_s"] / rates[batch]}
                 beside |= aim("over_bfloat16", STREAMED_INT4, beside["over_bfloat16"]) if batch == 1 else {}
+            elif row["streamed_bytes"]:
+                beside = aim("fraction_of_limit", OF_LINK, row["fraction_of_limit"])
             yield {"form": name, "steps_a_call": size.steps, **row, **beside}
         del model
 
 
+OF_RESIDENT = 0.9  # of the resident rate, kept by steps whose layers are streamed
 STREAMED_INT4 = 3.4  # times the tokens/s of streamed bfloat16: of bytes it is 3.9
 
 
@@ -568,17 +575,23 @@ def finetuning(size: Size, folder: Path) -> Iterator[Row]:
             elements -= vocabulary * model.config.hidden_size  # the embedding is looked up
             streamed = sum(layer_bytes(model.architecture, model.plan)) if model.plan.home != "device" else 0
             resident = resident or tokens / middle
+            of_resident = tokens / middle / resident
+            asked = streamed and tokens >= size.tuned_tokens
             yield {
                 "form": name, "batch": batch, "context": context, "tokens_a_step": tokens, "loss": loss,
                 "seconds": spread(times), "tokens_per_s": tokens / middle,
                 "mfu": 4 * elements * tokens / middle / limits.matmul, "hfu": 6 * elements * tokens / middle / limits.matmul,
-                "of_resident": tokens / middle / resident, "aim": 0.9 if streamed and tokens >= 16384 else None,
+                "of_resident": of_resident, **(aim("of_resident", OF_RESIDENT, of_resident) if asked else {}),
                 "link_limit_s": 2 * streamed / limits.link, "of_link_limit": 2 * streamed / limits.link / middle,
             }  # fmt: skip
             del model, run
 
 
-IDENTITY = ("device, scan", "device, unrolled", "host, scan", "host, ahead", "split, scan", "split, ahead")
+IDENTITY = (
+    "device, scan", "device, unrolled", "host, scan", "host, ahead", "split, scan", "split, ahead", "host, python",
+    "disk, python",
+)  # fmt: skip
+SAME_BITS = {"host, scan": "device, scan", "disk, python": "host, python"}  # of the same programs
 
 
 def by_name(plan: Plan, arch: Architecture, params: Any) -> dict[str, np.ndarray]:
@@ -600,8 +613,11 @@ def identity_cases(size: Size) -> dict[str, dict[str, Any]]:
 
 
 def identity(size: Size, folder: Path) -> Iterator[Row]:
-    """Logits and gradients of streamed layers against resident ones, float32: the largest difference, and whether none."""
-    del folder
+    """Logits and gradients of streamed layers against resident ones, float32: the largest difference, and whether none. Of
+    logits that come from the same programs (SAME_BITS) the same bits are asked; of all others, and of gradients, whose way
+    back through streamed layers is a program of its own, that they are within what summing in another order gives: 2^-24 a
+    term of the longest sum, of the largest number. Layers on disk are those of a checkpoint of the same parameters; what
+    Python drives has no gradients."""
     tokens, lengths = jnp.arange(64, dtype=jnp.int32).reshape(2, 32), jnp.asarray([32, 21], jnp.int32)
 
     def loss(params: Any, how: engine.Engine, seed: jax.Array) -> jax.Array:
@@ -610,25 +626,44 @@ def identity(size: Size, folder: Path) -> Iterator[Row]:
     for case, raw in identity_cases(size).items():
         arch = architecture(raw)
         seed = jax.random.normal(jax.random.key(1), (2, 32, 512), jnp.float32)
-        wanted: dict[str, np.ndarray] = {}
+        rounding, saved = 2.0**-24 * raw["intermediate_size"], folder / case
+        results: dict[str, dict[str, np.ndarray]] = {}
         for name in IDENTITY:
             where, form = name.split(", ")
             plan = Plan(
                 dtype="float32", home=where, form=form, resident=arch.num_layers // 4 if where == "split" else 0
             )
             with jax.default_matmul_precision("highest"):
-                model = from_arrays(arch, plan, Random(arch, "float32"), raw)
-                logits = engine.score(model.engine, model.params, tokens, lengths)
-                grads = compiled_here(jax.grad(loss), static_argnums=1)(model.params, model.engine, seed)
-            found = {"logits": np.asarray(jax.device_get(logits))}
-            found |= by_name(plan, arch, jax.device_get(grads))
-            wanted = wanted or found
-            off = {n: float(abs(found[n] - w).max() / max(abs(w).max(), 1e-30)) for n, w in wanted.items()}
-            worst = max((n for n in off if n != "logits"), key=lambda n: off[n])
-            yield {
-                "case": case, "form": name, "logits_off": off["logits"], "gradient_off": off[worst], "worst": worst,
-                "same_bits": all(np.array_equal(found[n], w) for n, w in wanted.items()),
+                if where == "disk":
+                    if not saved.exists():
+                        from_arrays(arch, Plan(dtype="float32"), Random(arch, "float32"), raw).save(saved)
+                    model = load(saved, plan=plan)
+                else:
+                    model = from_arrays(arch, plan, Random(arch, "float32"), raw)
+                logits = model.runs.score(model.engine, model.params, tokens, lengths)
+                found = {"logits": np.asarray(jax.device_get(logits))}
+                if form != "python":
+                    grads = compiled_here(jax.grad(loss), static_argnums=1)(model.params, model.engine, seed)
+                    found |= by_name(plan, arch, jax.device_get(grads))
+            del model
+            results[name] = found
+            wanted = results[IDENTITY[0]]
+            off = {n: float(abs(x - wanted[n]).max() / max(abs(wanted[n]).max(), 1e-30)) for n, x in found.items()}
+            worst = max((n for n in off if n != "logits"), key=lambda n: off[n], default=None)
+            row: Row = {
+                "case": f"{case}, {name}", "layers": case, "form": name, "logits_off": off["logits"],
+                "gradient_off": None if worst is None else off[worst], "worst": worst, "rounding": rounding,
+                "same_bits": all(np.array_equal(x, wanted[n]) for n, x in found.items()),
             }  # fmt: skip
+            asked = {}
+            if (like := SAME_BITS.get(name)) in results:
+                row |= {"like": like, "logits_of_like": np.array_equal(found["logits"], results[like]["logits"])}
+                asked["logits_of_like"] = 1
+            if len(results) > 1:
+                row["of_rounding"] = max(off.values()) / rounding
+                row["within_rounding"] = row["of_rounding"] <= 1
+                asked["within_rounding"] = 1
+            yield row | ({"aims": asked} if asked and on_gpu() else {})
 
 
 def memory_plans(size: Size) -> tuple[dict[str, Any], dict[str, Plan]]:
@@ -1104,6 +1139,10 @@ def apart(measurement: Measurement, given: Sequence[str], folder: Path, limit: f
     return found | ({"error": error} if error else {})
 
 
+PLANNED = ("compiled", "arithmetic")  # without the card
+AGREES = 0.95  # the peak is within 5 % of each, whichever is more
+
+
 def against_plan(results: Mapping[str, Row]) -> list[Row]:
     """The bytes measured, beside those that were planned and compiled without the card."""
     planned: dict[tuple[str, str], Row] = {}
@@ -1117,19 +1156,25 @@ def against_plan(results: Mapping[str, Row]) -> list[Row]:
             sizes = {n: known[n] for n in ("compiled", "arithmetic") if n in known}
             sizes |= {n: row[n] for n in ("compiled_here",) if n in row}
             if row.get("peak") and sizes:
-                ratios = {f"peak_of_{n}": row["peak"] / size for n, size in sizes.items()}
-                joined.append({k: row[k] for k in ("form", "program", "peak", "hidden") if k in row} | sizes | ratios)
+                more = {f"peak_of_{n}": row["peak"] / size for n, size in sizes.items()}
+                # a program that needs less than one before it has a peak that is not known
+                known = {n: size for n, size in sizes.items() if n in PLANNED and "hidden" not in row}
+                more |= {f"agrees_with_{n}": 1 - abs(row["peak"] / size - 1) for n, size in known.items()}
+                said = {k: row[k] for k in ("form", "program", "peak", "hidden") if k in row} | sizes | more
+                joined.append(said | {"aims": {f"agrees_with_{n}": AGREES for n in sizes if n in PLANNED}})
     return joined
 
 
 def aims(results: Mapping[str, Row]) -> list[Row]:
-    """Everything that something is asked of, in rows and in their sides: what, how much, what it is, whether it is reached."""
+    """Everything that something is asked of, in rows, in their sides, and in the bytes beside the plan's: what, how much,
+    what it is, whether it is reached."""
     found: list[Row] = []
-    for name, result in results.items():
+    for name, result in (dict(results) | {"memory against plan": {"rows": against_plan(results)}}).items():
         for row in result["rows"]:
             for side in (row, *row.get("sides", ())):
                 asked = side.get("aims") or ({side["aim_of"]: side["aim"]} if "aim_of" in side else {})
-                case = [row.get("case", row.get("form")), side.get("shape"), side.get("rows", side.get("batch"))]
+                what = row.get("case", row.get("form"))
+                case = [what, side.get("program"), side.get("shape"), side.get("rows", side.get("batch"))]
                 for of, least in asked.items():
                     found.append({
                         "measurement": name, "case": ", ".join(str(c) for c in case if c is not None),

@@ -55,6 +55,27 @@ def check_spreads(rows: list[dict[str, Any]]) -> None:
         assert s["rounds"] == TINY.rounds
 
 
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Aims stand in rows as on a card."""
+    aim = lambda of, least, got: {"aim": least, "aim_of": of, "reached": got >= least}  # noqa: E731
+    monkeypatch.setattr(gpu_suite, "aim", aim)
+
+
+def aims_of(name: str, rows: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
+    """(case, what, how much) of everything that is asked, each of a number that was measured and rightly judged."""
+    found = gpu_suite.aims({name: {"rows": rows}})
+    assert all(a["reached"] == (a["got"] >= a["aim"]) for a in found)
+    return [(a["case"], a["of"], a["aim"]) for a in found]
+
+
+def test_an_aim_is_of_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert gpu_suite.aim("rate", 0.9, 1.0) == {}
+    monkeypatch.setattr(gpu_suite, "on_gpu", lambda: True)
+    assert gpu_suite.aim("rate", 0.9, 0.89) == {"aim": 0.9, "aim_of": "rate", "reached": False}
+    assert gpu_suite.aim("rate", 0.9, 0.9)["reached"]
+
+
 def test_what_is_asked_of_a_card_is_measured() -> None:
     assert [m.name for m in MEASUREMENTS] == [
         "machine", "transfers", "slices", "passes", "plans", "memory: host, scan", "memory: host, ahead",
@@ -111,7 +132,7 @@ def test_a_wrong_slice_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert [r["right"] for r in rows] == [False] * 9
 
 
-def test_passes(tmp_path: Path) -> None:
+def test_passes(tmp_path: Path, asked: None) -> None:
     limits, *rows = rows_of("passes", tmp_path)
     assert set(limits["limits"]) == {"link_GBps", "memory_GBps", "matmul_TFLOPs"}
     forms = {
@@ -130,6 +151,12 @@ def test_passes(tmp_path: Path) -> None:
         at_limit = row["limits_ms_per_layer"][row["limit"]]
         assert at_limit == max(row["limits_ms_per_layer"].values())
         assert row["fraction_of_limit"] == pytest.approx(at_limit / row["ms_per_layer"]["median"])
+    # of what serves, at the numbers of rows that the link limits
+    assert aims_of("passes", rows) == [
+        (f"{form}, {batch}", "fraction_of_limit", 0.9)
+        for form in ("host, scan", "host, ahead", "host, python")
+        for batch in TINY.batches
+    ]
 
 
 def test_all_ways_of_a_pass_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,7 +178,7 @@ def test_all_ways_of_a_pass_give_the_same(monkeypatch: pytest.MonkeyPatch) -> No
     assert abs(np.asarray(back) - np.asarray(found[0])).max() > 1e-3
 
 
-def test_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: None) -> None:
     places = gpu_suite.places
     monkeypatch.setattr(gpu_suite, "places", lambda resident: {"host, scan": places(resident)["host, scan"]})
     limits, *rows = rows_of("decoding", tmp_path)
@@ -163,9 +190,14 @@ def test_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert coded["over_bfloat16"] == pytest.approx(coded["tokens_per_s"] / plain["tokens_per_s"])
     # 4 bits and a bfloat16 scale a group, whose least is of 32 inputs here; vectors stay as they are
     assert coded["streamed_bytes"] < 0.5 * plain["streamed_bytes"]
+    assert (TINY.batches, gpu_suite.OF_LINK) == ((1,), 0.9)
+    assert aims_of("decoding", rows) == [
+        ("host, scan, 1", "fraction_of_limit", 0.9), ("host, python, 1", "fraction_of_limit", 0.9),
+        ("host, scan, int4, 1", "over_bfloat16", 3.4),
+    ]  # fmt: skip
 
 
-def test_finetuning(tmp_path: Path) -> None:
+def test_finetuning(tmp_path: Path, asked: None) -> None:
     """The same losses from every place; what is kept of the resident rate stands beside the aim where there is one."""
     limits, *rows = rows_of("finetuning", tmp_path)
     assert set(limits["limits"]) == {"link_GBps", "memory_GBps", "matmul_TFLOPs"}
@@ -179,15 +211,56 @@ def test_finetuning(tmp_path: Path) -> None:
         assert r["of_resident"] == pytest.approx(r["tokens_per_s"] / rows[0]["tokens_per_s"])
         assert r["hfu"] == pytest.approx(1.5 * r["mfu"])
         assert (r["link_limit_s"] > 0) == ("host" in r["form"])
+    assert (FULL.tuned_tokens, TINY.tuned_tokens) == (16384, 32)
+    assert aims_of("finetuning", rows) == [
+        (f"{form}, {b}", "of_resident", 0.9) for b, _ in TINY.tuned for form in ("host, scan", "host, ahead")
+    ]
 
 
-def test_identity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    like = {"like layers": gpu_suite.identity_cases(TINY)["like layers"] | {"num_hidden_layers": 3}}
-    monkeypatch.setattr(gpu_suite, "IDENTITY", ("device, scan", "host, scan"))
-    monkeypatch.setattr(gpu_suite, "identity_cases", lambda size: like)
+@pytest.mark.parametrize("layers", ["like layers", "unlike layers"])
+def test_identity(layers: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every home, from disk too, in a form that each family is streamed in, and what is asked of it on a card."""
+    cases = {layers: gpu_suite.identity_cases(TINY)[layers] | {"num_hidden_layers": 4}}
+    homes = ("device, scan", "host, scan", "host, python", "disk, python")
+    assert set(homes) < set(gpu_suite.IDENTITY)
+    monkeypatch.setattr(gpu_suite, "IDENTITY", homes)
+    monkeypatch.setattr(gpu_suite, "identity_cases", lambda size: cases)
     rows = rows_of("identity", tmp_path)
-    assert [(r["case"], r["form"]) for r in rows] == [("like layers", f) for f in gpu_suite.IDENTITY]
-    assert all(r["logits_off"] < 1e-5 and r["gradient_off"] < 1e-4 for r in rows)
+    assert [(r["layers"], r["form"]) for r in rows] == [(layers, f) for f in homes]
+    assert all(r["logits_off"] < 1e-5 and (r["gradient_off"] or 0) < 1e-4 for r in rows)
+    assert [r["gradient_off"] is None for r in rows] == [False, False, True, True]
+    assert [r.get("like") for r in rows] == [None, "device, scan", None, "host, python"]
+    assert not any("aims" in r for r in rows)
+    both = {"logits_of_like": 1, "within_rounding": 1}
+    of = [{}, both, {"within_rounding": 1}, both]
+    found = aims_of("identity", [r | {"aims": a} for r, a in zip(rows, of, strict=True)])
+    assert [a[0] for a in found] == [f"{layers}, {homes[i]}" for i in (1, 1, 2, 3, 3)]
+    assert all(r["within_rounding"] and r["logits_of_like"] for r in rows if "like" in r), rows
+
+
+def test_other_numbers_are_no_identity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer of the checkpoint on disk is another one: neither the same bits nor within rounding."""
+    cases = {"like layers": gpu_suite.identity_cases(TINY)["like layers"] | {"num_hidden_layers": 2}}
+    monkeypatch.setattr(gpu_suite, "IDENTITY", ("host, python", "disk, python"))
+    monkeypatch.setattr(gpu_suite, "identity_cases", lambda size: cases)
+    load = gpu_suite.load
+
+    def other(folder: Path, **given: Any) -> Any:
+        file = next(folder.glob("*.safetensors"))
+        content = bytearray(file.read_bytes())
+        content[-64:] = bytes(64)  # numbers of the last tensor
+        file.write_bytes(content)
+        return load(folder, **given)
+
+    monkeypatch.setattr(gpu_suite, "load", other)
+    monkeypatch.setattr(gpu_suite, "on_gpu", lambda: True)
+    rows = rows_of("identity", tmp_path)
+    assert [r.get("aims") for r in rows] == [None, {"logits_of_like": 1, "within_rounding": 1}]
+    found = gpu_suite.aims({"identity": {"rows": rows}})
+    assert [(a["case"], a["of"], a["got"], a["reached"]) for a in found] == [
+        ("like layers, disk, python", "logits_of_like", False, False),
+        ("like layers, disk, python", "within_rounding", False, False),
+    ]
 
 
 def test_memory(tmp_path: Path) -> None:
@@ -494,7 +567,7 @@ def test_plans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_bytes_used_stand_beside_those_planned() -> None:
-    results = {
+    results: dict[str, Any] = {
         "plans": {
             "rows": [
                 {"form": "host, scan", "program": "prefill", "arithmetic": 90},
@@ -511,8 +584,23 @@ def test_bytes_used_stand_beside_those_planned() -> None:
             ]
         },
     }
-    (row,) = gpu_suite.against_plan(results)
+    results["plans"]["rows"].append({"form": "split, scan", "program": "prefill", "arithmetic": 96, "compiled": 90})
+    results["memory: split, scan"] = {"rows": [{"form": "split, scan", "program": "prefill", "peak": 100}]}
+    results["plans"]["rows"].append({"form": "host, ahead", "program": "decode", "compiled": 90})
+    hidden = {"form": "host, ahead", "program": "decode", "peak": 90, "hidden": "not known", "compiled_here": 80}
+    results["memory: host, ahead"] = {"rows": [hidden]}
+    row, other, unknown = gpu_suite.against_plan(results)
     assert row["program"] == "decode"
+    assert row["aims"] == {"agrees_with_compiled": 0.95}  # what was compiled on the card itself is no plan
+    assert other["agrees_with_arithmetic"] == pytest.approx(1 - 4 / 96)
+    assert unknown["peak_of_compiled"] == 1
+    found = [tuple(a[k] for k in ("measurement", "case", "of", "reached")) for a in gpu_suite.aims(results)]
+    assert found == [
+        ("memory against plan", "host, scan, decode", "agrees_with_compiled", False),  # 10 % more
+        ("memory against plan", "split, scan, prefill", "agrees_with_compiled", False),  # 11 %
+        ("memory against plan", "split, scan, prefill", "agrees_with_arithmetic", True),  # 4 %
+        ("memory against plan", "host, ahead, decode", "agrees_with_compiled", None),
+    ]
     assert row["peak_of_compiled"] == pytest.approx(1.1)
     assert row["peak_of_compiled_here"] == pytest.approx(1.25)
 
