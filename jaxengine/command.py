@@ -605,11 +605,14 @@ def _show_outcome(outcome: Any, proofs: Any, why: str | None, refuted: Any = ())
         table.add_row(c.label(), *(show_bytes(x) for x in (c.need.device, c.need.host, c.need.disk)), speed, verdict)
     console.print(table, highlight=False)
     if o.chosen is None:
-        short = f"{show_bytes(o.short)} of device memory short. " if o.short else ""
-        short = f"{show_bytes(o.short_of_ram)} of host memory short. " if o.short_of_ram else short
-        console.print(f"Nothing fits: {short}What would:", highlight=False)
+        what = "What would:" if o.changes else "Nothing that could be changed would, nor another card that is known."
+        console.print(f"Nothing fits: {o.shortage}{'. ' if o.shortage else ''}{what}", highlight=False)
         for said, c in o.changes:
-            console.print(f"  {said}: {c.label()}, {show_bytes(c.need.device)}", highlight=False)
+            tiers = [
+                f"{show_bytes(c.need.device)} on the device",
+                *([f"{show_bytes(c.need.host)} in host memory"] if c.need.host else []),
+            ]
+            console.print(f"  {said}: {c.label()}, {', '.join(tiers)}", highlight=False)
         return
     c, n = o.chosen, o.chosen.need
     console.print(f"chosen: {c.label()}", highlight=False)

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import itertools
 import math
 import operator
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -39,9 +41,12 @@ from jaxengine.plan import (
     check_mesh,
     check_stay,
     gathered,
+    lacking,
+    lacks,
     mesh_of,
     on_one,
     parse_bytes,
+    rounded_up,
     shard_bytes,
     show_bytes,
     table_over,
@@ -51,7 +56,7 @@ from jaxengine.plan import (
     with_rules,
 )
 from jaxengine.sources import ORBAX, gguf_file, open_source, read_config
-from pallas_kernels.cards import Card, find
+from pallas_kernels.cards import CARDS, Card, find
 
 DISK_RATE = 3e9  # bytes/s: a PCIe 3 x4 NVMe drive reading in sequence, where nothing is said
 # copy over compute: outside, a scan that fetches each layer just before its use loses a tenth at most
@@ -183,12 +188,145 @@ def candidates(
         made = tuning.variants(architecture, plan, task, ahead=ahead, **how, **rows)
         times = [tuning.seconds(architecture, v.plan, task, card, **rows) for v in made]
         count = task.accumulate * batch * context
+        # of what is over, both tiers
+        made = [
+            dataclasses.replace(v, refused=lacks(v.need, memory, ram))
+            if v.refused == lacks(v.need, memory, None)
+            else v
+            for v in made
+        ]
         return [Candidate(v.plan, v.need, v.refused, tuple(t.items()), count) for v, t in zip(made, times, strict=True)]
     form = streamed_form(architecture, plan, card, batch)
     found = variants(
         architecture, plan, memory=memory, ram=ram, batch=batch, context=context, form=form, wide=card.wide
     )
     return [judge(architecture, v, card, batch=batch, disk_rate=disk_rate) for v in found]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Change:
+    """One change of what was asked: in words, of the plan, and of sizes and the task."""
+
+    said: str
+    plan: tuple[tuple[str, Any], ...] = ()
+    sizes: tuple[tuple[str, Any], ...] = ()
+
+
+def _kinds(plan: Plan, *, batch: int, context: int, task: Task | None) -> dict[str, list[_Change]]:
+    """What can be changed, each kind with its values, the mildest first."""
+    kinds: dict[str, list[_Change]] = {}
+    if plan.stay:  # it costs only the time of copies that it saved
+        kinds["stay"] = [_Change("without stay", plan=(("stay", ()),))]
+    over = bool(plan.mesh) and task is not None  # of what is counted over a mesh
+    if plan.remat and task is not None and len(tuning.remats(task)) > 1 and not over:
+        kinds["remat"] = [_Change("remat as fits", plan=(("remat", ""),))]
+    if task is not None and task.optimizer.name == "adamw" and not over:
+        fewer = dataclasses.replace(task.optimizer, name="adamw8bit")
+        changed = dataclasses.replace(task, optimizer=fewer)
+        kinds["optimizer"] = [_Change("optimizer adamw8bit", sizes=(("task", changed),))]
+    if plan.kv_codec == "raw" and task is None:
+        kinds["kv"] = [_Change("kv int8", plan=(("kv_codec", "int8"),))]
+    if plan.weights == "dense" and not _as_they_are(task) and not over:
+        kinds["weights"] = [_Change(f"weights {name}", plan=(("weights", name),)) for name in ("int8", "int4")]
+    split = batch // on_one(plan, ("batch",), (batch,))[0]
+    rows = [batch >> i for i in range(1, batch.bit_length())]
+    rows = [b for b in rows if on_one(plan, ("batch",), (b,))[0] * split == b]
+    lengths = [context >> i for i in range(1, 12) if context >> i >= 64]
+    kinds["batch"] = [_Change(f"batch {b}", sizes=(("batch", b),)) for b in rows]
+    kinds["context"] = [_Change(f"context {n}", sizes=(("context", n),)) for n in lengths]
+    return {name: values for name, values in kinds.items() if values}
+
+
+def _first(values: Sequence[Any], fits: Callable[[Any], bool]) -> int | None:
+    """The index of the first that fits, of those where what follows one that fits does too; None if none does."""
+    if not values or not fits(values[-1]):
+        return None
+    low, high = 0, len(values) - 1
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits(values[middle]) else (middle + 1, high)
+    return low
+
+
+NO_LIMIT = 2**62  # bytes; a number, so that what a disk would hold may stand in memory too
+NEAR = 100  # bytes are searched for to a part in so many
+
+
+@dataclasses.dataclass
+class _Search:
+    """What would make a plan fit that does not. Each look at candidates takes tenths of a second for a large model, so that
+    none is made twice, and none where a farther change does not fit."""
+
+    architecture: Architecture
+    plan: Plan
+    asked: dict[str, Any]
+    disk_rate: float
+    looks: dict[Any, list[Candidate]] = dataclasses.field(default_factory=dict)
+
+    def look(self, card: Card, changed: tuple[_Change, ...] = (), **budget: int) -> list[Candidate]:
+        """The candidates after these changes, on this card within this budget."""
+        key = (card.name, tuple(c.said for c in changed), tuple(sorted(budget.items())))
+        if key not in self.looks:
+            plan = dataclasses.replace(self.plan, **dict(p for c in changed for p in c.plan))
+            how: dict[str, Any] = self.asked | budget | dict(s for c in changed for s in c.sizes)
+            self.looks[key] = candidates(self.architecture, plan, card, disk_rate=self.disk_rate, **how)
+        return self.looks[key]
+
+    def fits(self, card: Card, changed: tuple[_Change, ...] = (), **budget: int) -> bool:
+        return any(c.fits for c in self.look(card, changed, **budget))
+
+    def least(self, tier: str, card: Card, changed: tuple[_Change, ...] = (), **budget: int) -> int | None:
+        """The bytes of a tier with which something fits where nothing does; None if no number of them is enough."""
+        asked = self.asked | budget
+        memory, ram = asked["memory"], asked["ram"]
+        tried = [c.need for c in self.look(card, changed, **budget) if c.refused == lacks(c.need, memory, ram)]
+        if tier == "ram":  # which layers stand on the device is memory's to say
+            return min((n.host for n in tried if n.device <= memory), default=None)
+
+        def fitting(size: int) -> int | None:
+            found = self.look(card, changed, **(budget | {"memory": size}))
+            return min((c.need.device for c in found if c.fits), default=None)
+
+        low = max(memory, min((n.device for n in tried), default=0) - 1)  # nothing stands in less
+        would = [n.device for n in tried if n.device <= card.usable and (ram is None or n.host <= ram)]
+        high = min(would) if would else None if low >= card.usable else fitting(card.usable)
+        while high is not None and (high - low) * NEAR > high:
+            found = fitting(middle := (low + high) // 2)
+            low, high = (middle, high) if found is None else (low, max(found, low + 1))
+        return high
+
+    def budgets(self, card: Card, changed: tuple[_Change, ...] = ()) -> list[dict[str, int]]:
+        """More memory of the card, more of the host, each by itself where it does, or else both."""
+        ram = self.asked["ram"]
+        found = [
+            {tier: self.least(tier, card, changed)} for tier in (("memory",) if ram is None else ("memory", "ram"))
+        ]
+        alone = [{tier: size for tier, size in each.items() if size is not None} for each in found]
+        if any(alone) or ram is None:
+            return [each for each in alone if each]
+        tried = self.look(card, changed)
+        would = [c for c in tried if c.refused == lacks(c.need, self.asked["memory"], ram)]
+        would = [c for c in would if c.need.device <= card.usable]
+        if would:
+            best = min(would, key=lambda c: c.need.device + max(0, c.need.host - ram))
+            return [{"memory": best.need.device, "ram": best.need.host}]
+        if (more := self.least("ram", card, changed, memory=card.usable)) is None:
+            return []
+        return [{"memory": card.usable, "ram": more}]
+
+    def pair(self, card: Card, one: Sequence[_Change], other: Sequence[_Change]) -> tuple[_Change, ...] | None:
+        """The mildest of each of two kinds that fit together."""
+        if not one or not other or not self.fits(card, (one[-1], other[-1])):
+            return None
+        if len(one) <= 2:  # formats: the first that does
+            i = _first(one, lambda a: self.fits(card, (a, other[-1]))) or 0
+            return one[i], other[_first(other, lambda b: self.fits(card, (one[i], b))) or 0]
+        steps = range(len(one) + len(other) - 1)  # both by turns
+        pairs = [(one[min((n + 1) // 2, len(one) - 1)], other[min(n // 2, len(other) - 1)]) for n in steps]
+        pairs.append((one[-1], other[-1]))
+        a, b = pairs[_first(pairs, lambda p: self.fits(card, p)) or 0]
+        a = one[_first(one[: one.index(a) + 1], lambda a: self.fits(card, (a, b))) or 0]
+        return a, other[_first(other[: other.index(b) + 1], lambda b: self.fits(card, (a, b))) or 0]
 
 
 def changes(
@@ -203,61 +341,106 @@ def changes(
     disk_rate: float = DISK_RATE,
     task: Task | None = None,
 ) -> list[tuple[str, Candidate]]:
-    """What would make it fit, where nothing does: each change alone, then two together, the first three that fit, or more
-    memory where there are not so many. All else that was asked for stays as it is."""
-    single: list[tuple[str, dict[str, Any], dict[str, Any]]] = []
-    if plan.stay:  # it costs only the time of copies that it saved
-        single.append(("without stay", {"stay": ()}, {}))
-    over = bool(plan.mesh) and task is not None  # of what is counted over a mesh
-    if plan.remat and task is not None and len(tuning.remats(task)) > 1 and not over:
-        single.append(("remat as fits", {"remat": ""}, {}))
-    if plan.weights == "dense" and not _as_they_are(task) and not over:
-        single += [(f"weights {name}", {"weights": name}, {}) for name in ("int8", "int4")]
-    if task is not None and task.optimizer.name == "adamw" and not over:
-        fewer = dataclasses.replace(task.optimizer, name="adamw8bit")
-        single.append(("optimizer adamw8bit", {}, {"task": dataclasses.replace(task, optimizer=fewer)}))
-    if plan.kv_codec == "raw" and task is None:
-        single.append(("kv int8", {"kv_codec": "int8"}, {}))
-    split = batch // on_one(plan, ("batch",), (batch,))[0]
-    for divisor in (2**i for i in range(1, 12)):
-        if batch % divisor == 0 and on_one(plan, ("batch",), (batch // divisor,))[0] * split == batch // divisor:
-            single.append((f"batch {batch // divisor}", {}, {"batch": batch // divisor}))
-        if context // divisor >= 64:
-            single.append((f"context {context // divisor}", {}, {"context": context // divisor}))
-    pairs = [
-        (f"{a[0]} and {b[0]}", a[1] | b[1], a[2] | b[2])
-        for i, a in enumerate(single)
-        for b in single[i + 1 :]
-        if not (a[1].keys() & b[1].keys() or a[2].keys() & b[2].keys())
-    ]
-    found = []
+    """What would make it fit, where nothing does: at most three, none with more changed than another that fits.
+
+    More memory of either kind wherever the card has it, which changes nothing else, and each kind of change by itself, at its
+    mildest; then two kinds together, and a kind with less of more memory; then, where this card cannot hold what was asked,
+    the smallest of the table that can, and everything at its smallest with the memory that then does. Empty where nothing
+    does. Memory is rounded up to what is said of it.
+    """
     asked: dict[str, Any] = {"memory": memory, "ram": ram, "batch": batch, "context": context, "task": task}
-    for said, given, sizes in (*single, *pairs):
-        if len(found) == 3:
-            break
-        how = asked | sizes
-        changed = dataclasses.replace(plan, **given)
-        tried = candidates(architecture, changed, card, disk_rate=disk_rate, **how)
-        fit = [c for c in tried if c.fits]
-        if fit:
-            found.append((said, fit[0]))
-    tried = candidates(architecture, plan, card, disk_rate=disk_rate, **asked)
-    by_device, by_host = (sorted(tried, key=operator.attrgetter(f"need.{tier}")) for tier in ("device", "host"))
-    more: list[dict[str, Any]] = [
-        {"memory": c.need.device} for c in by_device if c.need.device > memory and (ram is None or c.need.host <= ram)
+    search = _Search(architecture, plan, asked, disk_rate)
+    kinds = _kinds(plan, batch=batch, context=context, task=task)
+    smallest = tuple(values[-1] for values in kinds.values())
+    rows: list[tuple[str, Candidate]] = []
+
+    def add(changed: tuple[_Change, ...], budget: Mapping[str, int], on: Card = card, *before: str) -> None:
+        given: dict[str, int] = {}
+        said = [*before, *(c.said for c in changed)]
+        for tier, size in budget.items():
+            words, given[tier] = rounded_up(size, on.usable if tier == "memory" else NO_LIMIT)
+            said.append(f"{tier} {words}")
+        if on is not card:
+            given["memory"] = on.usable
+        rows.append((" and ".join(said), next(c for c in search.look(on, changed, **given) if c.fits)))
+
+    more = search.budgets(card)
+    single: dict[str, int] = {}
+    by_itself = search.fits(card, smallest)  # or nothing less does
+    for name, values in kinds.items() if by_itself else ():
+        if len(single) < 3 - len(more):
+            found = _first(values, lambda change: search.fits(card, (change,)))
+            single |= {} if found is None else {name: found}
+    for name, i in single.items():
+        add((kinds[name][i],), {})
+    for budget in more:
+        add((), budget)
+    milder = {name: values[: single.get(name, len(values))] for name, values in kinds.items()}
+    pairs = sorted(itertools.combinations(kinds, 2), key=lambda pair: sum(name in single for name in pair))
+    taken: set[str] = set()
+    for one, other in pairs if by_itself else ():
+        if len(rows) < 3 and not {one, other} & taken:
+            found = search.pair(card, milder[one], milder[other])
+            if found is not None:
+                add(found, {})
+                taken |= {one, other}
+    if len(rows) == 3:
+        return rows
+    for name, values in kinds.items():
+        if len(rows) < 3 and name not in single and name not in taken:
+            found = _with_less(search, card, values, more, ram)
+            if found is not None:
+                add(*found)
+    if len(rows) < 3 and not more:
+        if not rows:
+            for budget in search.budgets(card, smallest)[:1]:
+                add(smallest, budget)
+        larger = None
+        for changed in ((), *((c,) for c in smallest), smallest):
+            if len(rows) < 3 and not (changed == smallest and rows):
+                for other, budget in _on_another(search, card, larger, changed):
+                    add(changed, budget, other, f"card {other.name}")
+                    larger = other
+    return rows
+
+
+def _with_less(
+    search: _Search, card: Card, values: Sequence[_Change], more: Sequence[Mapping[str, int]], ram: int | None
+) -> tuple[tuple[_Change, ...], dict[str, int]] | None:
+    """The mildest value of a kind of change, and the budget it takes: a twentieth less at least than the same memory takes
+    without it (more: those budgets), or any that this card has where without it none does."""
+    rooms: list[dict[str, int]] = [
+        {"memory": card.usable},
+        *([] if ram is None else [{"memory": card.usable, "ram": NO_LIMIT}]),
     ]
-    more += [{"ram": c.need.host} for c in by_host if ram is not None and c.need.host > ram and c.need.device <= memory]
-    more += [{"memory": c.need.device, "ram": c.need.host} for c in by_device if ram is not None and c.need.host > ram]
-    for sizes in more:
-        if len(found) == 3:
-            break
-        again = candidates(architecture, plan, card, disk_rate=disk_rate, **(asked | sizes))
-        fit = [c for c in again if c.fits]
-        said = " and ".join(f"{name} {show_bytes(size)}" for name, size in sizes.items())
-        seen = {(told, c.label()) for told, c in found}
-        if fit and sizes.get("memory", 0) <= card.usable and not any(fit[0].label() == label for _, label in seen):
-            found.append((said, fit[0]))
-    return found
+    if more:
+        rooms = [{"memory": more[0]["memory"]}] if len(more[0]) > 1 else [{t: n * 19 // 20 for t, n in more[0].items()}]
+    for room in rooms:
+        i = _first(values, functools.partial(lambda room, change: search.fits(card, (change,), **room), room))
+        if i is None:
+            continue
+        for budget in search.budgets(card, (values[i],)):
+            if budget.keys() <= room.keys():
+                return (values[i],), budget
+    return None
+
+
+def _on_another(
+    search: _Search, card: Card, below: Card | None, changed: tuple[_Change, ...]
+) -> list[tuple[Card, dict[str, int]]]:
+    """The smallest card of the table that is larger than this one (and smaller than `below`) and holds it, and the host
+    memory that it then takes."""
+    task, ram = search.asked["task"], search.asked["ram"]
+    computed = search.plan.dtype if task is None else task.compute or search.plan.dtype
+    for other in sorted(CARDS.values(), key=operator.attrgetter("usable")):
+        outside = other.usable <= card.usable or (below is not None and other.usable >= below.usable)
+        if outside or (other.wide and computed == "bfloat16"):
+            continue
+        if search.fits(other, changed, memory=other.usable):
+            return [(other, {})]
+        if ram is not None and (more := search.least("ram", other, changed, memory=other.usable)) is not None:
+            return [(other, {"ram": more})]
+    return []
 
 
 def _as_they_are(task: Task | None) -> bool:
@@ -367,15 +550,29 @@ class Outcome:
         )
 
     @property
+    def _nearest(self) -> Need | None:
+        """Of the candidate that lacks the fewest bytes in all; None where something fits, or bytes are not what is lacking."""
+        would = [c.need for c in self.candidates if c.refused == lacks(c.need, self.memory, self.ram)]
+        if self.chosen is not None or not would:
+            return None
+        return min(would, key=lambda n: sum(lacking(n, self.memory, self.ram)))
+
+    @property
     def short(self) -> int:
-        """Bytes of device memory that the smallest candidate lacks; 0 where something fits."""
-        return 0 if self.chosen else max(0, min(c.need.device for c in self.candidates) - self.memory)
+        """Bytes of device memory that are lacking: with these and `short_of_ram` more, it fits. 0 where something does."""
+        return 0 if self._nearest is None else lacking(self._nearest, self.memory, self.ram)[0]
 
     @property
     def short_of_ram(self) -> int:
-        """Bytes of host memory that are lacking where the device would do; 0 where something fits."""
-        would = [c.need.host for c in self.candidates if c.need.device <= self.memory]
-        return 0 if self.chosen or self.ram is None or not would else min(would) - self.ram
+        """Bytes of host memory that are lacking beside `short`; 0 where something fits."""
+        return 0 if self._nearest is None else lacking(self._nearest, self.memory, self.ram)[1]
+
+    @property
+    def shortage(self) -> str:
+        """'697 MB (696,812,544 bytes) of device memory and ... of host memory short'; '' where nothing is lacking."""
+        tiers = (("device", self.short), ("host", self.short_of_ram))
+        said = [f"{show_bytes(n)} ({n:,} bytes) of {tier} memory" for tier, n in tiers if n]
+        return f"{' and '.join(said)} short" if said else ""
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it: bytes and seconds."""

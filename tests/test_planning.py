@@ -6,6 +6,7 @@ Sizes from outside: Llama 3 8B has 8.03e9 parameters (arXiv:2407.21783, table 3;
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,8 @@ from click.testing import CliRunner
 
 from jaxengine.architecture import architecture
 from jaxengine.command import app
-from jaxengine.plan import Plan, choose
-from jaxengine.planning import Outcome, plan_for
+from jaxengine.plan import Plan, choose, parse_bytes, rounded_up
+from jaxengine.planning import Outcome, candidates, plan_for
 from pallas_kernels import aot
 from pallas_kernels.cards import find
 
@@ -78,7 +79,7 @@ def test_what_does_not_fit_is_told_with_what_would() -> None:
     assert len(found.changes) == 3
     for said, c in found.changes:
         assert said
-        assert c.need.device <= 25 * 10**8
+        assert c.need.device <= 25 * 10**8 or "memory " in said
     for given in ({"memory": 400 * 10**6}, {"memory": 4 * 10**9, "ram": 64 * 10**9, "context": 4096, "batch": 64}):
         tight = outcome(**given)  # pyright: ignore[reportArgumentType]
         assert tight.chosen is None
@@ -89,6 +90,97 @@ def test_what_does_not_fit_is_told_with_what_would() -> None:
     assert all("over" in c.refused for c in small.candidates)
     assert 0 < small.short_of_ram < 10**9
     assert len(small.changes) == 3
+
+
+LLAMA_3_70B = LLAMA_3_8B | {
+    "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
+}  # fmt: skip
+FULL = Plan(dtype="float32")
+TOO_MUCH: list[tuple[str, str, Plan, dict[str, Any]]] = [
+    ("70B", "rtx3060", BF16, {"memory": 3 * 10**9, "ram": 8 * 10**9, "context": 8192, "batch": 4}),
+    ("70B", "t4", FULL, {"task": "full", "compute": "float32"}),
+    ("70B", "rtx3060", BF16, {"memory": 2 * 10**9, "ram": 8 * 10**9, "context": 8192, "batch": 4, "task": "lora"}),
+    ("70B", "rtx4060ti-8", BF16, {"memory": 6 * 10**9, "ram": 8 * 10**9}),
+    ("8B", "4090", FULL, {"memory": 10 * 10**9, "ram": 64 * 10**9, "context": 1024, "task": "full"}),
+    ("8B", "4090", BF16, {"memory": 25 * 10**8}),
+    ("8B", "4090", BF16, {"memory": 8 * 10**9, "batch": 8, "context": 65536}),
+    ("8B", "4090", FULL, {"memory": 16 * 10**9, "task": "full", "context": 8192, "batch": 4}),
+    ("8B", "rtx3060", BF16, {"memory": 2 * 10**9, "ram": 32 * 10**9}),
+    ("8B", "rtx3060", BF16, {"memory": 4 * 10**9, "context": 8192, "batch": 4}),
+    ("8B", "4090", BF16, {"memory": 8 * 10**9, "ram": 10**9}),
+]  # fmt: skip
+FARTHER = {"dense": 0, "int8": 1, "int4": 2, "adamw8bit": 1}
+
+
+def steps_away(said: str, asked: Outcome) -> dict[str, float]:
+    """How far each thing that a change names is from what was asked."""
+    found: dict[str, float] = {}
+    for part in said.split(" and "):
+        kind, _, value = part.partition(" ")
+        found[kind] = (
+            asked.batch / int(value) if kind == "batch"
+            else asked.context / int(value) if kind == "context"
+            else parse_bytes(value) if kind in ("memory", "ram")
+            else find(value).usable if kind == "card" else FARTHER[value]
+        )  # fmt: skip
+    return found
+
+
+@pytest.mark.parametrize(("size", "card", "plan", "given"), TOO_MUCH, ids=lambda x: x if isinstance(x, str) else "")
+def test_what_is_short_and_what_would_fit(size: str, card: str, plan: Plan, given: dict[str, Any]) -> None:
+    """With the bytes that are said to be lacking, of both tiers, it fits; so it does with each change, done as its words say;
+    none has all that another has and more; more memory is offered where the card has it."""
+    raw = {"8B": LLAMA_3_8B, "70B": LLAMA_3_70B}[size]
+    found = outcome(card, plan, raw, **given)
+    assert found.chosen is None
+    rows: Any = {"batch": found.batch, "context": found.context, "task": found.task}
+    ram = None if found.ram is None else found.ram + found.short_of_ram
+    budget: Any = {"memory": found.memory + found.short, "ram": ram}
+    assert any(c.fits for c in candidates(found.architecture, plan, found.card, **budget, **rows))
+    assert found.short == 0 or f"{found.short:,} bytes) of device memory" in found.shortage
+    assert found.short_of_ram == 0 or f"{found.short_of_ram:,} bytes) of host memory" in found.shortage
+    for c in found.candidates:
+        assert ("over on the device" in c.refused) == (c.need.device > found.memory)
+        assert ("over in host memory" in c.refused) == (found.ram is not None and c.need.host > found.ram)
+    assert 1 <= len(found.changes) <= 3
+    away = [steps_away(said, found) for said, _ in found.changes]
+    for a, b in itertools.permutations(away, 2):
+        assert not (a.keys() <= b.keys() and all(a[k] <= b[k] for k in a)), (a, b)
+    # within all of the card, more memory alone or with RAM is enough, or it is not offered
+    whole: Any = {"memory": found.card.usable, "ram": None}
+    enough = any(c.fits for c in candidates(found.architecture, plan, found.card, **whole, **rows))
+    assert enough == any(a.keys() <= {"memory", "ram"} for a in away)
+    for said, c in found.changes:
+        words = dict(part.split(" ", 1) for part in said.split(" and "))
+        changed: dict[str, Any] = {k: int(v) for k, v in words.items() if k in ("batch", "context")}
+        changed |= {k: parse_bytes(v) for k, v in words.items() if k in ("memory", "ram")}
+        changed |= {k: v for k, v in words.items() if k == "optimizer"}
+        if "card" in words and "memory" not in words:
+            changed["memory"] = None
+        formats = {"weights": words.get("weights", plan.weights), "kv_codec": words.get("kv", plan.kv_codec)}
+        again = outcome(words.get("card", card), dataclasses.replace(plan, **formats), raw, **(given | changed))
+        assert again.chosen is not None, said
+        assert again.chosen.need == c.need, said
+
+
+def test_nothing_holds_it(tmp_path: Path) -> None:
+    """No card of the table holds a head of this width: no change is offered, and it is said so."""
+    wide = LLAMA_3_8B | {"vocab_size": 2**23, "hidden_size": 2**15, "num_attention_heads": 256, "num_hidden_layers": 2}
+    assert outcome("b200", raw=wide).changes == ()
+    (tmp_path / "config.json").write_text(json.dumps(wide))
+    shown = CliRunner().invoke(app, ["plan", str(tmp_path), "--gpu", "b200", "--no-compile"])
+    said = " ".join(shown.output.split())
+    assert "bytes) of device memory short. Nothing that could be changed would, nor another card" in said
+
+
+@pytest.mark.parametrize(("n", "most", "words"), [
+    (2_861_096_960, 10**10, "2.87 GB"), (12_187_000_000, 12_187_473_018, "12.187 GB"), (999_999_999, 10**10, "1000 MB"),
+    (10**9, 10**9, "1.00 GB"), (123_456_789_012, 123_456_789_012, "123.456789012 GB"), (512, 600, "512 B"),
+])  # fmt: skip
+def test_rounded_up(n: int, most: int, words: str) -> None:
+    said, size = rounded_up(n, most)
+    assert said == words
+    assert n <= size == parse_bytes(said) <= most
 
 
 def test_what_fits_neither_memory_is_read_from_disk() -> None:

@@ -97,7 +97,7 @@ def test_a_model_larger_than_the_card_is_tuned_beside_streamed_weights() -> None
     assert short.chosen is None
     assert short.short > 0
     assert len(short.changes) == 3
-    assert all(c.need.device <= 25 * 10**8 or said.startswith("memory") for said, c in short.changes)
+    assert all(c.need.device <= 25 * 10**8 or "memory " in said for said, c in short.changes)
 
 
 def test_a_plan_in_tiles_keeps_nothing_of_a_layer_and_needs_less() -> None:
