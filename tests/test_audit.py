@@ -539,6 +539,27 @@ class TestGood:
         assert all(c.dma and (c.offset, c.stride) == (0, MATRIX) for c in report.copies)
 
 
+FURTHER = ("RTX A6000", "B200", "RTX 5090")  # with CARDS, every generation
+
+
+@pytest.mark.parametrize("card", FURTHER)
+class TestFurtherGenerations:
+    """A layer a turn, forwards and backwards, on the cards that stand for no difference known."""
+
+    pytestmark = compiles
+
+    @pytest.mark.parametrize(("form", "walk"), [(scan, (0, MATRIX)), (scan_back, ((L - 1) * MATRIX, -MATRIX))])
+    def test_a_layer_a_turn(self, card: str, form: Callable[..., Any], walk: tuple[int, int]) -> None:
+        report = audit(compiled(card, form), in_place=True, device_limit=4 * LAYER, streamed=L * LAYER).check()
+        assert {c.bytes for c in report.copies} == {MATRIX}
+        assert {(c.offset, c.stride, c.turns, c.dma) for c in report.copies} == {(*walk, L, True)}
+
+
+def test_every_generation_is_compiled_for() -> None:
+    found = {aot.CARDS[card].capability for card in (*CARDS, *FURTHER)}
+    assert found == {(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)}
+
+
 @pytest.mark.parametrize("card", CARDS)
 class TestBad:
     pytestmark = compiles

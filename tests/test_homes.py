@@ -6,6 +6,7 @@ files are held to, and to the same tokens.
 
 from __future__ import annotations
 
+import functools
 import tempfile
 from typing import Any
 
@@ -103,21 +104,47 @@ def test_gradients_in_the_same_form_have_the_same_bits(family: str) -> None:
         np.testing.assert_array_equal(found[name], w, err_msg=name)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_gradients(family: str) -> None:
-    """Of every parameter, through streamed layers in both forms, against the resident, unrolled layers."""
-    ids = golden(family)[0][0][:6]
-    wanted = gradients(load(family), ids)
+INSIDE = [p for p in PLACES if p["form"] != "python"]  # gradients are of one program
+SPLIT_AHEAD = {"home": "split", "form": "ahead", "resident": 1}
+# every place for a family whose layers alternate; of Gemma 3, whose layers are a period and a rest, also the two scans; of the
+# others split, one ahead: the rest of theirs is `thorough`
+GRADIENTS: list[Any] = [
+    *(("gemma2", place) for place in INSIDE),
+    ("gemma3_text", {"home": "split", "form": "scan", "resident": 1}),
+    *((family, SPLIT_AHEAD) for family in FAMILIES if family != "gemma2"),
+    *(
+        pytest.param(family, place, marks=pytest.mark.thorough)
+        for family in ("gemma3_text", "llama")
+        for place in INSIDE
+        if place != SPLIT_AHEAD and (family, place["home"], place["form"]) != ("gemma3_text", "split", "scan")
+    ),
+]
+
+
+@functools.cache
+def resident_gradients(family: str) -> dict[str, np.ndarray]:
+    wanted = gradients(load(family), golden(family)[0][0][:6])
     assert any(abs(w).max() > 1e-3 for n, w in wanted.items() if n.startswith("layers."))
-    inside = [p for p in PLACES if p["form"] != "python"]  # gradients are of one program
-    for place in inside if family == "gemma2" else [{"home": "split", "form": "ahead", "resident": 1}]:
-        found = gradients(load(family, **place), ids)
-        assert found.keys() == wanted.keys()
-        for name, w in wanted.items():
-            # sums of some hundred products in another order: 2^-24 each of the largest, with room for a few layers
-            np.testing.assert_allclose(
-                found[name], w, rtol=0, atol=2e-5 * abs(w).max() + 1e-6, err_msg=f"{place} {name}"
-            )
+    return wanted
+
+
+@pytest.mark.parametrize(
+    ("family", "place"), GRADIENTS, ids=lambda x: x if isinstance(x, str) else "-".join(map(str, x.values()))
+)
+def test_gradients(family: str, place: dict[str, Any]) -> None:
+    """Of every parameter, through streamed layers in both forms, against the resident, unrolled layers."""
+    wanted, found = resident_gradients(family), gradients(load(family, **place), golden(family)[0][0][:6])
+    assert found.keys() == wanted.keys()
+    for name, w in wanted.items():
+        # sums of some hundred products in another order: 2^-24 each of the largest, with room for a few layers
+        np.testing.assert_allclose(found[name], w, rtol=0, atol=2e-5 * abs(w).max() + 1e-6, err_msg=name)
+
+
+def test_gemma_3_is_streamed_as_a_run_a_layer_alone_and_a_run() -> None:
+    """What its gradients are held against: the golden file has a period of six, and the two layers after it."""
+    arch = load("gemma3_text").architecture
+    found = [(p.home, p.form, p.num_layers) for p in Plan(dtype="float32", home="host", form="scan").parts(arch)]
+    assert found == [("host", "scan", 5), ("host", "unrolled", 1), ("host", "scan", 2)]
 
 
 def test_as_many_resident_layers_as_there_are_is_told() -> None:
