@@ -775,6 +775,19 @@ def sums(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return str(path)
 
 
+def test_a_run_without_a_folder_is_told_where_it_is(sums: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model's name, whole, the data's and what is trained: said at once, and gone on with by the same command."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "Demo-0.1B").symlink_to(jaxengine.demo_folder())
+    words = ("Demo-0.1B", sums, "--context", "32", "--steps", "1", "--memory", "1GB")
+    for _ in range(2):
+        done = invoke(*words)
+        assert done.exit_code == 0, done.output
+        assert "--out is not given: the run is in Demo-0.1B-sums-lora\n" in done.stderr
+    assert (tmp_path / "Demo-0.1B-sums-lora" / "adapter" / "adapter_model.safetensors").is_file()
+    assert "wrote Demo-0.1B-sums-lora/adapter" in done.stdout
+
+
 def test_the_demo_learns_goes_on_after_ctrl_c_and_is_merged(
     sums: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

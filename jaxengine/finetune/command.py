@@ -6,6 +6,7 @@ What is used of jax and of our own is imported when the command runs: `--help` s
 from __future__ import annotations
 
 import math
+import os
 import sys
 from pathlib import Path
 from types import TracebackType
@@ -187,9 +188,12 @@ def options(*groups: tuple[Any, ...]) -> Any:
 @click.command(context_settings={"show_default": True, "max_content_width": 100})
 @click.argument("folder")
 @click.argument("data", nargs=-1, required=True, type=A_FILE)
-@click.option("--out", required=True, metavar="OUT", type=A_FOLDER, help="Folder of the run: goes on where it stands.")
+@click.option(
+    "--out", metavar="OUT", type=A_FOLDER, show_default="FOLDER-DATA-lora, here",
+    help="Folder of the run: goes on where it stands.",
+)  # fmt: skip
 @options(WHAT, HOW, LOADING, KEEPING)
-def finetune(folder: str, data: tuple[Path, ...], out: Path, **given: Any) -> None:
+def finetune(folder: str, data: tuple[Path, ...], out: Path | None, **given: Any) -> None:
     """Fine-tune a model that need not fit the device, on text, prompts with completions, or chats.
 
     FOLDER is a Hugging Face checkpoint folder; 'demo' is the small model that comes along. DATA are jsonl files of rows
@@ -205,7 +209,7 @@ def finetune(folder: str, data: tuple[Path, ...], out: Path, **given: Any) -> No
         _finetune(folder, data, out, Reading, **given)
 
 
-def _finetune(folder: str, data: tuple[Path, ...], out: Path, reading: Any, **given: Any) -> None:
+def _finetune(folder: str, data: tuple[Path, ...], out: Path | None, reading: Any, **given: Any) -> None:
     keeping = {o: given.pop(o) for o in ("held_out", "eval_every", "save_every", "keep", "best", "merge", "skip_bad")}
     merge_into, held_out, adapter = keeping["merge"], keeping["held_out"], given["adapter"]
     if (what := given["train"]) in ("all", "lisa", "badam", "hift"):
@@ -232,6 +236,10 @@ def _finetune(folder: str, data: tuple[Path, ...], out: Path, reading: Any, **gi
     from jaxengine.paths import cache_folder
 
     arch, plan, settings = chosen_plan(folder, given)
+    if out is None:
+        model = Path(os.path.abspath(folder))  # as it is called here, links included
+        out = Path(f"{model.stem if model.is_file() else model.name}-{data[0].stem}-{settings.train}")
+        print(f"--out is not given: the run is in {out}", file=sys.stderr, flush=True)
     check_out(out, said(settings, arch, plan, None if adapter is None else begun(adapter, arch)))
     words = tokenizer(Path(folder))
     if words is None:
