@@ -542,6 +542,7 @@ def plan(
              "seconds": p.seconds, "problems": list(p.report.problems)}
             for p in proofs
         ]  # fmt: skip
+        found["agreement"] = _agreement(outcome, proofs)
         found["refuted"] = [{"plan": c.label(), "problems": problems} for c, problems in refuted]
         print(json.dumps(found, indent=2))
     else:
@@ -571,6 +572,18 @@ def _proved(outcome: Any) -> tuple[Any, Any, list[tuple[Any, list[str]]]]:
             break
     assert first is not None
     return *first, refuted[1:]
+
+
+AGREE = 0.05  # of XLA's bytes, that the arithmetic's are held to
+
+
+def _agreement(outcome: Any, proofs: Any) -> dict[str, Any] | None:
+    """The arithmetic's bytes of the device beside the most that XLA says of a program; None where nothing was compiled."""
+    if not proofs:
+        return None
+    counted, most = outcome.chosen.need.device, max(p.device for p in proofs)
+    off = counted / most - 1
+    return {"arithmetic": counted, "compiled": most, "off": off, "within": AGREE, "agrees": abs(off) <= AGREE}
 
 
 def _rate(x: float) -> str:
@@ -647,10 +660,9 @@ def _show_outcome(outcome: Any, proofs: Any, why: str | None, refuted: Any = ())
         )  # fmt: skip
         for problem in p.report.problems:
             console.print(f"  {problem}", highlight=False)
-    if proofs:
-        most = max(p.device for p in proofs)
-        off = 100 * (n.device / most - 1)
-        said = "" if abs(off) <= 5 else ", which is more than the 5 % that it is held to: what was compiled holds"
+    if (agreed := _agreement(o, proofs)) is not None:
+        off = 100 * agreed["off"]
+        said = "" if agreed["agrees"] else ", which is more than the 5 % that it is held to: what was compiled holds"
         console.print(
             f"arithmetic: {show_bytes(n.device)}, {abs(off):.1f} % {'over' if off > 0 else 'under'} XLA's{said}",
             highlight=False,

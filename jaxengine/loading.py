@@ -38,7 +38,7 @@ from jaxengine.plan import (
     table_over,
     with_rules,
 )
-from jaxengine.planning import streamed_form
+from jaxengine.planning import check_rows, streamed_form
 from jaxengine.selftest import check_streaming
 from jaxengine.sources import Origin, Source, open_source, read_config
 from jaxengine.text import Tokenizer
@@ -151,6 +151,7 @@ def load(
             longest = min(2048, arch.config.max_position_embeddings) if context is None else context
             room = _room(budget, over.size) if ram is None else parse_bytes(ram, "ram")
             rows, device = 1 if batch is None else batch, over.devices.flat[0]
+            check_rows(arch, rows, longest)
             card = next((c for c in CARDS.values() if c.kind == device.device_kind), None)
             streamed = "" if card is None else streamed_form(arch, chosen, card, rows)
             chosen = choose(

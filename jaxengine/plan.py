@@ -970,7 +970,6 @@ def choose(
         if not variant.refused:
             return variant.plan
     least = min(found, key=lambda v: v.need.device)
-    n = least.need
     if plan.stay:
         bare = dataclasses.replace(plan, stay=())
         others = variants(architecture, bare, memory=budget, ram=ram, **rows)
@@ -982,7 +981,7 @@ def choose(
                 f" device and {show_bytes(fits.need.host)} in host memory"
             )
     nearest = _nearest(architecture, plan, memory=budget, ram=ram, batch=batch, context=length, wide=wide)
-    if n.device <= budget and ram is not None:
+    if least.need.device <= budget and ram is not None:
         streamed = min((v for v in found if v.need.device <= budget), key=lambda v: v.need.host)
         disk = min((v for v in found if v.plan.home == "disk"), key=lambda v: v.need.device)
         takes = show_bytes(streamed.need.host)
@@ -996,12 +995,19 @@ def choose(
             f"Layers that do not fit {show_bytes(budget)} of device memory are streamed: {said}. Nearest: {nearest}, or more"
             f" memory of either kind"
         )
+    # of all, with the fewest bytes lacking: with these it fits
+    would = [v for v in found if v.refused == lacks(v.need, budget, ram)]
+    least = min(would or found, key=lambda v: sum(lacking(v.need, budget, ram)))
+    n, (over, beyond) = least.need, lacking(least.need, budget, ram)
+    short, enough = show_bytes(over), f"memory={rounded_up(n.device, 2**62)[0].replace(' ', '')!r}"
+    if beyond:
+        short += f" of device memory and {show_bytes(beyond)} of host memory"
+        enough += f" and ram={rounded_up(n.host, 2**62)[0].replace(' ', '')!r}"
     raise ValueError(
         f"memory={memory!r} is {show_bytes(budget)}; the smallest plan, home {least.plan.home!r}, needs"
         f" {show_bytes(n.device)}: {show_bytes(n.outer)} of embeddings and head, {show_bytes(n.resident + n.streaming)} for"
         f" layers as they are streamed, {show_bytes(n.cache)} of KV cache for {batch} x {length} tokens and"
-        f" {show_bytes(n.activations)} to read so many at once. {show_bytes(n.device - budget)} short. Nearest:"
-        f" {nearest}, or memory={show_bytes(n.device).replace(' ', '')!r}"
+        f" {show_bytes(n.activations)} to read so many at once. {short} short. Nearest: {nearest}, or {enough}"
     )
 
 

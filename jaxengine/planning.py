@@ -598,6 +598,15 @@ class Outcome:
         }  # fmt: skip
 
 
+def check_rows(architecture: Architecture, batch: int, context: int) -> None:
+    """Refuse fewer rows or tokens than one, and more tokens than the model has positions for."""
+    most = architecture.config.max_position_embeddings
+    if batch < 1 or not 1 <= context <= most:
+        raise ValueError(
+            f"batch {batch} and context {context}; they are at least 1, and this model's context at most {most}"
+        )
+
+
 def plan_for(
     architecture: Architecture,
     plan: Plan,
@@ -661,10 +670,7 @@ def plan_for(
         )
     most = architecture.config.max_position_embeddings
     context = min(2048, most) if context is None else context
-    if batch < 1 or not 1 <= context <= most:
-        raise ValueError(
-            f"batch {batch} and context {context}; they are at least 1, and this model's context at most {most}"
-        )
+    check_rows(architecture, batch, context)
     if what is not None and what.tile >= context:  # all of a row, as without
         what = dataclasses.replace(what, tile=0)
     asked: dict[str, Any] = {

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -229,6 +230,43 @@ def test_a_plan_that_compiling_refutes(all_of_them: bool, tmp_path: Path, monkey
         assert f"refuted by compiling: {fitting[0].label()}: 11.3 GB" in said
 
 
+@pytest.mark.parametrize(("times", "agrees"), [(1.04, True), (1.06, False), (0.96, True), (0.94, False)])
+def test_whether_arithmetic_and_xla_agree_is_in_the_json(
+    times: float, agrees: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Within 5 % of XLA's bytes, as the text says it."""
+    from jaxengine import proof
+
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_3_8B))
+    words = ["plan", str(tmp_path), "--gpu", "4090", "--memory", "8GB"]
+    counted = outcome(memory=8 * 10**9).chosen
+    assert counted is not None
+    compiled = int(counted.need.device / times)
+
+    def prove(*_: Any, **__: Any) -> Any:
+        report: Any = type("Report", (), {"problems": ()})()
+        return (proof.Proof("prefill", compiled, 0, 0, 0.0, report), proof.Proof("decode", 10**9, 0, 0, 0.0, report))
+
+    monkeypatch.setattr(proof, "prove", prove)
+    monkeypatch.setattr(aot, "missing", lambda: None)
+    found = json.loads(CliRunner().invoke(app, [*words, "--json"]).output)["agreement"]
+    assert found["agrees"] == agrees
+    assert (found["arithmetic"], found["compiled"]) == (counted.need.device, compiled)
+    assert found["off"] == pytest.approx(times - 1, abs=1e-6)
+    assert ("more than the 5 %" in CliRunner().invoke(app, words).output.replace("\n", " ")) != agrees
+    assert json.loads(CliRunner().invoke(app, [*words, "--no-compile", "--json"]).output)["agreement"] is None
+
+
+def test_a_context_beyond_the_model_is_refused_by_load_as_by_plan() -> None:
+    folder = jaxengine.demo_folder()
+    most = json.loads((Path(folder) / "config.json").read_text())["max_position_embeddings"]
+    said = f"batch 1 and context {most + 1}; they are at least 1, and this model's context at most {most}"
+    with pytest.raises(ValueError, match=said):
+        jaxengine.load(folder, memory="1GB", context=most + 1)
+    with pytest.raises(ValueError, match=said):
+        planning.plan_folder(folder, gpu="4090", context=most + 1)
+
+
 def test_changes_that_contradict_each_other_are_no_pair() -> None:
     found = outcome(memory=4 * 10**9, ram=6 * 10**9, task="lora")
     assert found.chosen is None
@@ -251,6 +289,18 @@ def test_only_what_would_fit_is_advised() -> None:
     coded = dataclasses.replace(BF16, weights="int4", kv_codec="int8")
     with pytest.raises(ValueError, match="Nearest: no single one of weights, kv, batch and context fits it"):
         choose(arch, coded, 200_000)
+
+
+@pytest.mark.parametrize("ram", [None, 4 * 10**9, 10**9])
+def test_the_memory_that_a_refusal_names_is_enough(ram: int | None) -> None:
+    """Of both kinds where both are short; what is said is rounded up."""
+    arch = architecture(LLAMA_3_8B)
+    with pytest.raises(ValueError, match=r" short\. Nearest: ") as error:
+        choose(arch, BF16, 2 * 10**9, ram=ram)
+    named = dict(re.findall(r"(memory|ram)='([0-9.]+[GM]B)'", str(error.value).rpartition(", or ")[2]))
+    assert ("ram" in named) == ("of host memory short" in str(error.value)) == (ram == 10**9)
+    more = ram if "ram" not in named else parse_bytes(named["ram"])
+    assert choose(arch, BF16, named["memory"], ram=more).home in ("host", "disk", "split")
 
 
 def test_a_size_is_no_boolean() -> None:
