@@ -616,8 +616,8 @@ def identity(size: Size, folder: Path) -> Iterator[Row]:
     """Logits and gradients of streamed layers against resident ones, float32: the largest difference, and whether none. Of
     logits that come from the same programs (SAME_BITS) the same bits are asked; of all others, and of gradients, whose way
     back through streamed layers is a program of its own, that they are within what summing in another order gives: 2^-24 a
-    term of the longest sum, of the largest number. Layers on disk are those of a checkpoint of the same parameters; what
-    Python drives has no gradients."""
+    term of the longest sum and layer, of the largest number. Layers on disk are those of a checkpoint of the same
+    parameters; what Python drives has no gradients."""
     tokens, lengths = jnp.arange(64, dtype=jnp.int32).reshape(2, 32), jnp.asarray([32, 21], jnp.int32)
 
     def loss(params: Any, how: engine.Engine, seed: jax.Array) -> jax.Array:
@@ -626,7 +626,7 @@ def identity(size: Size, folder: Path) -> Iterator[Row]:
     for case, raw in identity_cases(size).items():
         arch = architecture(raw)
         seed = jax.random.normal(jax.random.key(1), (2, 32, 512), jnp.float32)
-        rounding, saved = 2.0**-24 * raw["intermediate_size"], folder / case
+        rounding, saved = 2.0**-24 * raw["intermediate_size"] * arch.num_layers, folder / case
         results: dict[str, dict[str, np.ndarray]] = {}
         for name in IDENTITY:
             where, form = name.split(", ")
@@ -1074,7 +1074,7 @@ MEASUREMENTS = (
     *(Measurement(f"memory: {name}", functools.partial(memory, name=name), 90) for name in memory_plans(TINY)[1]),
     Measurement("decoding", decoding, 150),
     Measurement("finetuning", finetuning, 120),
-    Measurement("identity", identity, 120),
+    Measurement("identity", identity, 150),
     Measurement("overlap", overlap, 45),
     Measurement("views", views, 45),
     Measurement("serialised", serialised, 45),
