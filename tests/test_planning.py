@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,9 @@ def test_what_is_short_and_what_would_fit(size: str, card: str, plan: Plan, give
     ram = None if found.ram is None else found.ram + found.short_of_ram
     budget: Any = {"memory": found.memory + found.short, "ram": ram}
     assert any(c.fits for c in candidates(found.architecture, plan, found.card, **budget, **rows))
+    beyond = math.inf if found.ram is None else found.ram
+    lacking = [max(0, c.need.device - found.memory) + max(0, c.need.host - beyond) for c in found.candidates]
+    assert found.short + found.short_of_ram == min(lacking)  # none lacks fewer in all
     assert found.short == 0 or f"{found.short:,} bytes) of device memory" in found.shortage
     assert found.short_of_ram == 0 or f"{found.short_of_ram:,} bytes) of host memory" in found.shortage
     for c in found.candidates:
