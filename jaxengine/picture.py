@@ -200,7 +200,7 @@ def _ending(outcome: Outcome) -> list[str]:
     """What is said below the bars where nothing fits."""
     if outcome.chosen is not None:
         return []
-    short = f": {show_bytes(outcome.short)} of device memory short" if outcome.short else ""
+    short = f": {outcome.shortage}" if outcome.shortage else ""
     what = ". What would fit:" if outcome.changes else ""
     return [
         f"Nothing fits{short}{what}",

@@ -486,6 +486,16 @@ def traps(architecture: Architecture, candidate: Candidate, card: Card, task: Ta
             "of a step through streamed layers that alternate, where gradients are added up or layers are trained in turn, XLA"
             " was seen to take up to 1.15 times as much as is counted: leave room, or compile the plan"
         )
+    if task is not None and task.train == "lisa" and "lm_head" not in architecture.specs():
+        said.append(
+            "of a step of LISA whose head is the embedding XLA was seen to take up to 1.11 times as much as is counted: leave"
+            " room, or compile the plan"
+        )
+    if task is not None and not task.optimizer.order and _alternates(candidate.plan, architecture):
+        said.append(
+            "of a step by losses alone through streamed layers that alternate XLA was seen to take up to 1.42 times as much as is"
+            " counted: leave room, or compile the plan"
+        )
     if tiers["disk"]:
         plain = candidate.plan.weights == "dense" and not candidate.plan.weight_rules
         own = (

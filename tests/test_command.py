@@ -73,7 +73,7 @@ def defaults(name: str) -> dict[str, Any]:
     """What a command is called with where no option is given."""
     words = {
         "generate": ["a", "b"], "convert": ["a", "b", "--to", "hf"], "plan": ["a", "--gpu", "h200"], "layers": [],
-        "finetune": ["a", __file__, "--out", "c"], "quantize": ["a", __file__, "--out", "c"],
+        "finetune": ["a", __file__], "quantize": ["a", __file__, "--out", "c"],
     }[name]  # fmt: skip
     return COMMANDS[name].make_context(name, words).params
 
@@ -97,7 +97,8 @@ def test_the_options_of_load_are_all_there_with_the_plans_defaults() -> None:
     options = {o.name: o for o in LOADING}
     assert set(options) == set(inspect.signature(jaxengine.load).parameters) - {"folder", "progress"}
     given = defaults("generate")
-    fields = {"weights": "weights", "home": "home", "kv": "kv_codec", "kv_layout": "kv_layout", "sharding": "sharding"}
+    fields = {"weights": "weights", "home": "home", "kv": "kv_codec", "kv_layout": "kv_layout"}
+    assert options["sharding"].show_default == "as --mesh"  # where there is one
     for name, option in options.items():
         assert given[name] == (() if option.multiple else None)  # so that a plan's own field stands
         if name in fields:

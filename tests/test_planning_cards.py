@@ -165,6 +165,7 @@ def test_steps_that_are_not_counted_closely(card: str, task: str, given: dict[st
     ("family", "memory", "task", "noted"),
     [
         ("gemma2", 6, "lisa", True),
+        ("gemma2", 2, "mezo", True),
         ("gemma2", 2, "lora", False),
         ("gemma2", 20, "lisa", False),
         ("llama", 6, "lisa", False),
@@ -181,6 +182,15 @@ def test_steps_through_layers_that_alternate_from_host_memory(family: str, memor
     assert found.chosen is not None
     said = traps(found.architecture, found.chosen, found.card, found.task)
     assert any("layers that alternate" in t for t in said) == noted
+
+
+@pytest.mark.parametrize(("tied", "task"), [(True, "lisa"), (False, "lisa"), (True, "lora")])
+def test_a_head_that_is_the_embedding_in_lisas_steps(tied: bool, task: str) -> None:
+    raw = LLAMA_3_8B | {"tie_word_embeddings": tied, "num_hidden_layers": 8}
+    found = plan_for(architecture(raw), BF16, find("h200"), memory=80 * 10**9, task=task, context=512)
+    assert found.chosen is not None
+    said = traps(found.architecture, found.chosen, found.card, found.task)
+    assert any("whose head is the embedding" in t for t in said) == (tied and task == "lisa")
 
 
 # --- what is shown ------------------------------------------------------------------------------------------------------

@@ -166,7 +166,7 @@ def test_arrays_in_memory_are_checked_as_a_folder_is() -> None:
     arch = arch_of("gemma2")
     arrays = {n: np.zeros(s.shape, np.float32) for n, s in arch.specs().items()}
     plans = {
-        "mesh is 'tensor=8' and sharding 'single'": {"mesh": "tensor=8"},
+        "mesh is 'tensor=8' and sharding 'single'": {"mesh": "tensor=8", "sharding": "single"},
         "sharding is 'fsdp' and there is one device": {"sharding": "fsdp"},
         "does not divide": {"mesh": "tensor=8", "sharding": "tensor"},
     }
