@@ -1,4 +1,4 @@
-"""Orders of columns (int4's act_order) over a mesh: each is resolved in the parts of a row that devices hold.
+"""Orders of columns (act_order of integer formats) over a mesh: each is resolved in the parts of a row that devices hold.
 
 Where a mesh splits the inputs of a matrix, and what it is contracted with alike, each device should gather from the inputs that
 it has. weights/_parts.py says what that takes; here it is decided which matrices, and in how many parts.

@@ -427,6 +427,7 @@ def test_what_is_refused(two: Path, tmp_path: Path) -> None:
         ({"weights": "nf4"}, r"codes are chosen of integer formats: int8, int4, int3, int2.*weights='nf4'"),
         ({"weights": "int4:act_order=true", "method": "awq"}, "act_order is GPTQ's"),
         ({"weights": "int8:outliers=8"}, "leave outliers out"),
+        ({"weights": "int8:act_order=true"}, "group_size is 0, one scale for all of a row: say group_size=128"),
         ({"method": "rtn"}, "method is 'rtn'; it can be gptq or awq"),
         ({"dtype": "int8"}, "dtype is 'int8'; it can be float32"),
     )

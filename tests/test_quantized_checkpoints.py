@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -792,6 +793,30 @@ def test_symmetric_zero_points_are_the_middle_however_they_are_written(bits: int
                 matrix = how.read(reader, how.describe(reader, "m.weight", O, O), slice(0, O))
                 codes = matrix.codes.astype(np.float64) - (0 if bits == 8 else half)
                 np.testing.assert_array_equal(codes * np.repeat(matrix.scale.astype(np.float64), 32, 1), exact)
+
+
+@pytest.mark.parametrize(
+    ("quantizer", "refused"),
+    [
+        (["gptqmodel:5.6.0"], True),
+        ("gptqmodel:6.0.3", True),
+        (["gptqmodel:6.1.0"], False),
+        (["other:1.0"], False),
+        (None, False),
+    ],
+)
+def test_3_bit_zero_points_of_a_writer_that_interchanged_them_are_refused(
+    quantizer: Any, refused: bool, tmp_path: Path
+) -> None:
+    """Before GPTQModel's pull request 2763; what it wrote beside 'gptq_v2', or with sym, is right."""
+    for v2, sym in ((False, False), (True, False), (False, True)):
+        this = gptq(3, sym=sym, v2=v2)
+        config = this.config | ({} if quantizer is None else {"meta": {"quantizer": quantizer}})
+        stored = {f"m.{k}": v for k, v in this.make(np.random.default_rng(0), 128, 128).items()}
+        with Reader.open(write(tmp_path / f"{v2}-{sym}", stored, {})) as reader:
+            how, wrong = method(config), refused and not (v2 or sym)
+            with pytest.raises(CheckpointError, match=r"interchanged .* GPTQModel 6\.1") if wrong else nullcontext():
+                assert how.describe(reader, "m.weight", 128, 128).kind == "int3"
 
 
 def test_8_bit_codes_with_zero_points_are_refused(tmp_path: Path) -> None:

@@ -56,7 +56,8 @@ class GPTQ:
         if config.get("is_marlin_format"):
             layout = "marlin"
         other = (
-            "Marlin, BitBLAS and the like are one kernel's own layouts: take the checkpoint that they were made from"
+            "Marlin, BitBLAS, planar ('gptq_p') and the like are kernels' own layouts: take the checkpoint that they were made"
+            " from"
         )
         self._minus_one = one_of(config, "checkpoint_format", layout, ("gptq", "gptq_v2"), other) == "gptq"
         self._of("")
@@ -74,6 +75,14 @@ class GPTQ:
         if group == 0 or group < -1:
             raise CheckpointError(f"quantization_config: group_size is {group}; it is -1 (one group) or at least 1")
         return bits, group, setting(config, "sym", bool, True)
+
+    def _writer(self) -> tuple[int, ...] | None:
+        """GPTQModel's version, where the config says that it wrote the checkpoint."""
+        said = (self._config.get("meta") or {}).get("quantizer") or ()
+        for one in [said] if isinstance(said, str) else said:
+            if (found := re.match(r"gptqmodel:(\d+)\.(\d+)", str(one))) is not None:
+                return int(found[1]), int(found[2])
+        return None
 
     def owner(self, name: str, info: TensorInfo) -> str | None:
         del info
@@ -118,6 +127,12 @@ class GPTQ:
             raise CheckpointError(
                 f"{module} has 8-bit codes with zero points (sym is false), which no format here holds: with zero points codes"
                 f" of 4, 3 and 2 bits are read, and 8-bit codes with sym: true. Quantise again with sym=true, or in 4 bits"
+            )
+        if bits == 3 and not sym and self._minus_one and (by := self._writer()) is not None and by < (6, 1):
+            raise CheckpointError(
+                f"{module} has 3-bit zero points of GPTQModel {'.'.join(map(str, by))}, which interchanged numbers of their words"
+                f" where it took one from each (mended in 6.1): write the checkpoint again with GPTQModel 6.1, or quantise"
+                f" again with sym=true"
             )
         return Stored(
             name, found, KINDS[bits], outputs, inputs, group=max(group, 0), affine=not sym, scale=scales.dtype.name,

@@ -9,7 +9,7 @@ once for all of them, as a product of matrices (section 3.3, step 2). U comes fr
 inverse: with J the reversal of rows, J H J = L L^T makes H^-1 = U^T U for U = J L^-1 J.
 
 A group's step is chosen when its first column's turn comes, of what its columns have become by then. Formats with an order
-of columns (int4's act_order) take the columns with the most input first, and groups are of that order.
+of columns (act_order) take the columns with the most input first, and groups are of that order.
 
 d is 0.01, the paper's, and ten times more where float32 finds H + d singular. An input that no sample has ever moved has
 H_ii = 0: its column is rounded to nearest, not dropped, for other texts may move it.

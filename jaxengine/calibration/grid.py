@@ -16,6 +16,7 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -53,6 +54,8 @@ class Grid:
                 f"weights={text!r}: pack-quantized files have no place for columns kept beside the codes: leave outliers out,"
                 f" or load with it, rounded to nearest: jaxengine.load(folder, weights={text!r})"
             )
+        # what the format itself refuses, before anything is written
+        jax.eval_shape(lambda w: fmt.encode(w, out=1), jax.ShapeDtypeStruct((1, inputs), jnp.float32))
         chosen = {n: p.default for n, p in inspect.signature(fmt.module.encode).parameters.items()} | dict(fmt.options)
         size = chosen["group_size"]
         group = group_of(inputs, size) if size else inputs
