@@ -625,11 +625,12 @@ def activation_bytes(
         S = layout.num_slots(length, attention.window) if chunk else T
         if chunk and not layout.holds(T, S, attention.window):
             S += T
-        taken = plan.kv_codec != "raw" or any(kind in p.kinds for p in looped)
+        in_blocks = plan.dtype == "float32" or plan.attention == "xla"
+        # as arrays of their own; the form in XLA turns keys
+        taken = wide or in_blocks or plan.kv_codec != "raw" or any(kind in p.kinds for p in looped)
         read_again = batch * S * 2 * K * H * size if chunk and taken else 0  # slots as attention takes them
         scores = (4 + size) * rows * S * N
         if plan.attention != "reference":  # which writes all of them
-            in_blocks = plan.dtype == "float32" or plan.attention == "xla"
             scores = min(scores, SCORES) if in_blocks else 0
         attending = scores + read_again + rows * (3 * N + 2 * K) * H * size
         if _scanned_alone(architecture, plan):
@@ -653,7 +654,8 @@ def activation_bytes(
     anew = _made_bytes(architecture, _formats_alone(plan))
     if wide:  # where no kernel reads codes
         anew = max(anew, decoded_bytes(architecture, plan, rows, size))
-    return max(widest + slices + 16 * batch * tokens + prompt, step) + anew  # ids, positions
+    ints = (24 if chunk else 16) * batch * tokens  # ids, positions, and in chunks those of slots
+    return max(widest + slices + ints + prompt, step) + anew
 
 
 @functools.cache
