@@ -27,8 +27,9 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # one more of the same, family after family and format after format, which differs little from one jax to the next
 THOROUGH = (
-    "test_attention_matrix.py", "test_compressed_export.py", "test_finetune_killed.py", "test_float_formats.py",
-    "test_integer_formats.py", "test_lossless.py", "test_orders.py", "test_quantized_checkpoints.py",
+    "test_attention_matrix.py", "test_compressed_export.py", "test_finetune_formats.py", "test_finetune_golden.py",
+    "test_finetune_killed.py", "test_float_formats.py", "test_gguf.py", "test_integer_formats.py", "test_lossless.py",
+    "test_orders.py", "test_quantized_checkpoints.py", "test_stay.py",
 )  # fmt: skip
 BY_FAMILY, FURTHER = ("test_homes.py", "test_models.py"), ("gemma3_text", "gpt2", "mistral", "phi3", "qwen2", "qwen3")
 
