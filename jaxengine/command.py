@@ -574,16 +574,15 @@ def _proved(outcome: Any) -> tuple[Any, Any, list[tuple[Any, list[str]]]]:
     return *first, refuted[1:]
 
 
-AGREE = 0.05  # of XLA's bytes, that the arithmetic's are held to
-
-
 def _agreement(outcome: Any, proofs: Any) -> dict[str, Any] | None:
     """The arithmetic's bytes of the device beside the most that XLA says of a program; None where nothing was compiled."""
+    from jaxengine.planning import PROMISED
+
     if not proofs:
         return None
     counted, most = outcome.chosen.need.device, max(p.device for p in proofs)
     off = counted / most - 1
-    return {"arithmetic": counted, "compiled": most, "off": off, "within": AGREE, "agrees": abs(off) <= AGREE}
+    return {"arithmetic": counted, "compiled": most, "off": off, "within": PROMISED, "agrees": abs(off) <= PROMISED}
 
 
 def _rate(x: float) -> str:

@@ -58,6 +58,7 @@ from jaxengine.plan import (
 from jaxengine.sources import ORBAX, gguf_file, open_source, read_config
 from pallas_kernels.cards import CARDS, Card, find
 
+PROMISED = 0.05  # of XLA's bytes: what the arithmetic's differ by at most
 DISK_RATE = 3e9  # bytes/s: a PCIe 3 x4 NVMe drive reading in sequence, where nothing is said
 # copy over compute: outside, a scan that fetches each layer just before its use loses a tenth at most
 AHEAD = (0.3, 10)

@@ -43,6 +43,7 @@ from jaxengine.command import SETTINGS, reported, start_jax
 from jaxengine.engine import bucket
 from jaxengine.finetune import planning as tuning
 from jaxengine.plan import Need, Plan, need, show_bytes, weight_bytes
+from jaxengine.planning import PROMISED
 from jaxengine.proof import Proof, prove
 from pallas_kernels import aot
 from pallas_kernels.cards import Card, find
@@ -360,9 +361,6 @@ HEADLINES = (
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What they need here
-
-
-PROMISED = 0.05  # what a plan's arithmetic and XLA's bytes differ by at most
 
 
 @dataclasses.dataclass(frozen=True)

