@@ -31,43 +31,12 @@ from checkpoints.quantized import Matrix
 from checkpoints.safetensors import plan_shards, write_file, write_index
 from jaxengine import formats
 from jaxengine.architecture import Architecture, Spec
-from jaxengine.export import MAX_SHARD_BYTES, DtypeOf, Get, Track, dense, encoded, named_dtype, write_beside
+from jaxengine.export import MAX_SHARD_BYTES, DtypeOf, Get, Track, dense, named_dtype, write_beside
 from jaxengine.plan import Plan
-from jaxengine.sources import Origin, Source
+from jaxengine.sources import Origin
 from jaxengine.weights.base import Integers, Weight
 
 WEIGHT = ".weight"
-
-
-def prepared(source: Source, chosen: Plan | None, dtype: str, read: Get) -> tuple[Plan, Get]:
-    """The plan of what is written of this source, and its parameters in the plan's formats.
-
-    chosen: for a plain source, its formats; encoded in `dtype`, as `load` would; read: its parameters, or those that something
-    was merged into. Raises ValueError for a source that is plain
-    and none chosen, or in formats already and others chosen.
-    """
-    arch, own = source.architecture, source.plan
-    if chosen is None and own is None:
-        raise ValueError(
-            "convert: to='compressed-tensors' packs integer weights, and the source's are plain: say weights='int8' or"
-            " weights='int4:group_size=32', or to='hf'"
-        )
-    if own is not None:
-        if chosen is not None and chosen.weights != own.weights:
-            raise ValueError(
-                f"convert: the source's weights are {own.weights!r} already, and weights={chosen.weights!r}: leave weights out,"
-                f" or start from the checkpoint that it was made from"
-            )
-        return own, read
-    assert chosen is not None
-    plan, specs = dataclasses.replace(chosen, dtype=dtype), arch.specs()
-
-    def get(name: str) -> Any:
-        array, spec = read(name), specs[name]
-        plain = spec.out is None or plan.format_of(name, spec) == "dense"
-        return array if plain else encoded(plan, name, spec, array)
-
-    return plan, get
 
 
 def write(

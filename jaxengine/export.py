@@ -29,6 +29,8 @@ from jaxengine.sources import (
     ORBAX,
     PLAN,
     Origin,
+    Source,
+    check_numbers,
     dtypes_of,
     open_source,
     read_config,
@@ -86,6 +88,32 @@ def merged(plan: Plan, arch: Architecture, get: Get) -> Get:
         return w if plan.format_of(name, spec) == "dense" else encoded(plan, name, spec, w)
 
     return one
+
+
+def in_formats(source: Source, chosen: Plan | None, dtype: str, read: Get) -> tuple[Plan, Get]:
+    """The plan of what is written of this source, and its parameters in the plan's formats.
+
+    chosen: the formats of a plain source (None: as it is), encoded in `dtype`, as `load` would; read: its parameters, or those
+    that something was merged into. Raises ValueError for a source in formats already where others are chosen, and for a format
+    that does not hold the source's numbers.
+    """
+    own, specs = source.plan, source.architecture.specs()
+    if own is not None:
+        if chosen is not None and chosen.weights != own.weights:
+            raise ValueError(
+                f"convert: the source's weights are {own.weights!r} already, and weights={chosen.weights!r}: leave weights out,"
+                f" or start from the checkpoint that it was made from"
+            )
+        return own, read
+    plan = dataclasses.replace(chosen or Plan(), dtype=dtype)
+    check_numbers(source, plan)
+
+    def get(name: str) -> Any:
+        array, spec = read(name), specs[name]
+        plain = spec.out is None or plan.format_of(name, spec) == "dense"
+        return array if plain else encoded(plan, name, spec, array)
+
+    return plan, get
 
 
 def write_hf(
@@ -215,20 +243,22 @@ def convert(
     """Read one folder, write another, one parameter at a time; no more than that is placed on a device.
 
     to: 'hf', 'orbax', or 'compressed-tensors', a Hugging Face folder whose integer weights stay packed. weights: the format
-    that a plain source is encoded in for it, e.g. 'int4:group_size=32'; the codes are those of `load` with these weights.
+    that a plain source is encoded in for the last two, e.g. 'nf4' or 'int4:group_size=32'; the codes are those of `load` with
+    these weights.
     dtype: cast all parameters (each keeps its own if not given). adapter: a PEFT folder of LoRA or DoRA to merge into them;
     what the source holds in a format is rounded to it anew. max_shard_bytes: split what is
     written to safetensors into files of at most this size (if not given, as the source is split, or 5 GB where it is not).
-    Raises, before anything is written: ValueError for a choice there is not and for layers that orbax cannot stack,
+    Raises, before anything is written: ValueError for a choice there is not, for a format that does not hold the source's
+    numbers or divide its matrices, and for layers that orbax cannot stack,
     CheckpointError for a target that is not empty or a source that cannot be read, ConfigError for a model that is not
     done.
     """
     if to not in FORMATS:
         raise ValueError(f"convert: to is {to!r}; it can be {' or '.join(FORMATS)}")
-    if weights is not None and to != "compressed-tensors":
+    if weights is not None and to == "hf":
         raise ValueError(
-            f"convert: weights={weights!r} goes with to='compressed-tensors'; to='hf' is plain, and for to='orbax' load the"
-            f" model with these weights and save it"
+            f"convert: weights={weights!r} goes with to='orbax' or to='compressed-tensors' (integers alone); what to='hf'"
+            f" writes is plain"
         )
     chosen = None if weights is None else Plan(weights=weights)  # refuses a format that there is not
     if dtype is not None and dtype not in DTYPES:
@@ -253,25 +283,32 @@ def convert(
                 folder, arch, read, dtype_of, origin, max_shard_bytes=max_shard_bytes, track=track
             )  # fmt: skip
             return
+        if to == "compressed-tensors" and chosen is None and plan is None:
+            raise ValueError(
+                "convert: to='compressed-tensors' packs integer weights, and the source's are plain: say weights='int8' or"
+                " weights='int4:group_size=32', or to='hf'"
+            )
+        own = dtype or (plan.dtype if plan is not None else one_dtype(arch, parameters.dtype, raw))
+        plan, get = in_formats(parameters, chosen, own, read)
         if to == "compressed-tensors":
             from jaxengine import compressed
 
-            plan, get = compressed.prepared(
-                parameters, chosen, dtype or one_dtype(arch, parameters.dtype, raw), read
-            )  # fmt: skip
             compressed.write(
                 folder, arch, plan, get, dtype_of, origin, max_shard_bytes=max_shard_bytes, track=track
             )  # fmt: skip
             return
-        if plan is None:
-            plan = Plan(dtype=dtype or one_dtype(arch, parameters.dtype, raw))
         if dtype is not None and dtype != plan.dtype:
             if any(plan.format_of(name, spec) != "dense" for name, spec in arch.specs().items()):
                 raise ValueError(
                     f"convert: {source} holds weights of a plan in {plan.dtype}; go through to='hf' to cast them"
                 )
             plan = dataclasses.replace(plan, dtype=dtype)
-        write_orbax(folder, arch, plan, read, dtype_of, origin, track=track)
+        made, specs = plan, arch.specs()
+
+        def stored_in(name: str) -> np.dtype:  # what a format holds is of the plan's dtype; the rest keeps its own
+            return dtype_of(name) if made.format_of(name, specs[name]) == "dense" else np.dtype(made.dtype)
+
+        write_orbax(folder, arch, plan, get, stored_in, origin, track=track)
 
 
 def one_dtype(arch: Architecture, dtype_of: DtypeOf, raw: Mapping[str, Any]) -> str:

@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from checkpoints.peft import read_adapter
-from jaxengine import formats, orders, placement
+from jaxengine import orders, placement
 from jaxengine.architecture import Architecture, architecture
 from jaxengine.export import one_dtype
 from jaxengine.homes.base import check_platform
@@ -40,7 +40,7 @@ from jaxengine.plan import (
 )
 from jaxengine.planning import check_rows, streamed_form
 from jaxengine.selftest import check_streaming
-from jaxengine.sources import Origin, Source, open_source, read_config
+from jaxengine.sources import Origin, Source, check_numbers, open_source, read_config
 from jaxengine.text import Tokenizer
 from pallas_kernels.cards import CARDS
 from pallas_kernels.dispatch import Refused, below_ampere
@@ -178,7 +178,7 @@ def load(
         _check_host(arch, chosen, over)
         check_rules(arch, chosen.weight_rules)
         check_formats(arch, orders.as_chosen(arch, source.plan, chosen), chosen)
-        _check_numbers(arch, source, chosen)
+        check_numbers(source, chosen)
         done, total = 0, source.nbytes - _left_on_disk(arch, chosen, source)
 
         def track(name: str, size: int) -> None:
@@ -306,16 +306,6 @@ def _untracked(name: str, done: int, total: int) -> None:
 def _as_stored(plan: Plan | None) -> Plan:
     """What the stored bytes decide of the plan they were stored with."""
     return Plan() if plan is None else Plan(dtype=plan.dtype, weights=plan.weights, weight_rules=plan.weight_rules)
-
-
-def _check_numbers(arch: Architecture, source: Source, plan: Plan) -> None:
-    """Refuse a format for a checkpoint whose numbers it does not hold."""
-    for name, spec in arch.specs().items():
-        wanted = plan.format_of(name, spec)
-        if source.plan is not None and source.plan.format_of(name, spec) == wanted:
-            continue
-        if (why := formats.find(wanted).refuses(source.dtype(name).name, plan.dtype)) is not None:
-            raise ValueError(f"weights={wanted!r} for {name}: {why}")
 
 
 def tokenizer(folder: Path) -> Tokenizer | None:

@@ -26,6 +26,7 @@ import numpy as np
 
 from checkpoints.errors import CheckpointError, listing
 from checkpoints.safetensors import Reader, TensorInfo, aligned_empty
+from jaxengine import formats
 from jaxengine.architecture import Architecture
 from jaxengine.plan import Plan, abstract_leaf
 
@@ -253,6 +254,16 @@ class Orbax:
     def origin(self, config: dict[str, Any]) -> Origin:
         """The folder; its files were never split."""
         return Origin(config, self.folder, dtypes_of(self.architecture, self.dtype))
+
+
+def check_numbers(source: Source, plan: Plan) -> None:
+    """Refuse a format for a checkpoint whose numbers it does not hold."""
+    for name, spec in source.architecture.specs().items():
+        wanted = plan.format_of(name, spec)
+        if source.plan is not None and source.plan.format_of(name, spec) == wanted:
+            continue
+        if (why := formats.find(wanted).refuses(source.dtype(name).name, plan.dtype)) is not None:
+            raise ValueError(f"weights={wanted!r} for {name}: {why}")
 
 
 def open_source(folder: Path, architecture: Architecture) -> Source:

@@ -148,7 +148,7 @@ def test_what_has_no_place_in_the_form(case: str, weights: str, said: str, tmp_p
 def test_choices_that_cannot_be(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"the source's are plain: say weights='int8'"):
         convert(DEMO, tmp_path / "out", to="compressed-tensors")
-    with pytest.raises(ValueError, match=r"weights='int8' goes with to='compressed-tensors'"):
+    with pytest.raises(ValueError, match=r"weights='int8' goes with to='orbax' or to='compressed-tensors'"):
         convert(DEMO, tmp_path / "out", to="hf", weights="int8")
     with pytest.raises(ValueError, match="There is no 'int9'"):
         convert(DEMO, tmp_path / "out", to="compressed-tensors", weights="int9")

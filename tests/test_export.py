@@ -13,19 +13,24 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 import jaxengine
+from checkpoints import orbax
 from checkpoints.errors import CheckpointError
 from checkpoints.orbax import OrbaxReader
 from checkpoints.safetensors import Reader, write_file
-from jaxengine import sources
+from jaxengine import formats, sources, technique
 from jaxengine.architecture import architecture
+from jaxengine.command import app
 from jaxengine.export import convert, loses
 from jaxengine.placement import stored
+from jaxengine.weights.base import Weight
 
 GOLDEN = Path(__file__).parent / "golden"
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -240,6 +245,75 @@ def test_orbax_casts_where_it_is_told(tmp_path: Path) -> None:
         convert(tmp_path / "int8", tmp_path / "no", to="orbax", dtype="float32")
     convert(tmp_path / "int8", tmp_path / "int8 again", to="orbax")
     assert jaxengine.load(tmp_path / "int8 again").plan.weights == "int8"
+
+
+# one a file of jaxengine/weights, with options where they change what is stored
+ENCODED = [n for n in technique.names("jaxengine.weights") if n != "dense"]
+ENCODED += ["int4:group_size=16,affine=true,act_order=true", "int8:outliers=8"]
+
+
+@pytest.mark.parametrize("text", ENCODED)
+def test_orbax_in_a_format_has_the_codes_of_load(text: str, tmp_path: Path) -> None:
+    """convert encodes what it reads as `load` does, bit for bit; what it wrote is loaded so, and converted once more."""
+    made, how = tmp_path / "made", {"weights": text, "dtype": "bfloat16"}
+    convert(GOLDEN / "llama", made, to="orbax", **how)
+    direct, again = jaxengine.load(GOLDEN / "llama", **how), jaxengine.load(made)
+    assert (again.plan.weights, again.plan.dtype) == (str(formats.find(text)), "bfloat16")
+    there, coded = stored(again.architecture, again.plan, again.params), 0
+    for name, fetch in stored(direct.architecture, direct.plan, direct.params).items():
+        one, other = fetch(), there[name]()
+        assert jax.tree.structure(one) == jax.tree.structure(other)
+        for x, y in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+            assert np.asarray(x).tobytes() == np.asarray(y).tobytes(), name
+        coded += isinstance(one, Weight)
+    assert coded >= 4 * direct.architecture.num_layers
+    convert(made, tmp_path / "twice", to="orbax")
+    with OrbaxReader.open(made / "orbax") as one, OrbaxReader.open(tmp_path / "twice" / "orbax") as other:
+        assert set(one.names) == set(other.names)
+        for name in one.names:
+            assert one.read(name).tobytes() == other.read(name).tobytes(), name
+
+
+def test_orbax_in_a_format_keeps_what_it_does_not_encode(tmp_path: Path) -> None:
+    """Beside codes under a plan in bfloat16, vectors in float32 that bfloat16 cannot hold are as they were."""
+    source = folder_of("llama", tmp_path / "in", wide_vectors, dtype="bfloat16")
+    convert(source, tmp_path / "orbax", to="orbax", weights="int8")
+    with Reader.open(source) as plain, OrbaxReader.open(tmp_path / "orbax" / "orbax") as reader:
+        assert reader.info("layers.q.codes").dtype == np.int8
+        exact = plain.read("model.norm.weight")
+        assert (exact.astype(BF16) != exact).any()
+        np.testing.assert_array_equal(reader.read("final_norm"), exact)
+
+
+@pytest.mark.parametrize(
+    ("to", "words", "said"),
+    [
+        ("hf", {"weights": "nf4"}, "to='orbax' or to='compressed-tensors'"),
+        ("orbax", {"weights": "nf5"}, "There is no 'nf5'"),
+        ("orbax", {"weights": "nf4:size=32"}, "nf4 has no option 'size'"),
+        ("orbax", {"weights": "lossless", "dtype": "float16"}, "for .*it is float32, and lossless holds bfloat16"),
+    ],
+)
+def test_a_format_that_cannot_be_is_refused_before_anything_is_written(
+    to: str, words: dict[str, str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def written(*_: object, **__: object) -> None:
+        raise AssertionError("something was written")
+
+    monkeypatch.setattr(orbax, "_save_tree", written)
+    with pytest.raises(ValueError, match=said):
+        convert(GOLDEN / "llama", tmp_path / "out", to=to, **words)
+    assert not list(tmp_path.iterdir())
+
+
+def test_codes_are_not_encoded_anew(tmp_path: Path) -> None:
+    made = CliRunner().invoke(app, ["convert", "demo", str(tmp_path / "nf4"), "--to", "orbax", "--weights", "nf4"])
+    assert (made.exit_code, made.stdout) == (0, f"wrote {tmp_path / 'nf4'}\n"), made.output
+    again = ["convert", str(tmp_path / "nf4"), str(tmp_path / "int8"), "--to", "orbax", "--weights", "int8"]
+    refused = CliRunner().invoke(app, again)
+    assert refused.exit_code == 2
+    assert "the source's weights are 'nf4' already, and weights='int8': leave weights out" in refused.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["nf4"]
 
 
 def test_layers_of_different_dtypes_are_not_stacked(tmp_path: Path) -> None:
