@@ -18,6 +18,7 @@ looked at; how fast a paper is, and on what quality it insists, is another quest
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import difflib
 import json
@@ -98,7 +99,7 @@ class Headline:
     memory that it must fit in (None: all that a process has of the card, or of `baseline`). baseline, share: where the
     claim is relative, the plan it is relative to, and the share of its bytes that may be used. ram: host memory of the
     paper's machine (None: not said). note, needs: what to know, and what it waits for ('' where nothing); fields in
-    braces are those of `quantities`.
+    braces are those of `quantities`, and of `against_lora` where that is the baseline.
     """
 
     name: str
@@ -335,9 +336,11 @@ HEADLINES = (
         task="lisa",
         baseline=Plan(dtype="bfloat16", form="scan", remat="full"),
         like="lora",
-        note="LoRA of rank 8 beside every matrix is what it is held against. Embedding and head are trained in every step: with"
-        " the two layers {gradients} of gradients and {optimizer} of moments, in float32.",
-        needs="a LoRA of a larger rank to be held against, as the paper's is, or moments in fewer bytes (adamw8bit)",
+        note="LoRA of rank 8 beside every matrix is what it is held against; from rank {rank} on LoRA needs more than LISA."
+        " Embedding and head are trained in every step: with the two layers {trained} in float32, {gradients} of gradients and"
+        " {optimizer} of moments. With adafactor, which has no moments of a matrix, it is {adafactor}, less than LoRA with AdamW"
+        " from rank {adafactor_rank} on.",
+        needs="a LoRA of rank {rank} or more to be held against",
     ),
     Headline(
         name="alst",
@@ -435,6 +438,9 @@ class Figures:
     def note(self) -> str:
         return self.headline.note.format(**self.said)
 
+    def needs(self) -> str:
+        return self.headline.needs.format(**self.said)
+
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it: bytes and seconds."""
         h = self.headline
@@ -451,7 +457,7 @@ class Figures:
             "off": self.off,
             "baseline": max((p.device for p in self.baseline_proofs), default=self.baseline) or None,
             "fits": self.fits, "fits_device": self.fits_device, "fits_host": self.fits_host, "note": self.note(),
-            "needs": h.needs, "problems": list(self.problems), "seconds": self.seconds,
+            "needs": self.needs(), "problems": list(self.problems), "seconds": self.seconds,
         }  # fmt: skip
 
 
@@ -478,11 +484,29 @@ def quantities(headline: Headline, arch: Architecture, needed: Need, length: int
             headline.task, arch, on_host, find(headline.card), batch, length, headline.tile
         ).device, "resident_bytes": needed.resident,
         "activations": needed.activations, "gradients": needed.gradients, "optimizer": needed.optimizer,
+        "trained": needed.trained,
     }  # fmt: skip
     return {n: show_bytes(b) for n, b in found.items()} | {
         "chunk": str(tokens), "length": str(length),
         "resident": str(plan.resident), "kept": str(plan.kept), "layers": str(arch.num_layers),
     }  # fmt: skip
+
+
+def against_lora(headline: Headline, arch: Architecture, needed: Need, length: int) -> dict[str, str]:
+    """The fields of a note on what LoRA is held against: the rank from which LoRA needs more, with this row's optimizer and
+    with adafactor, and the bytes with that."""
+    asked: Any = {"batch": headline.batch, "context": length}
+    assert headline.baseline is not None
+    base = headline.baseline
+
+    def lora(rank: int) -> int:
+        return tuning.need(arch, base, tuning.task("lora", rank=rank), **asked).device
+
+    def from_rank(size: int) -> str:
+        return str(bisect.bisect_right(range(2**16), size, lo=1, key=lora))
+
+    small = tuning.need(arch, headline.plan, tuning.task(headline.task, optimizer="adafactor"), **asked).device
+    return {"rank": from_rank(needed.device), "adafactor": show_bytes(small), "adafactor_rank": from_rank(small)}
 
 
 def figures(headline: Headline, *, compiled: bool) -> Figures:
@@ -502,6 +526,8 @@ def figures(headline: Headline, *, compiled: bool) -> Figures:
         if headline.baseline is not None:
             baseline_proofs = prove(arch, headline.baseline, card, task=tuning.asked(like), **asked)
     said = quantities(headline, arch, needed, length)
+    if headline.like == "lora":
+        said |= against_lora(headline, arch, needed, length)
     seconds = time.perf_counter() - start
     return Figures(headline, card, needed, proofs, baseline, baseline_proofs, said, seconds)
 
@@ -554,7 +580,7 @@ def show(console: Console, rows: list[Figures]) -> None:
         )
         asked = f"{h.model_name}, {h.batch} x {h.context} tokens, {rules}"
         lines = [f"{h.name}: {h.paper} (arXiv:{h.arxiv})", f"  {asked}. The paper: {h.machine}.", f"  {f.note()}"]
-        lines += [f"  Needs {h.needs}."] if h.needs else []
+        lines += [f"  Needs {f.needs()}."] if h.needs else []
         if f.apart and f.off is not None:
             more = f"{abs(f.off):.1%} {'more' if f.off > 0 else 'less'}"
             lines += [f"  ! XLA's bytes are {more} than the arithmetic's; a plan promises {PROMISED:.0%}."]

@@ -189,3 +189,70 @@ def test_a_step_of_fine_tuning_compiled() -> None:
     assert (claim["fits"], claim["problems"]) == (True, [])
     # two float32 moments of every parameter wait in host memory, whoever's turn it is
     assert claim["arithmetic"]["host"] == pytest.approx(8 * 6.74e9, rel=0.01)
+
+
+def compiled(name: str) -> dict[str, Any]:
+    """A row of the command's JSON, compiled, with what every such row must say."""
+    found = CliRunner().invoke(headlines.main, ["--json", "--only", name])
+    assert found.exit_code == 0, found.output
+    (claim,) = json.loads(found.stdout)["claims"]
+    most = max(p["device"] for p in claim["compiled"])
+    assert claim["off"] == pytest.approx(most / claim["arithmetic"]["device"] - 1)
+    assert (claim["fits_device"], claim["problems"]) == (most <= claim["budget"], [])
+    return claim | {"most": most}
+
+
+@pytest.mark.aot
+@pytest.mark.skipif(aot.missing() is not None, reason=str(aot.missing()))
+@pytest.mark.parametrize(
+    "name",
+    [
+        "qlora-65b",
+        "alst",
+        *(pytest.param(n, marks=pytest.mark.thorough) for n in ("qlora-4gb", "zo2", "superpipeline")),
+    ],
+)
+def test_a_claim_that_fits_does_by_xlas_bytes(name: str) -> None:
+    """Within the words of the paper, and not by the arithmetic alone."""
+    claim = compiled(name)
+    assert claim["fits"]
+    assert claim["most"] <= BOUNDS[name]
+    if name != "alst":  # of which the command says how far the two are apart
+        assert abs(claim["off"]) <= 0.05
+
+
+def test_the_ranks_from_which_lora_needs_more_than_lisa(claims: dict[str, Any]) -> None:
+    """That the row names: there, and not one below. A LoRA's bytes are 16 for each of its numbers, and the rest stays."""
+    claim = claims["lisa"]
+    (row,) = headlines.chosen(("lisa",))
+    small = headlines.tuning.task("lisa", optimizer="adafactor")
+    small = headlines.tuning.need(architecture(row.model), row.plan, small, batch=row.batch, context=row.context).device
+    (rank,) = map(int, re.findall(r"a LoRA of rank (\d+) or more", claim["needs"]))
+    said = tuple(map(int, re.findall(r"from rank (\d+) on", claim["note"])))
+    beside = [
+        (n - claim["baseline"]) / (4 * 4) / lora_numbers(claim["config"]) + 8
+        for n in (claim["arithmetic"]["device"], small)
+    ]
+    assert said == tuple(map(math.ceil, beside))
+    assert rank == said[0]
+
+
+def lora_numbers(config: dict[str, Any]) -> int:
+    """Numbers of a LoRA of rank 1 beside the seven matrices of each of Llama's layers."""
+    D, F, L = (config[n] for n in ("hidden_size", "intermediate_size", "num_hidden_layers"))
+    return L * (4 * (D + D) + 3 * (D + F))
+
+
+@pytest.mark.thorough
+@pytest.mark.aot
+@pytest.mark.skipif(aot.missing() is not None, reason=str(aot.missing()))
+def test_lisa_against_lora_by_xlas_bytes(claims: dict[str, Any]) -> None:
+    claim = compiled("lisa")
+    assert (claim["fits"], claim["most"] > claim["budget"]) == (False, True)
+    (rank,) = map(int, re.findall(r"a LoRA of rank (\d+) or more", claims["lisa"]["needs"]))
+    (row,) = headlines.chosen(("lisa",))
+    larger = headlines.prove(
+        architecture(row.model), row.baseline, headlines.find(row.card), batch=row.batch, length=row.context,
+        task=headlines.tuning.task("lora", rank=rank),
+    )  # fmt: skip
+    assert claim["most"] <= max(p.device for p in larger)
