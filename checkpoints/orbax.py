@@ -26,7 +26,6 @@ import json
 import logging
 import math
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +37,7 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 
 from checkpoints.errors import CheckpointError, listing
-from checkpoints.output import NO_ROOM
+from checkpoints.output import room_is_said
 
 _TREE = "_METADATA"  # orbax's file that says what the tree holds
 _MANIFEST = "manifest.ocdbt"
@@ -93,15 +92,10 @@ def save(
     if (folder / _TREE).exists() or (folder / _MANIFEST).exists():
         raise CheckpointError(f"{folder} already holds an orbax checkpoint; give a new folder.")
     folder.mkdir(parents=True, exist_ok=True)
-    try:
+    with room_is_said(folder):
         _save_tree(folder, tree)
         for name, stored in tensors.items():
             _fill(_create(folder, name, stored), name, stored, read, progress)
-    except Exception as error:  # tensorstore's own, of which only the text says what the system said
-        found = next((n for n in NO_ROOM if re.search(rf"OS error {n}\b|{re.escape(os.strerror(n))}", str(error))), 0)
-        if found and not isinstance(error, OSError):
-            raise OSError(found, os.strerror(found), str(folder)) from error
-        raise
     _confirm(folder, tensors)
 
 

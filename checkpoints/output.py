@@ -25,6 +25,18 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # on a disk, in a quota, un
 
 
 @contextlib.contextmanager
+def room_is_said(path: str | os.PathLike[str]) -> Iterator[None]:
+    """An error of another library's, of which only the text says that a disk is full, becomes the system's own, of `path`."""
+    try:
+        yield
+    except Exception as error:
+        found = next((n for n in NO_ROOM if re.search(rf"OS error {n}\b|{re.escape(os.strerror(n))}", str(error))), 0)
+        if found and not isinstance(error, OSError):
+            raise OSError(found, os.strerror(found), str(path)) from error
+        raise
+
+
+@contextlib.contextmanager
 def output_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
     """Yield an empty folder to fill; when the block ends without an exception it becomes `path`.
 

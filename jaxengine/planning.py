@@ -397,7 +397,7 @@ def changes(
             for budget in search.budgets(card, smallest)[:1]:
                 add(smallest, budget)
         larger = None
-        for changed in ((), *((c,) for c in smallest), smallest):
+        for changed in ((), *((values[-1],) for name, values in kinds.items() if name not in single), smallest):
             if len(rows) < 3 and not (changed == smallest and rows):
                 for other, budget in _on_another(search, card, larger, changed):
                     add(changed, budget, other, f"card {other.name}")
@@ -481,21 +481,11 @@ def traps(architecture: Architecture, candidate: Candidate, card: Card, task: Ta
             + (" on a card below compute capability 8.0" if card.wide else " with attention 'xla' in 16 bits")
             + ": XLA was seen to take up to 1.5 times as much. Leave room, compile the plan, or train 'lora' with remat 'full'"
         )
-    added = task is not None and (task.sampled or (task.train == "all" and (task.tile or task.accumulate > 1)))
+    added = task is not None and task.optimizer.order and task.train == "all" and (task.tile or task.accumulate > 1)
     if added and _alternates(candidate.plan, architecture):
         said.append(
-            "of a step through streamed layers that alternate, where gradients are added up or layers are trained in turn, XLA"
-            " was seen to take up to 1.15 times as much as is counted: leave room, or compile the plan"
-        )
-    if task is not None and task.train == "lisa" and "lm_head" not in architecture.specs():
-        said.append(
-            "of a step of LISA whose head is the embedding XLA was seen to take up to 1.11 times as much as is counted: leave"
-            " room, or compile the plan"
-        )
-    if task is not None and not task.optimizer.order and _alternates(candidate.plan, architecture):
-        said.append(
-            "of a step by losses alone through streamed layers that alternate XLA was seen to take up to 1.42 times as much as is"
-            " counted: leave room, or compile the plan"
+            "of a step through streamed layers that alternate, where gradients are added up, XLA was seen to take up to 1.15"
+            " times as much as is counted: leave room, or compile the plan"
         )
     if tiers["disk"]:
         plain = candidate.plan.weights == "dense" and not candidate.plan.weight_rules

@@ -13,6 +13,7 @@ import dataclasses
 import io
 import itertools
 import json
+import logging
 import math
 import os
 import random
@@ -22,6 +23,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -556,9 +558,53 @@ def test_ctrl_c_waits_for_the_step_saves_and_the_run_goes_on(
         run.run(progress=lambda record: found.append(record.loss))
     assert signal.getsignal(signal.SIGINT) is before
     assert run._manager.all_steps() == [3]
+    assert run.stopped == f"stopped after step 3 of 6, which is saved in {tmp_path / 'out'}"
     run.close()
     with run_of(llama(), out=tmp_path / "out") as run:
         assert [*found, *resident["lora"][2:3], *losses(run)] == resident["lora"]
+
+
+def test_a_run_that_stops_within_a_step_says_what_is_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second Ctrl-C does not wait: what the step has written over cannot be saved."""
+    run = run_of(llama(), out=tmp_path / "out", save_every=2)
+    assert run.stopped == f"stopped before step 1 of 6; none is saved in {tmp_path / 'out'}"
+    advance = run._advance
+
+    def stopped(batch: Any) -> Any:
+        if run.step == 3:
+            jax.tree.map(lambda x: x.delete(), run._state)
+            raise KeyboardInterrupt
+        return advance(batch)
+
+    monkeypatch.setattr(run, "_advance", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        run.run()
+    run.wait()
+    assert run.stopped == f"stopped after step 3 of 6; the last saved in {tmp_path / 'out'} is step 2"
+    run.close()
+
+
+def test_a_disk_without_room_is_said_before_a_checkpoint_is_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the start, and where others filled it since; what was saved stays, and the same goes on when there is room."""
+    out, free = tmp_path / "out", [0]
+    monkeypatch.setattr(runs.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=free[0]))
+    with pytest.raises(OSError, match=r"the disk has 0 B free; no step is saved\. Make room") as refused:
+        run_of(llama(), out=out)
+    assert command.is_the_users(refused.value)
+    free[0] = 10**9
+    with run_of(llama(), out=out, save_every=2) as run:
+        list(itertools.islice(run, 3))
+        free[0] = 1000
+        with pytest.raises(
+            OSError, match=r"up to 1\.\d+ MB, and the disk has 1 kB free; step 2 is the last saved\. Make"
+        ):
+            run.run()
+    assert [p.name for p in (out / "checkpoints").iterdir()] == ["2"]
+    free[0] = 10**9
+    with run_of(llama(), out=out, save_every=2) as run:
+        assert run.step == 2
 
 
 def test_the_last_checkpoints_and_the_best_one_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -810,6 +856,9 @@ def test_the_demo_learns_goes_on_after_ctrl_c_and_is_merged(
         patch.setattr(finetune_command.Steps, "__call__", show)
         done = invoke(*words)
     assert (done.exit_code, done.stdout) == (130, "")
+    assert (
+        f"\nstopped after step 6 of 12, which is saved in {out}. To go on, type the same again:\n" in "\n" + done.stderr
+    )
     assert len(told) == 6
     assert not (out / "adapter").exists()
     done = invoke(*words)
@@ -921,6 +970,75 @@ def test_memory_chooses_where_layers_stand(sums: str, tmp_path: Path, monkeypatc
     done = invoke(*words, "1MB")
     assert done.exit_code == 2
     assert "memory='1MB': a step on 4 x 64 tokens needs at least 5.05 MB of the device" in done.output
+
+
+@pytest.mark.parametrize(
+    ("how", "targets", "advice"),
+    [
+        ({}, ("*",), ["form='scan'", "remat='none'"]),
+        ({}, ("layers.0.q",), ["remat='none'"]),  # a stack's layers have the same ones
+        ({"home": "split", "resident": 1}, ("*",), ["remat='none'"]),
+        ({"memory": "30MB"}, ("*",), []),
+        ({"form": "scan"}, ("*",), None),
+    ],
+    ids=str,
+)
+def test_on_a_cpu_what_is_advised_where_layers_are_written_out_is_taken(
+    how: dict[str, Any], targets: tuple[str, ...], advice: list[str] | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "jaxengine")
+    settings = dataclasses.replace(HOW, targets=targets, remat="full")
+    run_of(llama(**how), settings)
+    told = [m for m in caplog.messages if "remat='full' saves little" in m]
+    assert len(told) == (advice is not None)
+    assert re.findall(r"(?:form|remat)='\w+'", told[0])[1:] == advice if told else advice is None
+    caplog.clear()
+    for one in advice or ():
+        taken = {"form": "scan"} if "form" in one else {}
+        run_of(llama(**how | taken), settings if taken else dataclasses.replace(settings, remat="none"))
+    assert not any("saves little" in m for m in caplog.messages)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--memory 4.5MB --context 64", ("--batch 2 --accumulate 2", "--memory ")),
+        (
+            "--memory 4.5MB --context 64 --batch 32 --mesh data=8",
+            ("--batch 16 --accumulate 2", "--memory "),
+        ),
+        ("--memory 3MB --context 128 --batch 1", ("--context 64", "--memory ")),
+        ("--memory 6MB --context 64 --remat dots", ("without --remat", "--batch ", "--memory ")),
+        ("--memory 12MB --context 64 --rank 64 --remat none", ("--batch ", "--rank 8", "--memory ")),
+        ("--memory 5.5MB --context 64 --batch 1 --train all", ("--train lora", "--memory ")),
+        ("--memory 12MB --ram 1MB --context 64 --batch 1 --train all", ("--train lora", "--ram ")),
+        ("--memory 1MB --context 64 --batch 1", ("--memory ",)),
+    ],
+)
+def test_what_a_refusal_of_memory_advises_is_taken(
+    words: str, said: tuple[str, ...], sums: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each by itself, in the place of what was said of it; and none of it is so already."""
+
+    class FoundError(Exception): ...
+
+    def load(folder: str, *, plan: Any, progress: Any) -> None:
+        raise FoundError
+
+    monkeypatch.setattr(jaxengine, "load", load)
+    first = ("demo", sums, "--out", str(tmp_path / "out"), *words.split())
+    done = invoke(*first)
+    assert done.exit_code == 2, done.exception
+    advised = done.stderr.strip().rpartition(". Nearest: ")[2].split(", or ")
+    assert len(advised) == len(said), advised
+    for one, begins in zip(advised, said, strict=True):
+        assert one.startswith(begins)
+        if one.startswith("without "):
+            at = first.index(one.removeprefix("without "))
+            again = (*first[:at], *first[at + 2 :])
+        else:
+            again = (*first, *one.split())  # of options given twice the last counts
+        assert isinstance(invoke(*again).exception, FoundError), one
 
 
 @pytest.mark.parametrize(

@@ -122,6 +122,46 @@ def test_a_killed_command_goes_on_bit_for_bit(tmp_path: Path) -> None:
     assert moments.count("killed") == 2
 
 
+# a shell's background jobs are started without
+TAKES_CTRL_C = """
+import runpy, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+runpy.run_path("scripts/finetune.py", run_name="__main__")
+"""
+
+
+def test_ctrl_c_says_which_step_is_saved_and_what_to_type(tmp_path: Path) -> None:
+    """And what is typed so, by a shell, goes on there. The folder's name is one that a shell has to have quoted."""
+    run, out = Killed(tmp_path, "lora", steps=5000), tmp_path / "it's out"
+    script = run.words.index("scripts/finetune.py")
+    words = (
+        *run.words[:script],
+        "-c",
+        TAKES_CTRL_C,
+        *run.words[script + 1 :],
+        "--save-every",
+        "9999",
+        "--out",
+        str(out),
+    )
+    streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
+    with subprocess.Popen(words, env=run.environment, **streams) as process:
+        assert any(line.startswith("step 1 of 5000") for line in process.stderr or ())
+        process.send_signal(signal.SIGINT)
+        said = process.stderr.read() if process.stderr else ""
+        assert process.wait() == 130
+    *_, stopped, command = said.splitlines()
+    made = max(told(out))
+    assert stopped == f"stopped after step {made} of 5000, which is saved in {out}. To go on, type the same again:"
+    assert sorted(p.name for p in (out / "checkpoints").iterdir()) == [str(made)]
+    assert "Traceback" not in said
+    here = run.environment | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONWARNINGS": "ignore"}
+    with subprocess.Popen(["bash", "-c", f"exec {command.strip()}"], env=here, **streams) as process:
+        first = next((line for line in process.stderr or () if line.startswith("step ")), "nothing")
+        process.kill()
+    assert first.startswith(f"step {made + 1} of 5000: loss ")
+
+
 @pytest.mark.skipif("MANY_KILLS" not in os.environ, reason="ten minutes: set MANY_KILLS=1 to run it")
 @pytest.mark.parametrize("way", list(WAYS))
 def test_a_command_that_is_killed_many_times(way: str, tmp_path: Path) -> None:

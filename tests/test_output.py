@@ -1,5 +1,6 @@
 """checkpoints.output: whole or not at all, whatever happens in between. Kills are real processes that are killed."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from checkpoints import CheckpointError
-from checkpoints.output import output_file, output_folder
+from checkpoints.output import output_file, output_folder, room_is_said
 
 ROOT = Path(__file__).parent.parent
 
@@ -239,3 +240,16 @@ def test_bytes_are_synced_before_the_name(tmp_path: Path, monkeypatch: pytest.Mo
     with output_folder(tmp_path / "out") as work:
         (work / "a").write_text("a")
     assert synced == ["a", work.name, "rename", tmp_path.name]
+
+
+def test_what_another_library_says_of_a_full_disk_is_the_systems_error(tmp_path: Path) -> None:
+    """Texts of tensorstore; what says nothing of a disk stays what it was."""
+    for said in (
+        "RESOURCE_EXHAUSTED: Failed to write 30766 bytes to file 8: No space left on device [os_error_code='28']",
+        "Error writing file: OS error 28",
+    ):
+        with pytest.raises(OSError, match="No space left") as found, room_is_said(tmp_path):
+            raise ValueError(said)
+        assert (found.value.errno, found.value.filename) == (errno.ENOSPC, str(tmp_path))
+    with pytest.raises(ValueError, match="OS error 280"), room_is_said(tmp_path):
+        raise ValueError("OS error 280")

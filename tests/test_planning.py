@@ -109,6 +109,7 @@ TOO_MUCH: list[tuple[str, str, Plan, dict[str, Any]]] = [
     ("8B", "rtx3060", BF16, {"memory": 2 * 10**9, "ram": 32 * 10**9}),
     ("8B", "rtx3060", BF16, {"memory": 4 * 10**9, "context": 8192, "batch": 4}),
     ("8B", "4090", BF16, {"memory": 8 * 10**9, "ram": 10**9}),
+    ("8B", "4090", BF16, {"batch": 10**8, "context": 64}),
 ]  # fmt: skip
 FARTHER = {"dense": 0, "int8": 1, "int4": 2, "adamw8bit": 1}
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import shlex
 import sys
 from pathlib import Path
 from types import TracebackType
@@ -234,6 +235,7 @@ def _finetune(folder: str, data: tuple[Path, ...], out: Path | None, reading: An
     from jaxengine.finetune.run import Run, begun, check_out, merge, said
     from jaxengine.loading import tokenizer
     from jaxengine.paths import cache_folder
+    from jaxengine.plan import parse_bytes
 
     arch, plan, settings = chosen_plan(folder, given)
     if out is None:
@@ -266,13 +268,18 @@ def _finetune(folder: str, data: tuple[Path, ...], out: Path | None, reading: An
     settings.make_optimizer(settings.steps_over(len(trained_on)))  # refuses a warmup of all steps before loading
     with reading() as bar:
         model = jaxengine.load(folder, plan=plan, progress=bar)
+    model.budget = None if given["memory"] is None else parse_bytes(given["memory"])  # its homes were chosen for it
     run = Run(
         model, settings, trained_on, held, out=out, save_every=keeping["save_every"],
         eval_every=keeping["eval_every"], keep=keeping["keep"], adapter=adapter,
     )  # fmt: skip
     with run:
-        with Steps(run) as shown:
-            made = run.run(progress=shown)
+        try:
+            with Steps(run) as shown:
+                made = run.run(progress=shown)
+        except KeyboardInterrupt:
+            print(f"{run.stopped}. To go on, type the same again:\n  {typed()}", file=sys.stderr, flush=True)
+            raise
         if run.best is not None and run.best[0] != run.step:
             print(f"the best held-out loss was {run.best[1]:.4f}, after step {run.best[0]}", flush=True)
             if keeping["best"]:
@@ -284,6 +291,14 @@ def _finetune(folder: str, data: tuple[Path, ...], out: Path | None, reading: An
         if merge_into is not None:
             merge(run.tuned(), merge_into)
             print(f"wrote {merge_into}", flush=True)
+
+
+def typed() -> str:
+    """What was typed to start this process, as a shell takes it."""
+    program, main = Path(sys.argv[0]), sys.modules["__main__"].__spec__
+    if main is not None:
+        return shlex.join(["python", "-m", main.name.removesuffix(".__main__"), *sys.argv[1:]])
+    return shlex.join([*(["python", sys.argv[0]] if program.suffix == ".py" else [program.name]), *sys.argv[1:]])
 
 
 def _fraction(held_out: str | None) -> float | None:
@@ -303,12 +318,74 @@ def _fraction(held_out: str | None) -> float | None:
     return found
 
 
+class NothingFitsError(ValueError):
+    """No home holds a step. settings, plan: what was asked for; enough: options of more memory that would hold it."""
+
+    def __init__(self, said: str, settings: Settings, plan: Plan, enough: dict[str, str]) -> None:
+        super().__init__(said)
+        self.settings, self.plan, self.enough = settings, plan, enough
+
+
 def chosen_plan(folder: str, given: dict[str, Any]) -> tuple[Architecture, Plan, Settings]:
     """What these options make of a folder, checked against each other before anything is loaded.
 
     With --memory: the nearest home in which a step fits, and what is kept for the way back unless --remat says it. Raises
     ValueError where nothing fits, with what would.
     """
+    try:
+        return _chosen_plan(folder, given)
+    except NothingFitsError as error:
+        found = _would_fit(folder, given, error)
+        near = ", or ".join(found) if found else "no single one of memory, batch, context, weights and train fits it"
+        raise ValueError(f"{error}. Nearest: {near}") from None
+
+
+def _would_fit(folder: str, given: dict[str, Any], refused: NothingFitsError) -> list[str]:
+    """Options with which a step fits, each set alone: those that keep what is learned first, more memory last."""
+    from bisect import bisect_left
+
+    from jaxengine.finetune.settings import ADAPTERS
+    from jaxengine.plan import on_one
+
+    settings, plan = refused.settings, refused.plan
+    B, T, beside = settings.batch, settings.context, settings.train in ADAPTERS
+
+    def fits(changed: dict[str, Any]) -> bool:
+        try:
+            _chosen_plan(folder, {**given, **changed})
+        except ValueError:  # too large still, or no run of these options
+            return False
+        return True
+
+    share = on_one(plan, ("batch",), (B,))[0]
+    rows = [B >> i for i in range(1, B.bit_length())]
+    rows = [b for b in rows if on_one(plan, ("batch",), (b,))[0] * (B // share) == b]
+    tries: list[list[dict[str, Any]]] = [[{"remat": None}]] if given["remat"] is not None else []
+    tries.append([{"batch": b, "accumulate": settings.accumulate * (B // b)} for b in rows])
+    if beside and plan.weights == "dense" and not plan.weight_rules:
+        tries.append([{"weights": name} for name in ("int8", "nf4")])
+    if beside and settings.rank > 8 and given["adapter"] is None:
+        tries.append([{"rank": 8}])
+    tries.append([{"context": T >> i} for i in range(1, 12) if T >> i >= 64])
+    if not beside:
+        lora: dict[str, Any] = {"train": "lora", "layers": None, "every": None, "order": None}
+        tries.append([lora, lora | {"weights": "int8"}, lora | {"weights": "nf4"}])
+    tries.append([refused.enough])
+    said = []
+    for values in tries:
+        if values and fits(values[-1]):  # the mildest, where what follows one that fits does too
+            said.append(_as_options(values[min(bisect_left(values, True, key=fits), len(values) - 1)]))
+    return said
+
+
+def _as_options(changed: dict[str, Any]) -> str:
+    """'--batch 2 --accumulate 4', as they are typed; None: left out."""
+    typed = " ".join(f"--{name} {value}" for name, value in changed.items() if value is not None)
+    return typed or f"without {', '.join(f'--{name}' for name in changed)}"
+
+
+def _chosen_plan(folder: str, given: dict[str, Any]) -> tuple[Architecture, Plan, Settings]:
+    """`chosen_plan`, which says what would fit where nothing does."""
     import dataclasses
 
     import jax
@@ -320,7 +397,7 @@ def chosen_plan(folder: str, given: dict[str, Any]) -> tuple[Architecture, Plan,
     from jaxengine.finetune.run import begun, check
     from jaxengine.finetune.settings import Settings
     from jaxengine.machine import available_ram, pool_limit_bytes
-    from jaxengine.plan import Plan, check_mesh, parse_bytes, show_bytes, table_over, with_rules
+    from jaxengine.plan import Plan, check_mesh, lacking, parse_bytes, rounded_up, show_bytes, table_over, with_rules
     from jaxengine.planning import worth_ahead
     from jaxengine.sources import open_source, read_config
     from pallas_kernels.cards import CARDS
@@ -386,16 +463,15 @@ def chosen_plan(folder: str, given: dict[str, Any]) -> tuple[Architecture, Plan,
     fits = next((v for v in found if not v.refused), None)
     if fits is None:
         least = min(found, key=lambda v: (v.need.device > budget, v.need.device))
-        raise ValueError(
+        over, beyond = lacking(least.need, budget, room)
+        enough = {"memory": rounded_up(least.need.device, 2**62)[0].replace(" ", "")} if over else {}
+        enough |= {"ram": rounded_up(least.need.host, 2**62)[0].replace(" ", "")} if beyond else {}
+        raise NothingFitsError(
             f"memory={memory!r}: a step on {settings.batch} x {settings.context} tokens needs at least"
             f" {show_bytes(least.need.device)} of the device and {show_bytes(least.need.host)} of host memory (home"
-            f" {least.plan.home!r}, remat {least.plan.remat!r}): {least.refused}. Nearest: "
-            + (
-                "a smaller --batch or --context, or --train lora"
-                if plan.mesh
-                else "a smaller --batch with --accumulate, a smaller --context, or --train lora with --weights nf4"
-            )
-        )
+            f" {least.plan.home!r}, remat {least.plan.remat!r}): {least.refused}",
+            settings, plan, enough,
+        )  # fmt: skip
     settings, plan = dataclasses.replace(settings, remat=fits.plan.remat), fits.plan
     if plan.home == "device" and not plan.form and _better_scanned(settings):
         plan = dataclasses.replace(plan, form="scan")
@@ -408,8 +484,9 @@ def _better_scanned(settings: Settings) -> bool:
     they are gone back through (scripts/LOG.md). A stack's layers have the same targets."""
     import jax
 
-    alike = not any(t.startswith("layers.") for t in settings.targets)
-    return settings.backward and settings.remat == "full" and alike and jax.default_backend() == "cpu"
+    from jaxengine.finetune.run import alike
+
+    return settings.backward and settings.remat == "full" and alike(settings) and jax.default_backend() == "cpu"
 
 
 LINES = 40  # about so many of a run, where standard error is no terminal

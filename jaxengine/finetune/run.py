@@ -25,12 +25,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import functools
 import hashlib
 import json
 import logging
 import math
 import os
+import shutil
 import signal
 import threading
 import time
@@ -43,7 +45,7 @@ import jax
 import numpy as np
 from jax.tree_util import keystr, tree_flatten_with_path
 
-from checkpoints.output import in_the_making, output_file, output_folder
+from checkpoints.output import in_the_making, output_file, output_folder, room_is_said
 from checkpoints.peft import Adapter, AdapterConfig, read_adapter, uniform, write_adapter
 from jaxengine import export, placement
 from jaxengine.architecture import Architecture
@@ -59,13 +61,14 @@ from jaxengine.finetune.trained import base
 from jaxengine.finetune.trained.base import targets, trained
 from jaxengine.homes.base import home
 from jaxengine.model import Model
-from jaxengine.plan import Plan, check_attention, check_stay
+from jaxengine.plan import Plan, check_attention, check_stay, show_bytes
 from jaxengine.weights.base import Weight
 
 log = logging.getLogger("jaxengine")
 
 SETTINGS, CHECKPOINTS, EVENTS, ADAPTER, MODEL = "settings.json", "checkpoints", "events", "adapter", "model"
 EVAL_LOSS = "eval_loss"
+BESIDE = 2**20  # bytes of a checkpoint that are not of its arrays, at most
 
 
 def check(settings: Settings, architecture: Architecture, plan: Plan, mesh: jax.sharding.Mesh) -> None:
@@ -111,6 +114,29 @@ def _not_ahead(settings: Settings) -> str:
     if settings.remat == "dots":
         return "on its way back it keeps of a layer what comes into it alone, and remat is 'dots'"
     return ""
+
+
+def alike(settings: Settings) -> bool:
+    """Whether all layers of a kind have the same targets, as those of one stack must."""
+    return not any(t.startswith("layers.") for t in settings.targets)
+
+
+def run_too_early(settings: Settings, model: Model) -> str:
+    """What to know, on a CPU, of layers that are run again on the way back and are written out: '' where none are. What is
+    advised is what this model takes: where a budget has chosen homes, no form and no more memory are."""
+    arch, plan = model.architecture, model.plan
+
+    def listed(plan: Plan) -> bool:
+        return any(part.home == "device" and part.form == "unrolled" for part in plan.parts(arch))
+
+    if not settings.backward or settings.remat != "full" or not listed(plan):
+        return ""
+    said = "remat='full' saves little memory on a CPU where layers are written out, as XLA runs them again too early"
+    if model.budget is not None:
+        return f"{said}: a step may take more than memory="
+    scanned = plan.home == "device" and alike(settings) and not listed(dataclasses.replace(plan, form="scan"))
+    advice = "load the model with form='scan', or say remat='none'" if scanned else "say remat='none'"
+    return f"{said}: {advice}, which runs nothing again"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -376,6 +402,12 @@ class Run:
         self._banks = tuple(dataclasses.replace(bank, weights=()) for bank in model.params["banks"])
         self._abstract = self._abstract_state()
         latest = None if self._manager is None else self._manager.latest_step()
+        if self._manager is not None and latest != self.steps:
+            try:
+                self._check_room()
+            except OSError:
+                self._manager.close()  # its threads would tell of the end of the process
+                raise
         self._feed = self._batches(state=None if latest is None else self._saved_position(latest))
         self._position = self._feed.state
         if latest is None:
@@ -387,12 +419,8 @@ class Run:
             model.params = self._combined()
         self._first = self.step + 1
         self._standing = self._count()
-        listed = any(part.home == "device" and part.form == "unrolled" for part in model.plan.parts(model.architecture))
-        if settings.backward and settings.remat == "full" and listed and jax.default_backend() == "cpu":
-            log.info(
-                "remat='full' saves little memory on a CPU where layers are written out, as XLA runs them again too early:"
-                " load the model with form='scan', or say remat='none', which runs nothing again"
-            )
+        if jax.default_backend() == "cpu" and (why := run_too_early(settings, model)):
+            log.info("%s", why)
 
     def _abstract_state(self) -> State:
         """The state's shapes, dtypes and places."""
@@ -569,17 +597,39 @@ class Run:
             return
         import orbax.checkpoint as ocp
 
+        self._check_room()
         step, loss = self._eval_loss
         parts = {"state": ocp.args.StandardSave(_named(self._state)), "position": ocp.args.JsonSave(self._position)}
         known = step == self.step and math.isfinite(loss)
         metrics = None if self.held_out is None else {EVAL_LOSS: loss if known else math.inf}
-        with interrupts_deferred():
+        with interrupts_deferred(), room_is_said(self._folder):
             self._manager.save(self.step, args=ocp.args.Composite(**parts), metrics=metrics, force=True)
 
     def wait(self) -> None:
         """Until what was saved is on disk."""
         if self._manager is not None:
-            self._manager.wait_until_finished()
+            with room_is_said(self._folder):
+                self._manager.wait_until_finished()
+
+    @property
+    def _folder(self) -> Path:
+        assert self.out is not None
+        return self.out / CHECKPOINTS
+
+    def _check_room(self) -> None:
+        """Refuse to save where the disk has no room for the next checkpoint: what orbax's threads leave then is half of one."""
+        self.wait()
+        size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self._abstract)) + BESIDE
+        free = shutil.disk_usage(self._folder).free
+        if size > free:
+            last = self._manager.latest_step()
+            raise OSError(
+                errno.ENOSPC,
+                f"a checkpoint takes up to {show_bytes(size)}, and the disk has {show_bytes(free)} free; "
+                + (f"step {last} is the last saved. " if last else "no step is saved. ")
+                + "Make room there, and go on with the same again, or give another folder",
+                str(self._folder),
+            )  # fmt: skip
 
     def _saved_position(self, step: int) -> dict[str, Any]:
         """A checkpoint's position in the data."""
@@ -600,6 +650,19 @@ class Run:
         self.step = step
         if self._every:
             self.model.params = self._combined()
+
+    @property
+    def stopped(self) -> str:
+        """Where a run that was interrupted stands, in words: the last step made, and the last that is on disk."""
+        saved = 0 if self._manager is None else self._manager.latest_step() or 0
+        said = (
+            f"stopped after step {self.step} of {self.steps}" if self.step else f"stopped before step 1 of {self.steps}"
+        )
+        if saved and saved == self.step:
+            return f"{said}, which is saved in {self.out}"
+        return f"{said}; " + (
+            f"the last saved in {self.out} is step {saved}" if saved else f"none is saved in {self.out}"
+        )
 
     @property
     def best(self) -> tuple[int, float] | None:
@@ -623,7 +686,8 @@ class Run:
     def close(self) -> None:
         """Wait for what is being written, and end. A process that ends before loses the checkpoint in the making."""
         if self._manager is not None:
-            self._manager.close()
+            with room_is_said(self._folder):
+                self._manager.close()
         if self._events is not None:
             self._events.close()
 
