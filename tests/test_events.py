@@ -162,6 +162,7 @@ def test_a_run_that_goes_on_has_a_later_file(tmp_path: Path, monkeypatch: pytest
     EventWriter(tmp_path).close()
 
 
+@pytest.mark.oracle
 def test_tensorboard_reads_it(tmp_path: Path) -> None:
     """Two files: the first was written past the checkpoint it went on from."""
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
