@@ -893,11 +893,13 @@ def lacks(n: Need, memory: int, ram: int | None) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """A plan, what it needs, and why that is too much ('': it fits)."""
+    """A plan, what it needs, and why that is too much ('': it fits). barred: it is refused for something else than bytes, and
+    more of them are no help."""
 
     plan: Plan
     need: Need
     refused: str
+    barred: bool = False
 
 
 def variants(
@@ -922,7 +924,8 @@ def variants(
     def of(**given: Any) -> Variant:
         made = dataclasses.replace(plan, **({"form": "", "resident": 0, "kept": 0} | given))
         n = need(architecture, made, batch=batch, context=context, wide=wide)
-        return Variant(made, n, _idle_stay(made) or lacks(n, memory, ram))
+        idle = _idle_stay(made)
+        return Variant(made, n, idle or lacks(n, memory, ram), barred=bool(idle))
 
     def most(fits: Callable[[int], bool], low: int, high: int) -> int:
         """The largest number that fits, of those where larger ones never need less; `low` if none does."""
@@ -998,7 +1001,7 @@ def choose(
             f" memory of either kind"
         )
     # of all, with the fewest bytes lacking: with these it fits
-    would = [v for v in found if v.refused == lacks(v.need, budget, ram)]
+    would = [v for v in found if not v.barred]
     least = min(would or found, key=lambda v: sum(lacking(v.need, budget, ram)))
     n, (over, beyond) = least.need, lacking(least.need, budget, ram)
     short, enough = show_bytes(over), f"memory={rounded_up(n.device, 2**62)[0].replace(' ', '')!r}"

@@ -68,7 +68,8 @@ AHEAD = (0.3, 10)
 class Candidate:
     """A plan with its bytes, whether it fits and why not, and what a step (of decoding, or of fine-tuning) is limited by.
 
-    seconds: of one step at least, of each of its limits; steps/s is 1 / the largest. tokens: of a step.
+    barred: it is refused for something else than bytes. seconds: of one step at least, of each of its limits; steps/s is 1 /
+    the largest. tokens: of a step.
     """
 
     plan: Plan
@@ -76,6 +77,7 @@ class Candidate:
     refused: str
     seconds: tuple[tuple[str, float], ...]
     tokens: int
+    barred: bool = False
 
     @property
     def fits(self) -> bool:
@@ -124,7 +126,7 @@ def judge(
         seconds.append(("host link", streamed / card.link))
     if n.disk:
         seconds.append(("disk", n.disk / disk_rate))
-    return Candidate(plan, n, variant.refused, tuple(seconds), batch)  # a token a row
+    return Candidate(plan, n, variant.refused, tuple(seconds), batch, variant.barred)  # a token a row
 
 
 def _head_bytes(architecture: Architecture, plan: Plan) -> int:
@@ -190,13 +192,11 @@ def candidates(
         times = [tuning.seconds(architecture, v.plan, task, card, **rows) for v in made]
         count = task.accumulate * batch * context
         # of what is over, both tiers
-        made = [
-            dataclasses.replace(v, refused=lacks(v.need, memory, ram))
-            if v.refused == lacks(v.need, memory, None)
-            else v
-            for v in made
+        said = [v.refused if v.barred else lacks(v.need, memory, ram) for v in made]
+        return [
+            Candidate(v.plan, v.need, refused, tuple(t.items()), count, v.barred)
+            for v, refused, t in zip(made, said, times, strict=True)
         ]
-        return [Candidate(v.plan, v.need, v.refused, tuple(t.items()), count) for v, t in zip(made, times, strict=True)]
     form = streamed_form(architecture, plan, card, batch)
     found = variants(
         architecture, plan, memory=memory, ram=ram, batch=batch, context=context, form=form, wide=card.wide
@@ -280,7 +280,7 @@ class _Search:
         """The bytes of a tier with which something fits where nothing does; None if no number of them is enough."""
         asked = self.asked | budget
         memory, ram = asked["memory"], asked["ram"]
-        tried = [c.need for c in self.look(card, changed, **budget) if c.refused == lacks(c.need, memory, ram)]
+        tried = [c.need for c in self.look(card, changed, **budget) if not c.barred]
         if tier == "ram":  # which layers stand on the device is memory's to say
             return min((n.host for n in tried if n.device <= memory), default=None)
 
@@ -306,8 +306,7 @@ class _Search:
         if any(alone) or ram is None:
             return [each for each in alone if each]
         tried = self.look(card, changed)
-        would = [c for c in tried if c.refused == lacks(c.need, self.asked["memory"], ram)]
-        would = [c for c in would if c.need.device <= card.usable]
+        would = [c for c in tried if not c.barred and c.need.device <= card.usable]
         if would:
             best = min(would, key=lambda c: c.need.device + max(0, c.need.host - ram))
             return [{"memory": best.need.device, "ram": best.need.host}]
@@ -545,7 +544,8 @@ class Outcome:
 
     def refuted(self) -> Outcome:
         """The same without the candidate that was chosen: compiled, it was not what it was to be."""
-        without = dataclasses.replace(self.chosen, refused="refuted by compiling it") if self.chosen else None
+        why = {"refused": "refuted by compiling it", "barred": True}
+        without = dataclasses.replace(self.chosen, **why) if self.chosen else None
         return dataclasses.replace(
             self, candidates=tuple(without if without and c is self.chosen else c for c in self.candidates)
         )
@@ -553,7 +553,7 @@ class Outcome:
     @property
     def _nearest(self) -> Need | None:
         """Of the candidate that lacks the fewest bytes in all; None where something fits, or bytes are not what is lacking."""
-        would = [c.need for c in self.candidates if c.refused == lacks(c.need, self.memory, self.ram)]
+        would = [c.need for c in self.candidates if not c.barred]
         if self.chosen is not None or not would:
             return None
         return min(would, key=lambda n: sum(lacking(n, self.memory, self.ram)))

@@ -586,3 +586,26 @@ def test_what_is_brought_ahead_is_brought_beside_compute(card: str) -> None:
     assert [p.report.problems for p in ahead] == [(), ()]
     scan = prove(small, dataclasses.replace(BF16, home="host"), find(card), batch=512, length=64)
     assert exposed(scan[1].report)
+
+
+def test_what_more_bytes_would_not_mend_is_told_apart_by_data() -> None:
+    """Whatever the words are: a candidate that is barred lacks no bytes that could be given, and counts for no shortage."""
+    found = outcome(memory=25 * 10**8)
+    assert not any(c.barred for c in found.candidates)
+    least = min(found.candidates, key=lambda c: c.need.device)
+    others = tuple(dataclasses.replace(c, barred=True) if c is least else c for c in found.candidates)
+    without = dataclasses.replace(found, candidates=others)
+    assert found.short == least.need.device - found.memory
+    assert without.short == min(c.need.device for c in others if not c.barred) - found.memory > found.short
+    reworded = dataclasses.replace(
+        found, candidates=tuple(dataclasses.replace(c, refused="no") for c in found.candidates)
+    )
+    assert (reworded.short, reworded.short_of_ram) == (found.short, found.short_of_ram)
+    fits = outcome(memory=20 * 10**9)
+    assert fits.refuted().candidates[0].barred == (fits.chosen is fits.candidates[0])
+    # layers that come from disk keep nothing on the device; stacked ones with different targets are none
+    idle = outcome(plan=dataclasses.replace(BF16, stay=("k",)), memory=25 * 10**8, ram=10**9)
+    assert {c.plan.home for c in idle.candidates if c.barred} == {"disk"}
+    unlike = outcome(memory=6 * 10**9, task="lora", targets=("layers.0.q",))
+    assert any(c.barred for c in unlike.candidates)
+    assert all(c.barred == (c.refused == "layers that are scanned have the same targets") for c in unlike.candidates)

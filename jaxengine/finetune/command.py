@@ -462,7 +462,7 @@ def _chosen_plan(folder: str, given: dict[str, Any]) -> tuple[Architecture, Plan
     )
     fits = next((v for v in found if not v.refused), None)
     if fits is None:
-        least = min(found, key=lambda v: (v.need.device > budget, v.need.device))
+        least = min(found, key=lambda v: (v.barred, v.need.device > budget, v.need.device))
         over, beyond = lacking(least.need, budget, room)
         enough = {"memory": rounded_up(least.need.device, 2**62)[0].replace(" ", "")} if over else {}
         enough |= {"ram": rounded_up(least.need.host, 2**62)[0].replace(" ", "")} if beyond else {}

@@ -875,7 +875,9 @@ def variants(
             refused = "unlike layers that alternate are fetched again in copies under remat 'full' and 'offload' alone"
         elif unlike(made):
             refused = "layers that are scanned have the same targets"
-        elif n.device > memory:
+        if refused:
+            return Variant(made, n, refused, barred=True)
+        if n.device > memory:
             refused = f"{show_bytes(n.device - memory)} over on the device"
         elif ram is not None and n.host > ram:
             refused = f"{show_bytes(n.host - ram)} over in host memory"
