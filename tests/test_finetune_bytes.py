@@ -77,7 +77,7 @@ def of(family: str) -> dict[str, Any]:
 
 
 FAMILIES = ("gemma2", "gemma3_text", "gpt2", "opt", "qwen3")
-SHAPES |= {family: of(family) for family in FAMILIES}
+SHAPES |= {family: of(family) for family in FAMILIES} | {"tied": LESS | {"tie_word_embeddings": True}}
 HOST = {"home": "host"}
 AHEAD = {"home": "host", "form": "ahead"}
 XLA, HALF, WIDENED = {"attention": "xla"}, {"dtype": "float16"}, {"compute": "float32"}
@@ -118,6 +118,7 @@ ROWS: list[Row] = [
     ("gemma3_text", "RTX 4090", "lora", HOST, 4, 1024, {}),
     ("gpt2", "RTX 4090", "lora", {}, 4, 1024, {}),
     ("opt", "RTX 4090", "lora", HOST, 4, 1024, {}),
+    ("tied", "RTX 4090", "lisa", HOST, 4, 1024, {}),
 ]
 MISSED = {
     ("opt", "H200", "lora", "host"): "7 % over: 524 MB for 564, of the sums that XLA makes again while attention goes back",
@@ -145,6 +146,27 @@ FURTHER: list[Any] = [
     ("thin", "RTX 3090", "mezo", HOST, 8, 512, {}),
     ("wide", "RTX 3090", "mezo", HOST, 1, 512, {}),
     ("thin", "RTX 3090", "mezo", HOST, 2, 1024, {"accumulate": 2}),
+    ("gemma2", "RTX 4090", "mezo", HOST, 4, 1024, {}),
+    ("gemma3_text", "H200", "mezo", HOST, 4, 1024, {}),
+    ("gemma2", "RTX 4090", "mezo", HOST, 2, 1024, {"accumulate": 2}),
+    ("gemma2", "RTX 4090", "mezo", HOST, 1, 1024, {}),
+    ("gpt2", "RTX 4090", "mezo", HOST, 4, 1024, {}),
+    ("wide", "RTX 4090", "mezo", HOST, 1, 2048, {}),
+    ("small", "RTX 4090", "mezo", {"form": "scan"}, 1, 1024, {}),
+    ("small", "RTX 4090", "lora", HOST, 4, 1024, {"optimizer": MEZO, "clip": 0.0}),
+    ("tied", "H200", "lisa", {}, 4, 1024, {}),
+    ("tied", "RTX 4090", "badam", HOST, 4, 1024, {}),
+    ("tied", "RTX 4090", "hift", HOST, 4, 1024, {}),
+    ("gpt2", "RTX 4090", "lisa", HOST, 4, 1024, {}),
+    ("gpt2", "H200", "lisa", HOST, 4, 1024, {}),
+    ("small", "RTX 4090", "lisa", HOST, 2, 1024, {"accumulate": 2}),
+    ("gemma2", "RTX 4090", "lisa", HOST, 2, 1024, {"accumulate": 2}),
+    ("gemma2", "RTX 4090", "lisa", HOST, 1, 4096, {"tile": 512}),
+    ("gemma2", "RTX 4090", "lisa", {}, 4, 1024, {}),
+    ("gemma3_text", "RTX 4090", "lisa", HOST, 4, 1024, {}),
+    ("gemma2", "H200", "lisa", HOST, 4, 1024, {}),
+    ("gemma2", "RTX 4090", "badam", HOST, 4, 1024, {}),
+    ("gemma2", "RTX 4090", "hift", HOST, 4, 1024, {}),
     ("wide", "H200", "dora", {"remat": "none"}, 2, 1024, {}),
     ("thin", "H200", "dora", {"remat": "none"}, 2, 1024, {}),
     ("small", "RTX 4090", "lora", {}, 4, 1024, {}),
@@ -228,7 +250,8 @@ def on_device(
         compiled = target.compile(program.on("gpu"), *static, *target.place(abstract))
     there: dict[str, Any] = {"wide": aot.CARDS[card].wide, "keeps_gelu": tuning.keeps_gelu(aot.CARDS[card])}
     need = tuning.need(arch, chosen, what, batch=batch, context=context, **there)
-    assert aot.host_bytes(compiled) == pytest.approx(need.host, rel=0.05)
+    if task != "hift":  # whose moments wait outside of the program
+        assert aot.host_bytes(compiled) == pytest.approx(need.host, rel=0.05)
     report = audit(compiled).check()
     assert {c.dma for c in report.copies} <= {True}
     assert report.copies or "home" not in plan

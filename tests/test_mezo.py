@@ -59,9 +59,9 @@ PLACES: dict[str, dict[str, Any]] = {
 Made = tuple[list[Record], dict[tuple[int, str], Any]]
 
 
-def load(**how: Any) -> Model:
+def load(family: str = "llama", **how: Any) -> Model:
     given: dict[str, Any] = {"dtype": "float32"} | how
-    return jaxengine.load(GOLDEN / "llama", **given)
+    return jaxengine.load(GOLDEN / family, **given)
 
 
 def by_name(model: Model, tree: Any) -> dict[tuple[int, str], Any]:
@@ -224,8 +224,13 @@ def moved_to_the_device(model: Model) -> Model:
 
 @pytest.mark.usefixtures("cheap")
 @pytest.mark.parametrize(
-    "how", [{"home": "host"}, {"home": "split", "resident": 1}, {"home": "host", "dtype": "bfloat16"}], ids=str
-)
+    "how",
+    [
+        {"home": "host"}, {"home": "split", "resident": 1}, {"home": "host", "dtype": "bfloat16"},
+        {"home": "host", "family": "gemma2"},  # whose layers alternate
+    ],
+    ids=str,
+)  # fmt: skip
 def test_streamed_layers_give_the_bits_of_resident_ones(how: dict[str, Any]) -> None:
     streamed = run_of(load(**how), HASHED)
     assert any(b.home == "host" for b in streamed.model.params["banks"])

@@ -50,7 +50,7 @@ from jaxengine.architecture import Spec
 from jaxengine.cache.base import PlainAttend
 from jaxengine.engine import embed, head, program
 from jaxengine.finetune import tiles
-from jaxengine.finetune.layered import Place
+from jaxengine.finetune.layered import Place, at, put
 from jaxengine.finetune.loss import cross_entropy
 from jaxengine.finetune.step import Batch, State, Tuning
 from jaxengine.finetune.trained.base import trained as find_trained
@@ -187,14 +187,19 @@ def _place(tuning: Tuning, bank: Bank) -> Place:
     return Place.of(bank) if tuning.train == "all" else Place(lambda tree: tree, lambda tree, held: tree)
 
 
-def _through(
-    tuning: Tuning, params: Any, state: State, x: Any, run: Callable[[Hashable, Any, Any, Array, Any], tuple[Any, Any]]
-) -> tuple[Any, Any]:
-    """All layers in turn: (x, new trained banks), where run(kind, weights, trained, layer, x) -> (trained, x)."""
+Run = Callable[[Hashable, Any, Any, Array, Any], tuple[Any, Any]]  # (kind, weights, trained, layer, x) -> (trained, x)
+
+
+def _through(tuning: Tuning, params: Any, state: State, x: Any, run: Run) -> tuple[Any, Any]:
+    """All layers in turn: (x, new trained banks)."""
     layer, new = jnp.int32(0), []
     for bank, held in zip(params["banks"], state.trained["banks"], strict=True):
         place = _place(tuning, bank)
         streamed = home(bank.home).TIER != "device"
+        if streamed and tuning.train == "all" and len(bank.kinds) > 1 and bank.stacked:
+            layer, x, of_bank = _in_turn(bank, place, held, layer, x, run)
+            new.append(of_bank)
+            continue
 
         def body(
             kind: Hashable, weights: Any, carry: Any, held: Any, place: Any = place, streamed: bool = streamed
@@ -210,6 +215,23 @@ def _through(
     return x, tuple(new)
 
 
+def _in_turn(bank: Bank, place: Place, held: Any, layer: Array, x: Any, run: Run) -> tuple[Array, Any, Any]:
+    """(layer, x, trained) after a bank whose unlike layers follow each other and are trained themselves: each is brought when
+    the one before it was used and has gone back. (`walk` takes slices of all of a turn's states at its beginning.)"""
+
+    def period(i: Array, loop: Any) -> Any:
+        layer, x, stacks = loop
+        stacks = list(stacks)
+        for k, kind in enumerate(bank.kinds):
+            stacks, x = lax.optimization_barrier((stacks, x))
+            held = at(stacks[k], i)
+            new, x = run(kind, bank.weights[k], place.fetch(held), layer, x)
+            stacks[k], layer = put(stacks[k], place.back(new, held), i), layer + 1
+        return layer, x, tuple(stacks)
+
+    return lax.fori_loop(0, bank.repeats, period, (layer, x, tuple(held)))
+
+
 @program(0, donate=(2,))
 def step(tuning: Tuning, params: Any, state: State, batch: Batch) -> tuple[State, dict[str, Array]]:
     """One step, as `jaxengine.finetune.step.step`: makes the change that is due, and finds the next.
@@ -223,9 +245,11 @@ def step(tuning: Tuning, params: Any, state: State, batch: Batch) -> tuple[State
     due, noise = _due(tuning, state), Noise(tuning, jax.random.fold_in(_key(state), state.step))
     architecture, outside = engine.architecture, jnp.int32(engine.architecture.num_layers)
 
+    signs = jnp.array([eps, -eps], jnp.float32)
+
     def both(one: Callable[[Array, Any], Array], rows: Any) -> Array:
         """one(eps, row) and one(-eps, row), stacked; a loop: then the parameters of one of the two stand at a time."""
-        return lax.map(lambda r: one(*r), (jnp.array([eps, -eps], jnp.float32), rows))
+        return lax.map(lambda r: one(*r), (signs, rows))
 
     def moved(by: Array, specs: Mapping[str, Spec], layer: Array, held: Any) -> Any:
         return noise.change(specs, layer, held, lambda theta, z, _: theta + by * z)
@@ -245,20 +269,26 @@ def step(tuning: Tuning, params: Any, state: State, batch: Batch) -> tuple[State
         # made once: not anew for the loop, and for what goes back
         held = lax.optimization_barrier(due(specs, layer, held))
 
-        def one(by: Array, x: Array) -> Array:
-            at = whole(kind, weights, moved(by, specs, layer, held))
-            return _each_part(lambda r: tiles.body(engine, r[1], tuning.tile)(kind, at, r[0], ())[0], (x, attends))
+        def one(i: Array, x: Array) -> Array:
+            there = whole(kind, weights, moved(signs[i], specs, layer, held))
 
-        return held, both(one, x)
+            def part(a: Array, x: Array) -> Array:
+                out = tiles.body(engine, at(attends, a), tuning.tile)(kind, there, x[i, a], ())[0]
+                return lax.dynamic_update_slice(x, out[None, None], (i, a, 0, 0, 0))
+
+            return part(jnp.int32(0), x) if x.shape[1] == 1 else lax.fori_loop(0, x.shape[1], part, x)
+
+        # as `both`, and what goes out is written over what came in: else the one stands beside the other
+        return held, lax.fori_loop(0, 2, one, x)
 
     def enter(by: Array, rows: Any) -> Array:
-        at = outer(by, rest)
-        return _each_part(lambda r: embed(engine, at, *r), rows)
+        there = outer(by, rest)
+        return _each_part(lambda r: embed(engine, there, *r), rows)
 
     def leave(by: Array, x: Array) -> Array:
-        at, (A, B, T, D) = outer(by, rest), x.shape
+        there, (A, B, T, D) = outer(by, rest), x.shape
         rows = (x.reshape(A * B, T, D), *(a.reshape(A * B, T) for a in (batch.targets, batch.weights)))
-        read = lambda _, x: head(engine, at, x)  # noqa: E731
+        read = lambda _, x: head(engine, there, x)  # noqa: E731
         return cross_entropy(read, (), *rows, chunk=tuning.chunk(A * B, T), differentiate=False) / total
 
     rest = lax.optimization_barrier(due(architecture.outer()[1], outside, state.trained["outer"]))

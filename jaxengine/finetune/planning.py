@@ -14,14 +14,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
 
 from jaxengine import placement
-from jaxengine.architecture import Architecture
+from jaxengine.architecture import Architecture, Spec
 from jaxengine.engine import Program
 from jaxengine.finetune import layered, meshed, mezo, places, sampled, tiles
 from jaxengine.finetune import step as whole
@@ -381,16 +381,17 @@ def counted_closely(plan: Plan, task: Task, *, wide: bool) -> bool:
 
 
 def _need_of_losses(architecture: Architecture, plan: Plan, task: Task, *, batch: int, context: int) -> Need:
-    """What a step needs that goes forward twice and never back (mezo.py), at the one of four moments when most stands. In each
-    are the layer, what enters both passes, and from the second on what has left them.
+    """What a step needs that goes forward twice and never back (mezo.py), at the one of five moments when most stands. In each
+    are the layer and what enters both passes, which what leaves them is written over.
 
         changed   what the layer is changed to, all of it
         attends   what it is moved to, x, its norm, queries, keys, values and what attention makes of them
-        widens    the matrices from x to the feed-forward block's width, x, its norm, and what they make
+        added     x, what attention made and what its last matrix gives; that and all matrices of the feed-forward block, which
+                  are moved together
+        widens    these, x, its norm, and what the first that widens x makes; or both, when the first has gone
         scores    what the head reads as it is moved to, and some tokens' logits
 
-    XLA makes what a matrix is moved to long before its use where that is less than the activations that it could make
-    instead: then all of a layer stands there while it attends, and else the four matrices of attention."""
+    Where attention's result is normed before it is added to x, or has a bias, both stand until the block's is added too."""
     tiers, each = tier_bytes(architecture, plan), layer_bytes(architecture, plan)
     streamed = any(home(p.home).TIER != "device" for p in plan.parts(architecture))
     itemsize, rows = jnp.dtype(task.compute or plan.dtype).itemsize, batch * context
@@ -400,21 +401,26 @@ def _need_of_losses(architecture: Architecture, plan: Plan, task: Task, *, batch
     adapters = adapter_bytes(architecture, task) if task.beside else 0
     beside = 0 if task.beside else 1
     if task.beside:
-        streaming, of_head = streamed_bytes(architecture, plan), 0
+        streaming, of_head, changed = streamed_bytes(architecture, plan), 0, 0
     else:
         streaming, of_head = max(each) if streamed else 0, head_bytes(architecture) * stored // 4
+        # of layers that are written out each is changed where it stands
+        scanned = not streamed and any(p.stacked for p in plan.parts(architecture))
+        changed = max(each) if scanned else 0
     all_rows, vocab = task.accumulate * batch, architecture.config.vocab_size
     chunk = task.loss_chunk or max(1, whole.LOGITS // (4 * all_rows * vocab))
     logits = all_rows * min(chunk, context) * vocab * itemsize
-    s = _sizes(architecture)
     moments = [beside * max(each) + both]
     if moved < stored and not task.beside:  # matrices of attention are changed before those that are wider
         attends = sum(
             math.prod(m.shape) for m in architecture.block(architecture.kinds[0])[1].values() if "mlp" not in m.axes
         )
         moments = [max(each) - attends * stored + both]
+    # what parts go through one after another stands for all of them
+    in_parts = task.accumulate > 1
     for kind in set(architecture.kinds):
-        matrices = [s for s in architecture.block(kind)[1].values() if s.out is not None]
+        specs = architecture.block(kind)[1]
+        matrices = [s for s in specs.values() if s.out is not None]
         sizes = {"attends": 0, "widens": 0, "narrows": 0}
         made = {"attends": 0, "widens": 0, "narrows": 0}
         for s in matrices:
@@ -422,24 +428,35 @@ def _need_of_losses(architecture: Architecture, plan: Plan, task: Task, *, batch
             what = "attends" if "mlp" not in s.axes else "widens" if "mlp" in s.axes[: s.out] else "narrows"
             sizes[what] += math.prod(s.shape) * moved
             made[what] += math.prod(s.shape[: s.out])
-        heads = max(math.prod(s.shape[s.out :]) for s in matrices if s.out and "heads" in s.axes[s.out :])
-        wide = rows * itemsize * made["widens"]
-        early = max(math.prod(s.shape) * moved for s in matrices) <= wide
-        # what parts go through one after another stands for all of them, and so does what leaves it
-        in_parts = task.accumulate > 1
-        attending = sum(sizes.values()) if early or in_parts else sizes["attends"]
-        widening = sum(sizes.values()) if in_parts else sizes["widens"]
-        standing = (3 if in_parts else 2) * both + rows * itemsize * D
-        moments += [
+        n = sum(s.out is not None and "mlp" in s.axes[: s.out] for s in matrices)  # 1 where there is no gate
+        last = max(
+            (s for s in matrices if s.out and "heads" in s.axes[s.out :]),
+            key=lambda s: math.prod(s.shape[s.out or 0 :]),
+        )
+        heads = math.prod(last.shape[last.out or 0 :])
+        wide, block = rows * itemsize * made["widens"], sizes["widens"] + sizes["narrows"]
+        entered = 3 if _adds_late(specs) else 2
+        every = block + sizes["attends"]
+        widening = (
+            [(every, wide)] if in_parts else [(block - i * sizes["widens"] // n, (i + 1) * wide // n) for i in range(n)]
+        )
+        each_token = [
             # queries, keys, values, and o's outputs, as wide as x's norm; and what attention makes, as wide as the queries
-            beside * attending + standing + rows * itemsize * (made["attends"] + heads),
-            beside * widening + standing + rows * itemsize * D + wide,
+            (every if in_parts else sizes["attends"], D + made["attends"] + heads),
+            (every if in_parts else block + math.prod(last.shape) * moved, 2 * D + heads),
         ]
+        moments += [changed + both + beside * held + rows * itemsize * numbers for held, numbers in each_token]
+        moments += [changed + both + beside * held + rows * itemsize * entered * D + new for held, new in widening]
     return Need(
         outer=weight_bytes(architecture, plan)["outer"], resident=tiers["device"], streaming=streaming, cache=0,
         activations=max(*moments, of_head + logits + 2 * both - streaming), host_weights=tiers["host"],
         disk=tiers["disk"], trained=adapters,
     )  # fmt: skip
+
+
+def _adds_late(specs: Mapping[str, Spec]) -> bool:
+    """Whether what attention gave a layer is no product's own result when it is added to x."""
+    return "o_bias" in specs or ("post_attention_norm" in specs and "pre_mlp_norm" in specs)
 
 
 def _score_bytes(architecture: Architecture, plan: Plan, task: Task, pairs: int) -> int:
@@ -653,7 +670,10 @@ def _need_in(
     s, passing, again = _sizes(architecture), one.within, one.narrow
     passing -= 0 if 0 < task.tile < context or task.accumulate > 1 else batch * context * s.F * dtype
     # a gradient to which no other is added stays in the arithmetic's dtype until it is used
-    of_head *= dtype if loss_pieces(architecture, task, task.accumulate * batch, context) == 1 else 4
+    # but that of a head that is the embedding, which is added to the embedding's own
+    tied = bool(set(turn.outer) & set(whole.head_names(specs)) & set(sampled.entering(architecture)))
+    alone = loss_pieces(architecture, task, task.accumulate * batch, context) == 1 and not tied
+    of_head *= dtype if alone else 4
     of_layers = M * layer * (dtype if M == 1 and task.accumulate == 1 else 4)
     gradients = of_layers + 4 * own
     # a slot's weights, and their gradient where it is added to others
@@ -668,7 +688,7 @@ def _need_in(
         rounded = stored if M and stored < 4 else 0
         loop = _attention_loop(architecture, batch, context, 4, fused=True) + s.attending * rounded
         again, cast = 4 * batch * context * numbers + max(4 * s.largest + layer * rounded, loop), 0
-        if of_head and loss_pieces(architecture, task, task.accumulate * batch, context) == 1:
+        if of_head and alone:
             waiting_head = 4 * rows * (architecture.config.vocab_size + s.D)
     matrices = [s for k in set(architecture.kinds) for s in architecture.block(k)[1].values() if s.out is not None]
     how = find_optimizer(task.optimizer.name)
@@ -683,6 +703,15 @@ def _need_in(
         "weights": saved + waiting_head + of_layers + cast + again,
         "update": gradients + update,
     }
+    unlike = len(set(architecture.kinds)) > 1
+    if M and (unlike or s.halves == 1) and dtype == 2 and not 0 < task.tile < context:
+        # what the gradient of a layer's last matrix asks for; a branch for each kind keeps all of its weights, too
+        # and what a norm of attention's result widens
+        late = s.halves == 2 and _adds_late(architecture.block(architecture.kinds[0])[1])
+        numbers = (7 if late else 5) * s.D + late * s.D * 4 // dtype + 2 * s.NH + 2 * s.KH + (2 + s.halves) * s.F
+        summed = of_layers if M > 1 or task.accumulate > 1 else 0
+        last = (layer + unlike * s.largest) * dtype + batch * context * dtype * numbers
+        moments["last"] = saved + waiting_head + summed + last
     outside, states = outer_states(architecture, task.optimizer), layer_states(architecture, plan, task.optimizer)
     optimizer, waiting = M * max(w for w, _ in states) + sum(outside[n] for n in turn.outer), 0
     if kind.KEPT:  # moments, and float32 values where those that the model runs with are narrower

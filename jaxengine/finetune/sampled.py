@@ -131,6 +131,8 @@ def step(
         kept.append(of_bank)
     loss, (of_outer, g) = jax.value_and_grad(leave, (0, 1))(leaves, x)
     of_layers: Any = ()
+    if leaves.keys() & enters.keys():  # or the logits' gradient stands until the embedding's is there, to be added to
+        of_outer, g = lax.optimization_barrier((of_outer, g))
     if M or enters:
         saved = tuple(jnp.zeros((M + 1, *x.shape), x.dtype) for _ in range(2)) if M else ()
         start = engine.architecture.num_layers
@@ -228,8 +230,10 @@ def weight_gradients(
     matrices = {n for kind in kinds for n, spec in arch.block(kind)[1].items() if spec.out is not None}
     # a product takes its matrix in 16 bits, and gives its gradient so: float32 of them would stand for nothing
     narrow = matrices if dtype.itemsize < 4 and dtype == tuning.engine.dtype else set()
+    M = saved[0].shape[0] - 1
 
-    def of(s: Array) -> Any:
+    def of(s: Array, total: Any, add: Callable[[Any, Any], Any]) -> Any:
+        """total after add(total, gradient) for each part."""
         weights = {n: as_stored(w, dtype) for n, w in at(masters, s).items()}
         weights = {n: w.astype(dtype) if n in narrow else w for n, w in weights.items()}
 
@@ -237,20 +241,38 @@ def weight_gradients(
             x, g, attend = row
             found = [lambda w, kind=kind: jax.vjp(lambda w: layer(kind, w, x, attend), w)[1](g)[0] for kind in kinds]
             gradient = found[0](weights) if len(kinds) == 1 else lax.switch(chosen["kind"][s], found, weights)
-            return jax.tree.map(lambda t, g: t + g.astype(t.dtype), total, gradient), None
+            return add(total, jax.tree.map(lambda g: jnp.where(chosen["valid"][s], g, 0), gradient)), None
 
         x, g = (at(a, s) for a in saved)
-        zeros = jax.tree.map(lambda w: jnp.zeros_like(w, jnp.float32), weights)
         if x.shape[0] == 1:
-            gradient = part(zeros, jax.tree.map(lambda a: a[0], (x, g, attends)))[0]
-        else:
-            gradient = lax.scan(part, zeros, (x, g, attends))[0]
-        return jax.tree.map(lambda g: jnp.where(chosen["valid"][s], g, 0), gradient)
+            return part(total, jax.tree.map(lambda a: a[0], (x, g, attends)))[0]
+        return lax.scan(part, total, (x, g, attends))[0]
 
-    M = saved[0].shape[0] - 1
+    def zeros(shape: Callable[[Any], Any], zero: Any = 0) -> Any:
+        return jax.tree.map(lambda w: jnp.full(shape(w), zero, jnp.float32), masters)
+
+    def plus(total: Any, g: Any) -> Any:
+        return jax.tree.map(lambda t, g: t + g.astype(t.dtype), total, g)
+
     if M == 1:
-        return jax.tree.map(lambda g: g[None], of(jnp.int32(0)))
-    return lax.map(of, jnp.arange(M, dtype=jnp.int32))
+        total = of(jnp.int32(0), zeros(lambda w: w.shape[1:]), plus)
+        return jax.tree.map(lambda g: g[None], total)
+    # or they stand from long before
+    zero, saved = lax.optimization_barrier((jnp.float32(0), saved))
+
+    alone = saved[0].shape[1] == 1
+
+    def slot(s: Array, totals: Any) -> Any:
+        def add(totals: Any, g: Any) -> Any:
+            if alone:
+                return put(totals, jax.tree.map(lambda g: g.astype(jnp.float32), g), s)
+            # parts are added up where the slot's gradient will be, and read there when there is something to add
+            totals, g = lax.optimization_barrier((totals, g))
+            return put(totals, plus(at(totals, s), g), s)
+
+        return of(s, totals, add)
+
+    return lax.fori_loop(0, M, slot, zeros(lambda w: w.shape, zero))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
