@@ -30,9 +30,14 @@ from jaxengine.homes.base import Bank, home
 from jaxengine.nn import Attention
 from jaxengine.walk import Body, lay_out, walk
 from pallas_kernels.aot import OPTIONS
+from pallas_kernels.dispatch import below_ampere
 from sharding.rules import Rules, constrain, named_sharding
 
 CHUNK = 64  # steps that one call of `decode` can make; more tokens are more calls of the same program
+
+# Two turns of a loop are written out as one, so that what a turn brings for the next stays where it was put; else XLA copies
+# it on the device once more (openxla/xla: DoubleBufferLoopUnrolling; right from jax 0.11.1 on, as homes.base.LEAST_JAX)
+DOUBLED = {"xla_gpu_enable_while_loop_double_buffering": True}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,29 +83,55 @@ class Chosen:
 class Program:
     """A pure function of an Engine and arrays, compiled with the options of the platform that the Engine's mesh is of."""
 
-    def __init__(self, function: Callable[..., Any], *, static: tuple[int, ...], donate: tuple[int, ...] = ()):
-        self.function, self._static, self._donate = function, static, donate
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        *,
+        static: tuple[int, ...],
+        donate: tuple[int, ...] = (),
+        doubles: bool = False,
+    ):
+        self.function, self._static, self._donate, self._doubles = function, static, donate, doubles
         functools.update_wrapper(self, function)
 
     @functools.cache  # noqa: B019  (programs live as long as the module)
-    def on(self, platform: str) -> Any:
-        """The function under jit: on a GPU with the scheduler that overlaps copies with compute."""
-        options = dict(OPTIONS) if platform == "gpu" else None
+    def on(self, platform: str, *, doubled: bool = False) -> Any:
+        """The function under jit: on a GPU with the scheduler that overlaps copies with compute. doubled: under DOUBLED."""
+        options = OPTIONS | (DOUBLED if doubled else {}) if platform == "gpu" else None
         return jax.jit(
             self.function, static_argnums=self._static, donate_argnums=self._donate, compiler_options=options
         )
 
+    def fitting(self, platform: str, engine: Engine, *args: Any) -> Any:
+        """The function under jit with the options of a call with these arguments, which may be abstract."""
+        if platform == "gpu" and self._doubles and carries_a_layer(engine, args):
+            return self.on(platform, doubled=True)
+        return self.on(platform)
+
     def __call__(self, engine: Engine, *args: Any) -> Any:
-        return self.on(engine.mesh.devices.flat[0].platform)(engine, *args)
+        return self.fitting(engine.mesh.devices.flat[0].platform, engine, *args)(engine, *args)
 
     def lower(self, engine: Engine, *args: Any) -> Any:
         """What a call would run, to be compiled and looked at."""
-        return self.on(engine.mesh.devices.flat[0].platform).lower(engine, *args)
+        return self.fitting(engine.mesh.devices.flat[0].platform, engine, *args).lower(engine, *args)
 
 
-def program(*static: int, donate: tuple[int, ...] = ()) -> Callable[[Callable[..., Any]], Program]:
-    """Make a Program of a function: the places of its static arguments, and of those it may write over."""
-    return lambda function: Program(function, static=static, donate=donate)
+def program(
+    *static: int, donate: tuple[int, ...] = (), doubles: bool = False
+) -> Callable[[Callable[..., Any]], Program]:
+    """Make a Program of a function: the places of its static arguments, and of those it may write over. doubles: whether it
+    is compiled under DOUBLED where `carries_a_layer`."""
+    return lambda function: Program(function, static=static, donate=donate, doubles=doubles)
+
+
+def carries_a_layer(engine: Engine, args: Any) -> bool:
+    """Whether a program has one loop of like layers that are fetched one ahead, for one card from sm_80 on: where DOUBLED was
+    found to be better for decoding. (Elsewhere XLA's scheduler starts copies of the second of two turns late, which costs more
+    than is saved: on a T4, over several cards, in programs that read prompts, and in steps of fine-tuning. Of unlike layers
+    nothing is copied: a turn leaves each kind where it came.)"""
+    banks = [x for x in jax.tree.leaves(args, is_leaf=lambda x: isinstance(x, Bank)) if isinstance(x, Bank)]
+    ahead = [len(bank.kinds) for bank in banks if bank.form == "ahead"]
+    return ahead == [1] and engine.mesh.size == 1 and not below_ampere()
 
 
 def placed_cache(engine: Engine, banks: Any, cache: Any) -> Any:
@@ -337,7 +368,7 @@ def anew(engine: Engine, now: Decoding, tokens: Int[Array, "B T"], rows: Bool[Ar
     return fresh(engine, tokens, jnp.where(rows, now.lengths + 1, 0))
 
 
-@program(0, 1, 2, donate=(4,))
+@program(0, 1, 2, donate=(4,), doubles=True)
 def decode(
     engine: Engine,
     steps: sampling.Steps,

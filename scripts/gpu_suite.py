@@ -474,7 +474,6 @@ def passes(size: Size, folder: Path) -> Iterator[Row]:
     limits = Limits.measured(size)
     yield {"limits": limits.row()}
     raw, order = shape_8b(size, size.layers, 2048), jnp.arange(size.layers, dtype=jnp.int32)
-    double = {"xla_gpu_enable_while_loop_double_buffering": True}
     variants: dict[str, list[tuple[str, Any, tuple[Any, ...]]]] = {
         "device, unrolled": [("", compiled_here(one_pass, static_argnums=0), ())],
         "host, scan": [
@@ -483,7 +482,7 @@ def passes(size: Size, folder: Path) -> Iterator[Row]:
         ],
         "host, ahead": [
             ("", compiled_here(one_pass, static_argnums=0), ()),
-            (", double buffering", compiled_here(one_pass, static_argnums=0, options=double), ()),
+            (", double buffering", compiled_here(one_pass, static_argnums=0, options=engine.DOUBLED), ()),
         ],
         FROM_PYTHON: [("", pass_from_python, ())],
     }

@@ -6,6 +6,11 @@ layer. XLA's own buffer assignment is the oracle.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import re
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,10 +18,10 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxengine import engine, placement, sampling
+from jaxengine import engine, placement, proof, sampling
 from jaxengine.architecture import architecture
 from jaxengine.engine import Engine
-from jaxengine.plan import Plan, cache_bytes, tier_bytes, weight_bytes
+from jaxengine.plan import Plan, cache_bytes, need, tier_bytes, weight_bytes
 from pallas_kernels import aot
 from pallas_kernels.audit import audit
 
@@ -58,8 +63,9 @@ def compiled_decode(card: str, plan: Plan, raw: dict = RAW) -> tuple[object, obj
         keys = sampling.row_keys(0, [0] * BATCH)
         values = jax.eval_shape(lambda: sampling.values(steps, rows))
         state = jax.eval_shape(fresh, params)
-        args = target.place((params, state, values, ints, jax.ShapeDtypeStruct((), jnp.int32)))
-        return target.compile(engine.decode.on("gpu"), how, steps, 0, *args), arch
+        args = (params, state, values, ints, jax.ShapeDtypeStruct((), jnp.int32))
+        fitting = engine.decode.fitting("gpu", how, steps, 0, *args)
+        return target.compile(fitting, how, steps, 0, *target.place(args)), arch
 
 
 def test_generations_are_six() -> None:
@@ -214,6 +220,70 @@ def test_one_ahead_holds_two_layers_and_a_split_home_its_resident_ones(card: str
     assert memory.host_argument_size_in_bytes == pytest.approx(streamed, rel=0.01)
     assert memory.argument_size_in_bytes == pytest.approx(size["outer"] + size["layers"] - streamed + cache, rel=0.01)
     assert memory.temp_size_in_bytes < 2.1 * size["largest_layer"] + 2 * cache / layers + 64 * 2**20
+
+
+AHEAD = Plan(dtype="bfloat16", home="host", form="ahead")
+
+
+@functools.cache
+def decode_ahead(card: str, layers: int) -> tuple[Any, Any]:
+    """(of decoding short rows as it runs, of the same without DOUBLED), compiled."""
+    arch = architecture(RAW | {"num_hidden_layers": layers})
+    with aot.target(aot.CARDS[card]) as target:
+        called = proof.programs(arch, AHEAD, target.mesh, batch=1, length=64)["decode"]  # pyright: ignore[reportArgumentType]
+        args = target.place(called.abstract)
+        return tuple(target.compile(p, *called.static, *args) for p in (called.fitting(), called.program.on("gpu")))
+
+
+def copies_of_a_layer(compiled: Any) -> int:
+    """Copies on the device of a whole feed-forward matrix."""
+    found = re.findall(r"= bf16\[(?:1,)?(?:2048,5632|5632,2048)\](\S*) copy\(", compiled.as_text())
+    return sum("S(5)" not in layout for layout in found)
+
+
+@pytest.mark.parametrize(("card", "layers"), [("RTX 4090", 7), ("H200", 6), ("RTX 5090", 4)])
+def test_a_layer_that_was_fetched_ahead_stays_where_it_was_put(card: str, layers: int) -> None:
+    """In a loop of even length, in one of odd length, of which XLA takes one turn out, and in one of which no loop is left:
+    each layer once, by DMA, from its own place, beside products; two layers on the device, as counted."""
+    doubled, plain = decode_ahead(card, layers)
+    assert copies_of_a_layer(plain) >= 1
+    assert copies_of_a_layer(doubled) == 0
+    arch = architecture(RAW | {"num_hidden_layers": layers})
+    report = audit(doubled, in_place=True, streamed=tier_bytes(arch, AHEAD)["host"]).check()
+    assert {c.dma for c in report.copies} == {True}
+    assert proof.exposed(report) == []
+    assert aot.device_bytes(doubled) <= 1.01 * need(arch, AHEAD, batch=1, context=64).device
+
+
+def test_a_turn_that_was_taken_out_of_a_loop_is_held_to_overlap() -> None:
+    report = audit(decode_ahead("H200", 6)[0])
+    taken = [c for c in report.copies if c.offset == 0 and c.bytes >= 2**20 and not c.stride]
+    assert len(taken) == 7
+    alone = tuple(dataclasses.replace(c, matmuls=0) if c in taken else c for c in report.copies)
+    assert len(proof.exposed(dataclasses.replace(report, copies=alone))) == 7
+
+
+@pytest.mark.parametrize(
+    ("card", "plan", "raw", "name", "axes", "doubled"),
+    [
+        ("RTX 4090", AHEAD, RAW, "decode", {}, True),
+        ("RTX 4090", AHEAD, RAW, "prefill", {}, False),
+        ("RTX 4090", Plan(dtype="bfloat16", home="host"), RAW, "decode", {}, False),
+        ("RTX 4090", Plan(dtype="bfloat16"), RAW, "decode", {}, False),
+        ("RTX 4090", AHEAD, PERIODIC, "decode", {}, False),
+        ("T4", dataclasses.replace(AHEAD, dtype="float16"), RAW, "decode", {}, False),
+        ("H200", dataclasses.replace(AHEAD, mesh="tensor=2", sharding="tensor"), RAW, "decode", {"tensor": 2}, False),
+    ],
+    ids=["ahead", "prompts", "scan", "resident", "unlike", "T4", "two cards"],
+)
+def test_two_turns_are_one_where_that_is_better(
+    card: str, plan: Plan, raw: dict, name: str, axes: dict, doubled: bool
+) -> None:
+    """For one card from sm_80 on, in decoding, where like layers are fetched ahead: what is proved is what runs."""
+    with aot.target(aot.CARDS[card], **axes) as target:
+        called = proof.programs(architecture(raw), plan, target.mesh, batch=1, length=64)[name]  # pyright: ignore[reportArgumentType]
+        assert (called.fitting() is called.program.on("gpu", doubled=True)) is doubled
+        assert (called.fitting() is called.program.on("gpu")) is not doubled
 
 
 def test_single_layers_are_streamed_one_after_another() -> None:

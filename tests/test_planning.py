@@ -437,7 +437,7 @@ def test_one_ahead_brings_the_first_layer_of_a_bank_beside_the_layers_before_it(
         arch, plan = architecture(SMALL | {"num_hidden_layers": 8}), dataclasses.replace(BF16, form="ahead", **given)
         for proof in prove(arch, plan, find("rtx4090"), batch=64, length=64):
             # of the block's three matrices, in bfloat16; the model's own first layer is in int8, half of that
-            large = [c for c in proof.report.copies if not c.stride and c.bytes == 2 * 2048 * 5632]
+            large = [c for c in proof.report.copies if c.offset is None and c.bytes == 2 * 2048 * 5632]
             assert len(large) == 3
             assert all(c.matmuls for c in large)
 

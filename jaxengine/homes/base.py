@@ -21,7 +21,8 @@ Forms, and what XLA:GPU makes of them:
               weights that a program cannot reach (a file's). Two layers on the device. No gradient goes through it.
     ahead     as scan, and each layer is fetched while the one before it is computed: two layers on the device, and all
               of a layer's matmuls beside the copy. For passes whose compute is not small beside the copy; on the way back
-              each layer is fetched again, as in a scan.
+              each layer is fetched again, as in a scan. XLA copies a layer that a turn hands to the next once more on the
+              device, but where two turns are written out as one (engine.DOUBLED).
 """
 
 from __future__ import annotations
