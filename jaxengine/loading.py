@@ -35,8 +35,8 @@ from jaxengine.plan import (
     parameter_bytes,
     parse_bytes,
     show_bytes,
-    table_over,
     with_rules,
+    with_table,
 )
 from jaxengine.planning import check_rows, streamed_form
 from jaxengine.selftest import check_streaming
@@ -121,9 +121,7 @@ def load(
         if weight_rules is not None:
             chosen = with_rules(arch, chosen, weight_rules)
         over = mesh if isinstance(mesh, Mesh) else make_mesh(chosen.mesh or None)
-        chosen = _counted(chosen, over)
-        if named is not None and sharding is None and chosen.sharding == "single" and not chosen.rules:
-            chosen = dataclasses.replace(chosen, sharding=table_over(chosen.mesh))
+        chosen = with_table(_counted(chosen, over), mesh=named, sharding=sharding)
         check_mesh(arch, chosen)
         chosen = orders.over_mesh(arch, chosen, over)
         check_stay(arch, chosen)

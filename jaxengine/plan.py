@@ -436,6 +436,14 @@ def table_over(mesh: str) -> str:
     return "+".join(axis for axis in ("fsdp", "tensor") if axis in many) or ("data" if "data" in many else "single")
 
 
+def with_table(plan: Plan, *, mesh: str | None, sharding: str | None) -> Plan:
+    """A mesh alone names its table (`table_over`), where the plan has no table or rules of its own. mesh, sharding: what was
+    said of them (None or '': nothing), which the plan has already."""
+    if not mesh or sharding or plan.sharding != "single" or plan.rules:
+        return plan
+    return dataclasses.replace(plan, sharding=table_over(plan.mesh))
+
+
 def check_mesh(architecture: Architecture, plan: Plan) -> None:
     """Refuse, before anything is read, a mesh that the plan's rules do not go with or do not divide the model over."""
     mesh = mesh_of(plan)

@@ -49,11 +49,11 @@ from jaxengine.plan import (
     rounded_up,
     shard_bytes,
     show_bytes,
-    table_over,
     tier_bytes,
     variants,
     weight_bytes,
     with_rules,
+    with_table,
 )
 from jaxengine.sources import ORBAX, gguf_file, open_source, read_config
 from pallas_kernels.cards import CARDS, Card, find
@@ -763,10 +763,9 @@ def plan_folder(
     named_to_stay: Any = stay if isinstance(stay, str) else tuple(stay)  # a string, which Plan refuses
     plan = Plan(
         dtype=named, weights=start.weights, weight_rules=start.weight_rules, kv_codec=kv, mesh=mesh,
-        sharding=sharding or table_over(mesh),
-        stay=named_to_stay, attention=attention, remat=remat,
+        sharding=sharding or "single", stay=named_to_stay, attention=attention, remat=remat,
     )  # fmt: skip
-    plan = with_rules(found, plan, weight_rules)
+    plan = with_rules(found, with_table(plan, mesh=mesh, sharding=sharding), weight_rules)
     if (over := mesh_of(plan)) is not None:
         check_mesh(found, plan)
         plan = orders.over_mesh(found, plan, over)

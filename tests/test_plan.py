@@ -14,7 +14,17 @@ from jaxengine import placement
 from jaxengine.architecture import architecture
 from jaxengine.engine import empty_cache
 from jaxengine.homes.base import home
-from jaxengine.plan import Plan, activation_bytes, cache_bytes, choose, device_bytes, need, parse_bytes, weight_bytes
+from jaxengine.plan import (
+    Plan,
+    activation_bytes,
+    cache_bytes,
+    choose,
+    device_bytes,
+    need,
+    parse_bytes,
+    weight_bytes,
+    with_table,
+)
 from jaxengine.sources import read_config
 from sharding.mesh import make_mesh
 
@@ -221,3 +231,20 @@ def test_rules_that_do_not_divide_are_refused_before_reading() -> None:
 def test_json_of_another_type_is_told(text: str, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         Plan.from_json(text)
+
+
+@pytest.mark.parametrize(
+    ("plan", "mesh", "sharding", "table"),
+    [
+        ({"mesh": "data=2,fsdp=4"}, "data=2,fsdp=4", None, "fsdp"),
+        ({"mesh": "data=2,tensor=1"}, "data=2,tensor=1", "", "data"),
+        ({"mesh": "tensor=2"}, "tensor=2", "single", "single"),  # which check_mesh refuses
+        ({"mesh": "tensor=2"}, None, None, "single"),  # a plan's own mesh, with the table that the plan says
+        ({"mesh": "tensor=2", "sharding": "fsdp+tensor"}, "tensor=2", None, "fsdp+tensor"),
+        ({"mesh": "tensor=2", "rules": (("mlp", "tensor"),)}, "tensor=2", None, "single"),
+        ({}, "", "", "single"),
+    ],
+)
+def test_a_mesh_alone_names_its_table(plan: dict[str, Any], mesh: str | None, sharding: str | None, table: str) -> None:
+    """For `load`, `plan` and `finetune` alike."""
+    assert with_table(Plan(**plan), mesh=mesh, sharding=sharding) == Plan(**plan | {"sharding": table})

@@ -397,7 +397,7 @@ def _chosen_plan(folder: str, given: dict[str, Any]) -> tuple[Architecture, Plan
     from jaxengine.finetune.run import begun, check
     from jaxengine.finetune.settings import Settings
     from jaxengine.machine import available_ram, pool_limit_bytes
-    from jaxengine.plan import Plan, check_mesh, lacking, parse_bytes, rounded_up, show_bytes, table_over, with_rules
+    from jaxengine.plan import Plan, check_mesh, lacking, parse_bytes, rounded_up, show_bytes, with_rules, with_table
     from jaxengine.planning import worth_ahead
     from jaxengine.sources import open_source, read_config
     from pallas_kernels.cards import CARDS
@@ -426,9 +426,8 @@ def _chosen_plan(folder: str, given: dict[str, Any]) -> tuple[Architecture, Plan
         if given["plan"] is None and source.plan is not None:
             plan = Plan(dtype=source.plan.dtype, weights=source.plan.weights, weight_rules=source.plan.weight_rules)
         said = {k: v for k, v in loading.items() if v is not None}
-        if "mesh" in said and plan.sharding == "single":
-            said.setdefault("sharding", table_over(said["mesh"]))
-        plan = with_rules(arch, dataclasses.replace(plan, **said), given["weight_rules"])
+        plan = with_table(dataclasses.replace(plan, **said), mesh=given["mesh"], sharding=given["sharding"])
+        plan = with_rules(arch, plan, given["weight_rules"])
         if not plan.dtype:
             own = "float32" if settings.train == "all" and settings.backward else one_dtype(arch, source.dtype, raw)
             plan = dataclasses.replace(plan, dtype=own)
