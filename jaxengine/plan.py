@@ -993,7 +993,9 @@ def choose(
                 f" {least.refused}. Without stay, home {fits.plan.home!r} fits, with {show_bytes(fits.need.device)} on the"
                 f" device and {show_bytes(fits.need.host)} in host memory"
             )
-    nearest = _nearest(architecture, plan, memory=budget, ram=ram, batch=batch, context=length, wide=wide)
+    nearest = functools.partial(
+        _nearest, architecture, plan, memory=budget, ram=ram, batch=batch, context=length, wide=wide
+    )
     if least.need.device <= budget and ram is not None:
         streamed = min((v for v in found if v.need.device <= budget), key=lambda v: v.need.host)
         disk = min((v for v in found if v.plan.home == "disk"), key=lambda v: v.need.device)
@@ -1005,8 +1007,8 @@ def choose(
                 f" {show_bytes(disk.need.device - budget)} more than memory={memory!r}"
             )
         raise ValueError(
-            f"Layers that do not fit {show_bytes(budget)} of device memory are streamed: {said}. Nearest: {nearest}, or more"
-            f" memory of either kind"
+            f"Layers that do not fit {show_bytes(budget)} of device memory are streamed: {said}. Nearest:"
+            f" {nearest('more memory of either kind')}"
         )
     # of all, with the fewest bytes lacking: with these it fits
     would = [v for v in found if not v.barred]
@@ -1020,14 +1022,22 @@ def choose(
         f"memory={memory!r} is {show_bytes(budget)}; the smallest plan, home {least.plan.home!r}, needs"
         f" {show_bytes(n.device)}: {show_bytes(n.outer)} of embeddings and head, {show_bytes(n.resident + n.streaming)} for"
         f" layers as they are streamed, {show_bytes(n.cache)} of KV cache for {batch} x {length} tokens and"
-        f" {show_bytes(n.activations)} to read so many at once. {short} short. Nearest: {nearest}, or {enough}"
+        f" {show_bytes(n.activations)} to read so many at once. {short} short. Nearest: {nearest(enough)}"
     )
 
 
 def _nearest(
-    architecture: Architecture, plan: Plan, *, memory: int, ram: int | None, batch: int, context: int, wide: bool
+    architecture: Architecture,
+    plan: Plan,
+    more: str,
+    *,
+    memory: int,
+    ram: int | None,
+    batch: int,
+    context: int,
+    wide: bool,
 ) -> str:
-    """What would make a plan fit that does not, each alone; what no single change does is said so."""
+    """What would make a plan fit that does not, each alone, and more memory last; that nothing else does is said."""
     tries: list[tuple[str, dict[str, Any], int, int]] = []
     if plan.weights == "dense" and not plan.weight_rules:
         tries += [(f"weights={name!r}", {"weights": name}, batch, context) for name in ("int8", "int4")]
@@ -1045,4 +1055,6 @@ def _nearest(
         tried = variants(architecture, made, memory=memory, ram=ram, batch=rows, context=length, wide=wide)
         if any(not v.refused for v in tried):
             found[kind] = said
-    return ", ".join(found.values()) or "no single one of weights, kv, batch and context fits it"
+    if not found:
+        return f"{more} (no single one of weights, kv, batch and context is enough)"
+    return f"{', '.join(found.values())}, or {more}"

@@ -336,8 +336,12 @@ def chosen_plan(folder: str, given: dict[str, Any]) -> tuple[Architecture, Plan,
         return _chosen_plan(folder, given)
     except NothingFitsError as error:
         found = _would_fit(folder, given, error)
-        near = ", or ".join(found) if found else "no single one of memory, batch, context, weights and train fits it"
-        raise ValueError(f"{error}. Nearest: {near}") from None
+        near = (
+            f"Nearest: {', or '.join(found)}"
+            if found
+            else "No single one of memory, batch, context, weights and train is enough"
+        )
+        raise ValueError(f"{error}. {near}") from None
 
 
 def _would_fit(folder: str, given: dict[str, Any], refused: NothingFitsError) -> list[str]:
