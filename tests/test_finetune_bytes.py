@@ -150,6 +150,7 @@ FURTHER: list[Any] = [
     ("gemma3_text", "H200", "mezo", HOST, 4, 1024, {}),
     ("gemma2", "RTX 4090", "mezo", HOST, 2, 1024, {"accumulate": 2}),
     ("gemma2", "RTX 4090", "mezo", HOST, 1, 1024, {}),
+    ("gemma2", "RTX 4090", "mezo", {"home": "split", "resident": 2}, 4, 1024, {}),  # two written out
     ("gpt2", "RTX 4090", "mezo", HOST, 4, 1024, {}),
     ("wide", "RTX 4090", "mezo", HOST, 1, 2048, {}),
     ("small", "RTX 4090", "mezo", {"form": "scan"}, 1, 1024, {}),
@@ -161,7 +162,7 @@ FURTHER: list[Any] = [
     ("gpt2", "H200", "lisa", HOST, 4, 1024, {}),
     ("small", "RTX 4090", "lisa", HOST, 2, 1024, {"accumulate": 2}),
     ("gemma2", "RTX 4090", "lisa", HOST, 2, 1024, {"accumulate": 2}),
-    ("gemma2", "RTX 4090", "lisa", HOST, 1, 4096, {"tile": 512}),
+    ("gemma2", "RTX 4090", "lisa", HOST, 1, 3072, {"tile": 512}),
     ("gemma2", "RTX 4090", "lisa", {}, 4, 1024, {}),
     ("gemma3_text", "RTX 4090", "lisa", HOST, 4, 1024, {}),
     ("gemma2", "H200", "lisa", HOST, 4, 1024, {}),

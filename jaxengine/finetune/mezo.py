@@ -202,13 +202,17 @@ def _through(tuning: Tuning, params: Any, state: State, x: Any, run: Run) -> tup
             continue
 
         def body(
-            kind: Hashable, weights: Any, carry: Any, held: Any, place: Any = place, streamed: bool = streamed
-        ) -> Any:
+            kind: Hashable, weights: Any, carry: Any, held: Any, place: Any = place, streamed: bool = streamed,
+            stacked: bool = bank.stacked,
+        ) -> Any:  # fmt: skip
             if streamed:
                 held, carry = lax.optimization_barrier((held, carry))  # or all copies start with the program
             layer, x = carry
             new, x = run(kind, weights, place.fetch(held), layer, x)
-            return (layer + 1, x), place.back(new, held)
+            new = place.back(new, held)
+            if streamed and not stacked:  # or what was changed stands until the last layer was passed
+                new, x = lax.optimization_barrier((new, x))
+            return (layer + 1, x), new
 
         (layer, x), (of_bank,) = walk(body, (layer, x), (bank,), (held,))
         new.append(of_bank)
