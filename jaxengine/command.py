@@ -685,7 +685,7 @@ def _show_outcome(outcome: Any, proofs: Any, why: str | None, refuted: Any = ())
     "--weights",
     metavar="FORMAT",
     show_default="as they are",
-    help="Encode a plain source: for orbax nf4, int8, ...; for compressed-tensors integers, int4:group_size=64, ...",
+    help="For orbax: nf4, int8, ...; for compressed-tensors integers: int4:group_size=64, ...",
 )
 @click.option("--dtype", metavar="DTYPE", show_default="as it is", help="Cast to float32, bfloat16 or float16.")
 @click.option("--adapter", metavar="FOLDER", help="A PEFT folder, LoRA or DoRA, to merge into the weights.")

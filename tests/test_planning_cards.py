@@ -293,7 +293,9 @@ def test_only_what_would_fit_is_advised() -> None:
     choose(arch, BF16, 5 * 10**9, batch=rows, length=2048)
     choose(arch, BF16, 5 * 10**9, batch=8, length=length)
     coded = dataclasses.replace(BF16, weights="int4", kv_codec="int8")
-    with pytest.raises(ValueError, match=r"Nearest: memory=.* \(no single one of weights, kv, batch and context is enough\)"):
+    with pytest.raises(
+        ValueError, match=r"Nearest: memory=.* \(no single one of weights, kv, batch and context is enough\)"
+    ):
         choose(arch, coded, 200_000)
 
 
