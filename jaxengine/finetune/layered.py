@@ -4,7 +4,7 @@ Going forward, what comes into each layer is kept. On the way back each layer is
 gradient is made, used and forgotten, and layer and state go back to where they live, in place (LOMO, Lv et al.,
 arXiv:2306.09782, for an optimizer with a state). On the device stand about three layers in float32, what comes into the
 layers ('offload': in host memory), and what is outside them; the optimizer's state of that is in host memory too, and comes
-one parameter at a time after all layers.
+after all layers, one parameter at a time and of a large one some rows (rows.py).
 
 A gradient's global norm is known only after all of it has been made. With clipping, the way back is therefore gone twice:
 once for the norm, once for the updates, with the same numbers. With clip=0 it is gone once.
@@ -40,10 +40,12 @@ from jaxtyping import Array, Float
 
 from jaxengine.cache.base import PlainAttend
 from jaxengine.engine import embed, head, program
-from jaxengine.finetune import tiles
+from jaxengine.finetune import rows, tiles
 from jaxengine.finetune.loss import cross_entropy
 from jaxengine.finetune.step import Batch, State, Tuning, head_names
+from jaxengine.finetune.trained._sampled import entering
 from jaxengine.homes.base import Bank, home
+from sharding.rules import constrain, named_sharding
 
 Layer = Callable[[Hashable, Any, Array, Any], Array]  # (kind, weights, x [B, T, D], attend) -> x
 
@@ -130,6 +132,14 @@ def _each_part(f: Callable[[Any], Array], rows: Any) -> Array:
     if jax.tree.leaves(rows)[0].shape[0] == 1:
         return f(jax.tree.map(lambda a: a[0], rows))[None]
     return lax.map(f, rows)
+
+
+def _sum_of_parts(f: Callable[[Any], Any], like: Any, rows: Any) -> Any:
+    """The sum of f of each part, as `like` is; it stands from when the parts are there."""
+    if jax.tree.leaves(rows)[0].shape[0] == 1:
+        return f(jax.tree.map(lambda a: a[0], rows))
+    zeros, rows = lax.optimization_barrier((jax.tree.map(jnp.zeros_like, like), rows))
+    return lax.scan(lambda total, row: (jax.tree.map(jnp.add, total, f(row)), None), zeros, rows)[0]
 
 
 Use = Callable[
@@ -243,47 +253,61 @@ def initial(tuning: Tuning, banks: Any, trained: Any) -> State:
     return State(trained, optimizer, jax.device_put(np.int32(0), wanted.step.sharding))
 
 
+def blocks(tuning: Tuning, name: str) -> int:
+    """In how many blocks of rows a parameter outside the layers is changed; see rows.py."""
+    spec, engine = tuning.engine.architecture.outer()[1][name], tuning.engine
+    place = named_sharding(engine.rules, engine.mesh, spec.axes)
+    return rows.blocks(tuning.optimizer, spec.shape, place.shard_shape(spec.shape))
+
+
 @program(0, donate=(2,))
 def step(tuning: Tuning, banks: tuple[Bank, ...], state: State, batch: Batch) -> tuple[State, dict[str, Array]]:
     """One step, as `jaxengine.finetune.step.step`. banks: those of the parameters, without weights."""
     engine, offload, outer = tuning.engine, tuning.remat == "offload", state.trained["outer"]
     banks = tuple(dataclasses.replace(b, weights=w) for b, w in zip(banks, state.trained["banks"], strict=True))
-    total = jnp.maximum(batch.weights.sum(), 1)
+    # here and not of the loss, or the head's gradient would stand twice
+    shares = batch.weights / jnp.maximum(batch.weights.sum(), 1)
     attends = PlainAttend(batch.positions, batch.segments)
     transformation = tuning.optax()
 
     def layer(kind: Hashable, weights: Any, x: Array, attend: PlainAttend) -> Array:
         return tiles.body(engine, attend, tuning.tile)(kind, weights, x, ())[0]
 
-    def enter(outer: Any) -> Array:
-        return _each_part(lambda r: embed(engine, {"outer": outer}, *r), (batch.tokens, attends))
+    def enter(enters: Any, part: Any) -> Array:
+        return embed(engine, {"outer": outer | enters}, *part)
 
     def leave(of_head: Any, x: Array) -> Array:
         def logits(of_head: Any, x: Array) -> Array:
             return head(engine, {"outer": outer | of_head}, x)
 
         A, B, T, D = x.shape
-        rows = (x.reshape(A * B, T, D), *(a.reshape(A * B, T) for a in (batch.targets, batch.weights)))
-        return cross_entropy(logits, of_head, *rows, chunk=tuning.chunk(A * B, T)) / total
+        tokens = (x.reshape(A * B, T, D), *(a.reshape(A * B, T) for a in (batch.targets, shares)))
+        return cross_entropy(logits, of_head, *tokens, chunk=tuning.chunk(A * B, T))
 
-    x, enters = jax.vjp(enter, outer)
+    several = {n: k for n in outer if (k := blocks(tuning, n)) > 1}
+    enters, texts = {n: outer[n] for n in entering(engine.architecture)}, (batch.tokens, attends)
+    x = _each_part(lambda part: enter(enters, part), texts)
     kept = []
     for bank in banks:
         x, of_bank = forward(bank, layer, attends, x, offload)
         kept.append(of_bank)
     loss, (of_head, last) = jax.value_and_grad(leave, (0, 1))({n: outer[n] for n in head_names(outer)}, x)
 
-    def back(use: Use, carry: Any, *, write: bool) -> tuple[Any, Any, Any]:
-        """The whole way back: (gradient of what is outside, carry, new weights and states by bank)."""
+    axes = {n: s.axes for n, s in engine.architecture.outer()[1].items()}
+    waits = {n: constrain(of_head.pop(n), engine.rules, engine.mesh, axes[n]) for n in tuple(of_head) if n in several}
+    waits, last = lax.optimization_barrier((host(waits), last))  # out before layers are gone back through
+
+    def back(use: Use, carry: Any, *, write: bool) -> tuple[dict[str, rows.Gradient], Any, Any]:
+        """The whole way back: (gradients of what is outside, carry, new weights and states by bank)."""
         g, new = last, []
         for bank, of_bank, states in reversed(list(zip(banks, kept, state.optimizer["banks"], strict=True))):
             g, carry, weights, states = backward(
                 bank, layer, attends, of_bank, states, g, carry, use, offload, write=write
             )
             new.append((weights, states))
-        (of_outer,) = enters(g)
-        of_outer = {n: v + of_head[n] if n in of_head else v for n, v in of_outer.items()}
-        return of_outer, carry, new[::-1]
+        here = _sum_of_parts(lambda part: jax.vjp(lambda w: enter(w, part[1]), enters)[1](part[0])[0], enters, (g, texts))
+        here |= {n: here[n] + v if n in here else v for n, v in of_head.items()}
+        return {n: rows.Gradient(here.get(n), waits.get(n)) for n in outer}, carry, new[::-1]
 
     def squared(tree: Any) -> Array:
         return optax.tree.norm(tree, squared=True)
@@ -295,7 +319,7 @@ def step(tuning: Tuning, banks: tuple[Bank, ...], state: State, batch: Batch) ->
             jnp.float32(0),
             write=False,
         )
-        norm = jnp.sqrt(squares + squared(of_outer))
+        norm = jnp.sqrt(squares + sum(g.squared(several.get(n, 1)) for n, g in of_outer.items()))
         factor = jnp.minimum(1, tuning.clip / (norm + 1e-6))
 
     def use(carry: Any, gradient: Any, weights: Any, held: Any) -> Any:
@@ -304,19 +328,22 @@ def step(tuning: Tuning, banks: tuple[Bank, ...], state: State, batch: Batch) ->
         return carry, optax.apply_updates(weights, updates), held
 
     of_outer, squares, new = back(use, jnp.float32(0), write=True)
-    # what is outside goes one by one, so that one parameter's state is here at a time
-    place, new_outer, outer_states, before = Place.on_host(), {}, {}, squares
-    for name, held in state.optimizer["outer"].items():
-        held, gradient, before = lax.optimization_barrier((held, {name: of_outer[name]}, before))  # after the last one
-        was = held
-        _, changed, held = use(before, gradient, {name: outer[name]}, place.fetch(held))
-        changed, held, before = lax.optimization_barrier((changed, held, before))
+    # what is outside goes one by one, and a large one by rows, so that the state of little is here at a time
+    place, new_outer, outer_states = Place.on_host(), {}, {}
+    for name, was in state.optimizer["outer"].items():
+        held, gradient, squares = lax.optimization_barrier((was, of_outer[name], squares))  # after the last one
+        if name in several:
+            changed = rows.change(use, squares, name, several[name], gradient, outer[name], held)
+            squares, new_outer[name], outer_states[name] = changed
+            continue
+        squares, changed, held = use(squares, {name: gradient.of()}, {name: outer[name]}, place.fetch(held))
+        changed, held, squares = lax.optimization_barrier((changed, held, squares))
         new_outer |= changed
         outer_states[name] = place.back(held, was)
     trained = {"outer": new_outer, "banks": tuple(weights for weights, _ in new)}
     optimizer = {"outer": outer_states, "banks": tuple(states for _, states in new)}
     measured = {
-        "loss": loss, "gradient_norm": jnp.sqrt(squares + squared(of_outer)), "tokens": batch.weights.sum(),
+        "loss": loss, "gradient_norm": jnp.sqrt(squares), "tokens": batch.weights.sum(),
         "learning_rate": jnp.asarray(tuning.optimizer.rate()(state.step)),
     }  # fmt: skip
     return State(trained, optimizer, state.step + 1), measured

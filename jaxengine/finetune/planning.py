@@ -27,6 +27,7 @@ from jaxengine.finetune import layered, meshed, mezo, places, sampled, tiles
 from jaxengine.finetune import step as whole
 from jaxengine.finetune.optimizers.base import Matrix, Optimizer
 from jaxengine.finetune.optimizers.base import optimizer as find_optimizer
+from jaxengine.finetune.rows import blocks as row_blocks
 from jaxengine.finetune.settings import ADAPTERS, TASKS, Settings, Task
 from jaxengine.finetune.trained._lowrank import each as each_target
 from jaxengine.finetune.trained.base import targets, trained
@@ -47,7 +48,7 @@ from jaxengine.plan import (
 from pallas_kernels.attention.xla import Blocks, blocks
 from pallas_kernels.cards import CARDS, Card
 
-GAPS = 0.05  # between buffers of unlike sizes that copies hold for a while, of their bytes
+GAPS = 0.035  # between buffers of unlike sizes that copies hold for a while, of their bytes
 
 
 class Options(TypedDict, total=False):
@@ -235,7 +236,9 @@ def need(
     remat, L = plan.remat or "full", architecture.num_layers
     parts = task.accumulate if layered else 1  # of a batch, whose inputs to layers stand at the same time
     tiled = 0 < task.tile < context
-    one = layer_activations(architecture, batch * context, dtype.itemsize, batch * task.tile if tiled else 0)
+    one = layer_activations(
+        architecture, batch * context, dtype.itemsize, batch * task.tile if tiled else 0, layered=layered
+    )
     entering = parts * batch * context * width(architecture) * dtype.itemsize
     streamed = sum(p.num_layers for p in plan.parts(architecture) if home(p.home).TIER != "device")
     kept = {
@@ -248,7 +251,11 @@ def need(
     # what a layer's matrices gave is there already where it is kept; so is x, which tiles take as it is
     back = one.within - (one.dots if remat == "dots" or (remat == "none" and not streamed) else 0)
     written_out = task.train == "lora" and not streamed and all(p.form == "unrolled" for p in plan.parts(architecture))
-    back -= entering // parts if (tiled or written_out) and remat == "full" else 0
+    # of layers that are trained: with a norm to be clipped, what the first way back began with stands for the second
+    again = entering if layered and remat == "offload" and task.clip and not tiled else 0
+    back += again
+    if not layered:
+        back -= entering // parts if (tiled or written_out) and remat == "full" else 0
     back += decoded_bytes(architecture, plan, batch * context, dtype.itemsize)
     # of streamed layers that alternate the next one, which was brought, and what came into it stand; a layer goes back after
     # attention has gone forward, and what that made is not made again
@@ -261,7 +268,7 @@ def need(
     back += one.dots if task.train == "dora" and remat in ("full", "offload") else 0
     if task.train == "dora" and remat == "none":  # which is there already, but for one of the two that are multiplied
         kept += (L - streamed) * (one.between - 3 * entering // parts)
-    host_optimizer = 0
+    host_optimizer, host_kept = 0, L * entering if remat == "offload" else 0
     if task.train != "all":
         adapters = adapter_bytes(held, task)
         gradients, optimizer, trained = adapters, adapter_states(held, task), adapters
@@ -300,11 +307,11 @@ def need(
         outside, states = outer_states(held, task.optimizer), layer_states(held, plan, task.optimizer)
         trained, optimizer = 0, sum(outside.values()) + sum(whole for whole, _ in states)
         if layered:
-            layer, head = max(each), head_bytes(held)
+            layer, outside_now = max(each), _outside(held, task)
             streaming = layer if streamed else 0
             # a gradient to which no other is added stays in the arithmetic's dtype until it is used
             narrow, added, s = layer * dtype.itemsize // 4, task.accumulate > 1 or tiled, _sizes(architecture)
-            gradients = (layer if added else narrow) + head
+            gradients = (layer if added else narrow) + outside_now.beside
             cast = (narrow if dtype.itemsize < 4 else 0) * (1 if task.accumulate == 1 else 2)  # of a part too
             here = [home(p.home).TIER == "device" for p in plan.parts(architecture) for _ in range(p.num_layers)]
             coming = max((w - stay for (w, stay), near in zip(states, here, strict=True) if not near), default=0)
@@ -312,14 +319,14 @@ def need(
             shapes = {s.shape for k in set(held.kinds) for s in held.block(k)[1].values()}
             largest = 4 * max(map(math.prod, shapes))
             under_way = 2 * largest if streamed and not tiled else 0
-            if task.accumulate > 1:  # and the embedding's gradient stands, to be added to
-                under_way += 4 * math.prod(held.outer()[1]["embedding"].shape)
             update = 0
             if streamed:  # all that was changed waits to go back, beside what one matrix is changed from; and gaps
-                update = coming + largest * (streaming + coming) // streaming + 5 * entering // parts
+                update = coming + largest * (streaming + coming) // streaming + 5 * entering // parts + again
+                if s.halves == 1 and not tiled:  # what the feed-forward block's last matrix takes waits too
+                    update += batch * context * dtype.itemsize * s.F
                 if added:  # in the place of the gradient, which is as wide
                     update -= layer
-                update += int(GAPS * (streaming + gradients + kept + update))
+                update += int((GAPS / 3 if added else GAPS) * (streaming + gradients + kept + update))
             moments = [cast + back + under_way, update]
             if alternating:
                 # a layer and its state come at once, before its gradient is made; what came in is widened for a norm
@@ -330,11 +337,10 @@ def need(
                 gradients -= narrow - largest * dtype.itemsize // 4
                 within = batch * context * dtype.itemsize * (4 * s.D + 2 * s.NH + 2 * s.KH + 3 * s.F)
                 moments = [cast - (largest * dtype.itemsize // 4 if cast else 0) + largest + within]
-            # after the layers all gradients of what is outside, of one such parameter the state that came and what it is
-            # changed to, and the next one's, which comes meanwhile
-            first, *others = sorted(outside.values(), reverse=True)
-            last = outer + 2 * first + max(others, default=0) - streaming - gradients - kept
-            activations = max(max(moments) + sums, loss - streaming - gradients, last)
+            loss += outside_now.head + (outside_now.head // 4 * dtype.itemsize if dtype.itemsize < 4 else 0)
+            last = outside_now.here + max(outside_now.changing - kept, 0 if task.clip else -kept)
+            activations = max(max(moments) + sums, loss - streaming - gradients, last - streaming - gradients)
+            host_kept += outside_now.waits
             if cast:  # of resident layers one is made going forward, and stays
                 activations += tiers["device"] * dtype.itemsize // 4
             optimizer = sum(whole if near else stay for (whole, stay), near in zip(states, here, strict=True))
@@ -347,7 +353,7 @@ def need(
             activations = max(back, loss, _changing(held, plan, task.optimizer, gradients) - kept)
     return Need(
         outer=outer, resident=tiers["device"], streaming=streaming, cache=0, activations=activations,
-        host_weights=tiers["host"], host_optimizer=host_optimizer, host_kept=L * entering if remat == "offload" else 0,
+        host_weights=tiers["host"], host_optimizer=host_optimizer, host_kept=host_kept,
         disk=tiers["disk"], trained=trained, gradients=gradients, optimizer=optimizer, kept=kept,
     )  # fmt: skip
 
@@ -779,6 +785,42 @@ def _changing(architecture: Architecture, plan: Plan, how: Optimizer, gradients:
     return max(0, sum(found) + sum(outer) - gradients)
 
 
+class _Outside(NamedTuple):
+    """Bytes of gradients of what is outside the layers, where layers come one at a time (layered.py). head: what the loss's way
+    back gives, on the device; waits: of that in host memory while layers go back through; beside: on the device. here: those
+    that stand after the layers; changing: what stands beside them while parameters are changed."""
+
+    head: int
+    waits: int
+    beside: int
+    here: int
+    changing: int
+
+
+def _outside(architecture: Architecture, task: Task) -> _Outside:
+    shapes = {n: s.shape for n, s in architecture.outer()[1].items()}
+    whole_shapes = {n: s.shape for n, s in whole_of(architecture).outer()[1].items()}
+    size = {n: 4 * math.prod(shape) for n, shape in shapes.items()}
+    states = outer_states(architecture, task.optimizer)
+    blocks = {n: row_blocks(task.optimizer, whole_shapes[n], shape) for n, shape in shapes.items()}
+    several = {n for n, count in blocks.items() if count > 1}
+    head = whole.head_names(shapes)
+    waits = sum(size[n] for n in head if n in several)
+    beside = sum(size[n] for n in head) - waits
+    enters = set(sampled.entering(whole_of(architecture)))
+    # of one parameter the state that came and what it is changed to, and the next one's, which comes meanwhile; or a block
+    # of rows, its gradient and both states
+    first, *others = sorted((states[n] for n in shapes if n not in several), reverse=True) or [0]
+    at_once = max(((size[n] + 2 * states[n]) // blocks[n] for n in several), default=0)
+    here = sum(size[n] for n in enters | set(head) if n in enters or n not in several)
+    return _Outside(beside + waits, waits, beside, here, max(2 * first + max(others, default=0), at_once))
+
+
+def whole_of(architecture: Architecture) -> Architecture:
+    """With the shapes of all devices."""
+    return getattr(architecture, "whole", architecture)
+
+
 def head_bytes(architecture: Architecture) -> int:
     """Of the gradient of what the head reads, float32."""
     outer = architecture.outer()[1]
@@ -819,10 +861,13 @@ class OneLayer(NamedTuple):
     narrow: int
 
 
-def layer_activations(architecture: Architecture, rows: int, itemsize: int, tile: int = 0) -> OneLayer:
+def layer_activations(
+    architecture: Architecture, rows: int, itemsize: int, tile: int = 0, *, layered: bool = False
+) -> OneLayer:
     """Of the widest layer, for so many tokens; attention keeps no scores. tile: tokens whose feed-forward block stands at a
     time (0: all). Then attention's part is the most: x, its norm, what comes in and goes out of both, queries, keys, values
-    and what attention makes, and the gradient of each."""
+    and what attention makes, and the gradient of each; `layered`, where layers' own weights are trained one layer at a time, half
+    a number of x's width more, and of keys and values nothing (read from compiled programs)."""
     found = []
     for kind in set(architecture.kinds):
         specs = architecture.block(kind)[1]
@@ -838,7 +883,8 @@ def layer_activations(architecture: Architecture, rows: int, itemsize: int, tile
             made = sum(math.prod(s.shape[: s.out]) for s in attends) - D  # queries, keys, values
             heads = max(math.prod(s.shape[s.out :]) for s in attends if s.out and "heads" in s.axes[s.out :])
             block = tile * itemsize * (outs - D - made + halves * F)
-            parts[0] = max(rows * itemsize * (5 * D + 2 * (made + heads)), rows * itemsize * (4 * D + heads) + block)
+            attending = rows * itemsize * (13 * D // 2 + 4 * heads if layered else 5 * D + 2 * (made + heads))
+            parts[0] = max(attending, rows * itemsize * (4 * D + heads) + block)
             parts[3] = parts[0]
         found.append(tuple(parts))
     return OneLayer(*max(found))

@@ -17,6 +17,7 @@ import optax
 from jaxengine.finetune.optimizers.base import Matrix, Optimizer
 
 ORDER = 1
+ROWS = 0
 TOGETHER = False
 
 

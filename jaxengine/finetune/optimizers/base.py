@@ -5,6 +5,8 @@ A file has
     make(how, decayed, matrices) -> optax.GradientTransformation
     temporaries(shape, matrix) -> bytes that stand while a parameter is changed, beside its gradient and state
     TOGETHER     whether those of all parameters stand at a time, where all are changed in one go
+    ROWS         so many elements of a parameter outside the layers, or a multiple, may be changed apart from the others (1:
+                 each by its own gradient); 0: what one changes by depends on all
 where `decayed` is optax's mask of the leaves that weight decay acts on: matrices, not norms and biases; and matrices(tree)
 says of each leaf how it is a matrix or vector inside a layer (Matrix), or None (both may be None: everything that has two
 dims). A stack of layers' changes as each layer alone would.

@@ -10,6 +10,7 @@ import optax
 from jaxengine.finetune.optimizers.base import Matrix, Optimizer
 
 ORDER = 1
+ROWS = 1
 TOGETHER = False
 
 

@@ -13,6 +13,7 @@ import optax
 from jaxengine.finetune.optimizers.base import Matrix, Optimizer
 
 ORDER = 0
+ROWS = 0
 TOGETHER = False
 
 

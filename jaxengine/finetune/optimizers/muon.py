@@ -25,6 +25,7 @@ from jaxtyping import Array, Float, Int
 from jaxengine.finetune.optimizers.base import Matrix, Optimizer
 
 ORDER = 1
+ROWS = 1
 TOGETHER = False
 TURNS, POLYNOMIAL = 5, (3.4445, -4.7750, 2.0315)
 AT_ONCE = 2**25  # elements of matrices whose factors are made together, at least one matrix
