@@ -67,8 +67,9 @@ def test_what_is_changed_whole() -> None:
 @pytest.mark.parametrize("name", ["adamw", "lion", "sgd", "muon", "adamw8bit"])
 @pytest.mark.parametrize("whole", [448, 450])  # seven blocks of 64, or five and two of one more
 def test_rows_change_as_the_whole_does(name: str, whole: int) -> None:
-    """Against optax's update of all of it, state too, in two steps: within 16 roundings of numbers of size 1 to 4, as a compiler may
-    contract the one and not the other; every number moves by some 0.01 a step. Codes of 8 bits: to the next one, of few."""
+    """Against optax's update of all of it, state too, in two steps: within 16 roundings of numbers of size 1 to 4, as a
+    compiler may contract the one and not the other; every number moves by some 0.01 a step. Codes of 8 bits: to the next
+    one, of few."""
     how = Optimizer(name, 1e-2, weight_decay=0.1)
     made = how.make(lambda tree: jax.tree.map(lambda _: True, tree), lambda tree: jax.tree.map(lambda _: None, tree))
     rng = np.random.default_rng(0)
@@ -145,5 +146,3 @@ def test_a_run_by_rows_is_one_that_changes_them_whole(
     for one, other in zip(jax.tree.leaves(by_rows._state), jax.tree.leaves(whole._state), strict=True):
         assert one.sharding == other.sharding
         assert one.dtype == other.dtype
-
-

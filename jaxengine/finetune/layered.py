@@ -305,7 +305,9 @@ def step(tuning: Tuning, banks: tuple[Bank, ...], state: State, batch: Batch) ->
                 bank, layer, attends, of_bank, states, g, carry, use, offload, write=write
             )
             new.append((weights, states))
-        here = _sum_of_parts(lambda part: jax.vjp(lambda w: enter(w, part[1]), enters)[1](part[0])[0], enters, (g, texts))
+        here = _sum_of_parts(
+            lambda part: jax.vjp(lambda w: enter(w, part[1]), enters)[1](part[0])[0], enters, (g, texts)
+        )
         here |= {n: here[n] + v if n in here else v for n, v in of_head.items()}
         return {n: rows.Gradient(here.get(n), waits.get(n)) for n in outer}, carry, new[::-1]
 

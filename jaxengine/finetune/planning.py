@@ -48,7 +48,7 @@ from jaxengine.plan import (
 from pallas_kernels.attention.xla import Blocks, blocks
 from pallas_kernels.cards import CARDS, Card
 
-GAPS = 0.035  # between buffers of unlike sizes that copies hold for a while, of their bytes
+GAPS = 0.04  # between buffers of unlike sizes that copies hold for a while, of their bytes
 
 
 class Options(TypedDict, total=False):
@@ -339,7 +339,10 @@ def need(
                 moments = [cast - (largest * dtype.itemsize // 4 if cast else 0) + largest + within]
             loss += outside_now.head + (outside_now.head // 4 * dtype.itemsize if dtype.itemsize < 4 else 0)
             last = outside_now.here + max(outside_now.changing - kept, 0 if task.clip else -kept)
-            activations = max(max(moments) + sums, loss - streaming - gradients, last - streaming - gradients)
+            # layers that are brought together stand while they are changed, and sums over devices are done by then
+            together = sums if max(layer_bytes(architecture, plan)) > layer else 0
+            moments = [m + (together if m == update else sums) for m in moments]
+            activations = max(*moments, loss - streaming - gradients, last - streaming - gradients)
             host_kept += outside_now.waits
             if cast:  # of resident layers one is made going forward, and stays
                 activations += tiers["device"] * dtype.itemsize // 4
@@ -808,12 +811,14 @@ def _outside(architecture: Architecture, task: Task) -> _Outside:
     waits = sum(size[n] for n in head if n in several)
     beside = sum(size[n] for n in head) - waits
     enters = set(sampled.entering(whole_of(architecture)))
-    # of one parameter the state that came and what it is changed to, and the next one's, which comes meanwhile; or a block
-    # of rows, its gradient and both states
-    first, *others = sorted((states[n] for n in shapes if n not in several), reverse=True) or [0]
+    # of one parameter that is changed whole the state that came and what it is changed to; then the next one's, which comes
+    # meanwhile, and no gradient of the first; or a block of rows, its gradient and both states
+    alone = sorted((states[n], size[n]) for n in shapes if n not in several)
+    first, gradient = alone.pop() if alone else (0, 0)
+    coming = alone.pop()[0] - gradient if alone else 0
     at_once = max(((size[n] + 2 * states[n]) // blocks[n] for n in several), default=0)
     here = sum(size[n] for n in enters | set(head) if n in enters or n not in several)
-    return _Outside(beside + waits, waits, beside, here, max(2 * first + max(others, default=0), at_once))
+    return _Outside(beside + waits, waits, beside, here, max(2 * first + max(0, coming), at_once))
 
 
 def whole_of(architecture: Architecture) -> Architecture:
