@@ -76,7 +76,8 @@ def each_block(f: Callable[[Block, Any], Any], n: int, whole: int, carry: Any) -
     rows, more = divmod(whole, n)
     for size, first, count in ((rows, 0, n - more), (rows + 1, (n - more) * rows, more)):
         if count:
-            carry = lax.fori_loop(0, count, lambda i, c, at=(size, first): f(Block(i, *at, whole), c), carry)
+            block = functools.partial(Block, rows=size, first=first, whole=whole)
+            carry = lax.fori_loop(0, count, lambda i, carry, block=block: f(block(i), carry), carry)
     return carry
 
 
