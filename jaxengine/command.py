@@ -636,7 +636,7 @@ def _show_outcome(outcome: Any, proofs: Any, why: str | None, refuted: Any = ())
     held = ", ".join(f"{show_bytes(x)} {what}" for what, x in parts.items() if x)
     console.print(f"on the device: {held}", highlight=False)
     parts = {
-        "weights": n.host_weights, "optimizer state": n.host_optimizer, "kept of layers for their way back": n.host_kept,
+        "weights": n.host_weights, "optimizer state": n.host_optimizer, "kept for the way back": n.host_kept,
         "buffers that the disk is read into": n.host_buffers,
     }  # fmt: skip
     if n.host:

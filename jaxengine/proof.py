@@ -195,6 +195,10 @@ def prove(
         raise ValueError(
             f"mesh is {plan.mesh!r}; programs are compiled ahead for the axes {', '.join(aot.AXES)}, not {further}"
         )
+    waits = 0  # of the head's gradient, while layers go back through
+    if task is not None:
+        kept = tuning.need(architecture, plan, task, batch=batch, context=length).host_kept
+        waits = kept // (1 if mesh is None else mesh.size)
     with aot.target(card, **axes) as target:
         found = programs(architecture, plan, cast(Any, target.mesh), batch=batch, length=length, task=task)
         for name, called in found.items():
@@ -204,7 +208,7 @@ def prove(
             limit = None if memory is None else memory - (device - aot.device_bytes(compiled))
             # what comes into layers is kept in host memory under remat 'offload', and is no argument
             in_place = home(plan.home).TIER != "device" and not (task is not None and plan.remat == "offload")
-            report = audit(compiled, device_limit=limit, in_place=in_place)
+            report = audit(compiled, device_limit=limit, in_place=in_place, waits=waits)
             if "ahead" in {part.form for part in plan.parts(architecture)}:
                 report = dataclasses.replace(report, problems=(*report.problems, *exposed(report)))
             temporaries = compiled.memory_analysis().temp_size_in_bytes

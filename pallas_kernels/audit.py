@@ -127,6 +127,7 @@ def audit(
     in_place: bool = False,
     overlap: bool = False,
     streamed: int | None = None,
+    waits: int = 0,
 ) -> Report:
     """Read a program compiled for a GPU: a jax.stages.Compiled, or the text of one (without bytes then).
 
@@ -134,7 +135,7 @@ def audit(
     loop, or reads a layer of a stack outside one; a whole stack copied, to the device to be sliced there or from host to
     host; compute on the host.
     device_limit: bytes on each device that the program must not pass.
-    in_place: host memory beside the arguments is a problem.
+    in_place: host memory beside the arguments, beyond what `waits` there (bytes), is a problem.
     overlap: a host copy in a loop with no matrix product beside it is a problem.
     streamed: bytes that one run must bring from host to device, as Report.streamed counts them.
     Raises ValueError where the program cannot be read for what is asked.
@@ -163,7 +164,7 @@ def audit(
             f" {_size(device.arguments)}, temporaries {_size(device.temporaries)}. Leave more layers on the host; copies of an"
             f" unrolled list of layers must be ordered with optimization_barrier, or they all stand there at once"
         )
-    if in_place and host is not None and host.temporaries:
+    if in_place and host is not None and host.temporaries > waits:
         problems.append(
             f"the program takes {_size(host.temporaries)} of host memory for itself: donate the stack that is written, do not"
             f" prefetch from it in the loop that writes it, and slice it only to device_put the slice"

@@ -123,7 +123,7 @@ def test_a_gradient_is_the_sum_of_its_parts() -> None:
     ids=str,
 )
 def test_a_run_by_rows_is_one_that_changes_them_whole(
-    tied: bool, given: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    tied: bool, given: dict[str, Any], monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     """The clipped norm is summed in another order: bit for bit without clipping, else within some roundings of it."""
     settings = dataclasses.replace(HOW, train="all", optimizer="adamw", learning_rate=5e-3, **given)
@@ -134,15 +134,16 @@ def test_a_run_by_rows_is_one_that_changes_them_whole(
         return run_of(jaxengine.load(folder, dtype="float32", home="host"), settings)
 
     wanted = losses(whole := run())
+    request.addfinalizer(jax.clear_caches)  # of programs that are traced with this
     monkeypatch.setattr(rows, "BYTES", 4 * 20 * whole.model.params["outer"]["embedding"].shape[1])
     several = {n for n in whole.model.params["outer"] if layered.blocks(whole.tuning, n) > 1}
     assert several == {"embedding"} | ({"lm_head"} if not tied else set())
     found = losses(by_rows := run())
-    jax.clear_caches()
-    assert moved_by(wanted) > 1000 * CLOSE * max(wanted)
     if not settings.clip:
         assert found == wanted
-    np.testing.assert_allclose(found, wanted, rtol=CLOSE if settings.compute == "float32" else 2**-9)
+    rtol = CLOSE if settings.compute == "float32" else 2**-9
+    np.testing.assert_allclose(found, wanted, rtol=rtol)
+    assert moved_by(wanted) > 100 * rtol * max(wanted)
     for one, other in zip(jax.tree.leaves(by_rows._state), jax.tree.leaves(whole._state), strict=True):
         assert one.sharding == other.sharding
         assert one.dtype == other.dtype

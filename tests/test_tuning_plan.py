@@ -31,6 +31,7 @@ from jaxengine.finetune.optimizers.base import Matrix, Optimizer
 from jaxengine.finetune.settings import Settings
 from jaxengine.plan import Plan
 from jaxengine.planning import plan_folder, plan_for
+from jaxengine.proof import prove
 from pallas_kernels import aot
 from pallas_kernels.audit import Report, audit
 from pallas_kernels.cards import find
@@ -485,6 +486,19 @@ def test_the_compiled_step_agrees(
         assert report.copies
     if task == "full" and plan.get("home") == "host":  # what was changed goes out while the next one's state comes in
         assert both_ways(report, compiled.as_text())
+
+
+@pytest.mark.aot
+@pytest.mark.skipif(aot.missing() is not None, reason=str(aot.missing()))
+def test_a_plan_that_is_proved_lets_the_heads_gradient_wait() -> None:
+    """In host memory, while layers go back through; nothing else of a step stands there beside its arguments."""
+    wide = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 4, "num_key_value_heads": 4}
+    arch = architecture(SMALL | wide | {"vocab_size": 65536, "num_hidden_layers": 3})
+    plan, what = dataclasses.replace(F32, home="host", remat="full"), tuning.task("full")
+    (proof,) = prove(arch, plan, find("rtx4090"), batch=1, length=256, task=what)
+    assert proof.report.problems == ()
+    assert proof.report.host is not None
+    assert proof.report.host.temporaries == 4 * 65536 * 512
 
 
 def test_an_adapter_to_start_from_says_its_rank_and_targets(tmp_path: Path) -> None:

@@ -31,7 +31,8 @@ BYTES = 2**25  # of float32 rows that are changed at a time
 
 def blocks(how: Optimizer, shape: Sequence[int], shard: Sequence[int]) -> int:
     """In how many blocks a parameter of this shape is changed, of which a device has `shard`; 1 where it is changed whole: it
-    is small, its rows are split over devices, or a change depends on all of it.
+    is small, its rows are split over devices, a change depends on all of it, or no equal blocks of rows end where blocks of
+    codes do (moments in 8 bits).
 
     Blocks have V // n rows or one more, and of each size there are none or several: a loop of one turn is none to XLA, and
     what it takes from host memory would be read by a kernel, not copied.
