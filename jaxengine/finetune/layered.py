@@ -9,14 +9,15 @@ after all layers, one parameter at a time and of a large one some rows (rows.py)
 A gradient's global norm is known only after all of it has been made. With clipping, the way back is therefore gone twice:
 once for the norm, once for the updates, with the same numbers. With clip=0 it is gone once.
 
-**Copies** go both ways at a time, beside matrix products, and in place (host_temp is
-what waits there, of the layers and of the head; tests/test_tuning_plan.py reads it from the program that XLA makes for a card): a matrix's gradient is used as soon as it is there, and the changed matrix goes out
-with its state while the next one's state comes in and the gradients of those before it are made. XLA lets what goes out
-wait until the layer's end, so that at most all of one layer, weights and state, stands changed on the device. Nothing is under
-way from one layer to the next: a layer's matrices come in first, and alone. With AdamW that is 4 of 12 bytes a parameter, so
-that a step that waits for the link alone takes at least 16/12 of what a full duplex would. Writing each layer a turn later
-would hide that too (AOT, two matrices of 64 MB a layer, H2D and D2H each 6 copies a turn: also in place, each copy out beside
-all of the next layer's products), but holds a layer and its state more (7.1 in place of 4.6 layers), and is not done.
+**Copies** go both ways at a time, beside matrix products, and in place (host_temp is what waits there, of the layers and of
+the head; tests/test_tuning_plan.py reads it from the program that XLA makes for a card): a matrix's gradient is used as soon
+as it is there, and the changed matrix goes out with its state while the next one's state comes in and the gradients of those
+before it are made. XLA lets what goes out wait until the layer's end, so that at most all of one layer, weights and state,
+stands changed on the device. Nothing is under way from one layer to the next: a layer's matrices come in first, and alone.
+With AdamW that is 4 of 12 bytes a parameter, so that a step that waits for the link alone takes at least 16/12 of what a full
+duplex would. Writing each layer a turn later would hide that too (AOT, two matrices of 64 MB a layer, H2D and D2H each 6
+copies a turn: also in place, each copy out beside all of the next layer's products), but holds a layer and its state more
+(7.1 in place of 4.6 layers), and is not done.
 
 The parts of an accumulated batch go through a layer one after another while it is there, so that layers are brought once
 in a step however many parts there are.
