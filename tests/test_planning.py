@@ -105,7 +105,7 @@ TOO_MUCH: list[tuple[str, str, Plan, dict[str, Any]]] = [
     ("8B", "4090", FULL, {"memory": 10 * 10**9, "ram": 64 * 10**9, "context": 1024, "task": "full"}),
     ("8B", "4090", BF16, {"memory": 25 * 10**8}),
     ("8B", "4090", BF16, {"memory": 8 * 10**9, "batch": 8, "context": 65536}),
-    ("8B", "4090", FULL, {"memory": 16 * 10**9, "task": "full", "context": 8192, "batch": 4}),
+    ("8B", "4090", FULL, {"memory": 8 * 10**9, "task": "full", "context": 8192, "batch": 4}),
     ("8B", "rtx3060", BF16, {"memory": 2 * 10**9, "ram": 32 * 10**9}),
     ("8B", "rtx3060", BF16, {"memory": 4 * 10**9, "context": 8192, "batch": 4}),
     ("8B", "4090", BF16, {"memory": 8 * 10**9, "ram": 10**9}),

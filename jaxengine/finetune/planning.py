@@ -327,7 +327,9 @@ def need(
                 if added:  # in the place of the gradient, which is as wide
                     update -= layer
                 update += int((GAPS / 3 if added else GAPS) * (streaming + gradients + kept + update))
-            moments = [cast + back + under_way, update]
+            # with a norm to be clipped, what the first way back began with stands for the second
+            begun = entering if remat == "full" and task.clip and not added else 0
+            moments = [cast + back + under_way + begun, update]
             if alternating:
                 # a layer and its state come at once, before its gradient is made; what came in is widened for a norm
                 moments.append(cast - (0 if added else narrow) + coming + back + 2 * entering // parts)
