@@ -36,7 +36,7 @@ from test_tuning_plan import BF16, F32
 import jaxengine
 from jaxengine.architecture import architecture
 from jaxengine.command import app
-from jaxengine.finetune import meshed, mezo
+from jaxengine.finetune import layered, meshed, mezo, rows
 from jaxengine.finetune import planning as tuning
 from jaxengine.finetune.run import Run, Settings
 from jaxengine.plan import Plan, parse_bytes, table_over
@@ -110,6 +110,26 @@ def test_eight_devices_are_one(
     run._feed = run._batches(state=None)
     np.testing.assert_allclose(losses(run), wanted, rtol=bound)
     looked_at(run, settings, SPLIT[sharding])
+
+
+@pytest.mark.parametrize("sharding", ["data", "fsdp", pytest.param("fsdp+tensor", marks=pytest.mark.thorough)])
+def test_rows_of_eight_devices_are_those_of_one(
+    sharding: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    """Embedding and head changed by blocks of rows, each of which has its columns or all of them on a device, against one
+    device that changes them whole."""
+    settings = dataclasses.replace(HOW, batch=8, steps=4, train="all", optimizer="adamw", learning_rate=5e-3)
+    wanted = losses(run_of(llama(**HOST), settings))
+    assert moved_by(wanted) > 100 * CODES * max(wanted)
+    jax.clear_caches()
+    request.addfinalizer(jax.clear_caches)  # of programs that are traced with this
+    run = run_of(llama(plan=WHOLE_VOCAB, sharding=sharding, mesh=MESHES[sharding], **HOST), settings)
+    table = run.model.params["outer"]["embedding"].sharding.shard_shape((101, 48))
+    monkeypatch.setattr(rows, "BYTES", 4 * 20 * table[1])
+    assert {n for n in run.model.params["outer"] if layered.blocks(run.tuning, n) > 1} == {"embedding", "lm_head"}
+    np.testing.assert_allclose(losses(run), wanted, rtol=CODES)
+    moments = [x for x in jax.tree.leaves(run._state.optimizer["outer"]["embedding"]) if x.shape == (101, 48)]
+    assert [split_of(x) for x in moments] == 2 * [{"data": 1, "fsdp": 8, "fsdp+tensor": 4}[sharding]]
 
 
 def looked_at(run: Run, settings: Settings, split: int) -> None:
