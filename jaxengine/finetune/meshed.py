@@ -160,7 +160,9 @@ def need(
         sums += largest  # brought together, beside what is changed
     elif rows < batch and 4 * largest // itemsize > COMBINED:
         sums += 4 * largest // itemsize  # of a gradient that is summed alone
-    n = alone(used, bare, one, batch=rows, context=context, held=held, sums=sums)
+    n = alone(
+        used, bare, one, batch=rows, context=context, held=held, sums=sums, summed=rows < batch and layer == shard
+    )
     found, streamed = dataclasses.asdict(n), n.streaming > 0
     if task.beside and streamed and layer > shard:
         # of two, the shards and what is brought together of them at a time; of more all of a layer was seen to be

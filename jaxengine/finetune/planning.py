@@ -209,12 +209,13 @@ def need(
     context: int,
     held: Architecture | None = None,
     sums: int = 0,
+    summed: bool = False,
     wide: bool = False,
     keeps_gelu: bool = False,
 ) -> Need:
     """What a step needs: `batch` rows of `context` tokens a part; over a mesh each of its devices, and the machine of host
     memory. held: the shapes that parameters and what is trained are held in, where they are used in others; sums: bytes of what
-    goes between devices while streamed layers are trained themselves. wide: on a card
+    goes between devices while streamed layers are trained themselves; summed: devices sum whole gradients of theirs. wide: on a card
     below sm_80, where XLA makes nothing inside a product: see `_wide_back`. keeps_gelu: see that of a card."""
     on_card: Any = {"wide": wide, "keeps_gelu": keeps_gelu}
     if plan.mesh:
@@ -326,6 +327,8 @@ def need(
                     update += batch * context * dtype.itemsize * s.F
                 if added:  # in the place of the gradient, which is as wide
                     update -= layer
+                elif summed:  # in float32, and then used: no others wait
+                    update -= max(0, narrow - largest)
                 update += int((GAPS / 3 if added else GAPS) * (streaming + gradients + kept + update))
             # with a norm to be clipped, what the first way back began with stands for the second
             begun = entering if remat == "full" and task.clip and not added else 0
@@ -339,7 +342,9 @@ def need(
                 gradients -= narrow - largest * dtype.itemsize // 4
                 within = batch * context * dtype.itemsize * (4 * s.D + 2 * s.NH + 2 * s.KH + 3 * s.F)
                 moments = [cast - (largest * dtype.itemsize // 4 if cast else 0) + largest + within]
-            loss += outside_now.head + (outside_now.head // 4 * dtype.itemsize if dtype.itemsize < 4 else 0)
+            # the head's gradient, and what it is made from: in the arithmetic's dtype, or each device's own
+            loss += outside_now.head * (2 if summed else 1)
+            loss += 0 if summed or dtype.itemsize == 4 else outside_now.head // 4 * dtype.itemsize
             last = outside_now.here + max(outside_now.changing - kept, 0 if task.clip else -kept)
             # layers that are brought together stand while they are changed, and sums over devices are done by then
             together = sums if max(layer_bytes(architecture, plan)) > layer else 0
