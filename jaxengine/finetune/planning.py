@@ -215,8 +215,8 @@ def need(
 ) -> Need:
     """What a step needs: `batch` rows of `context` tokens a part; over a mesh each of its devices, and the machine of host
     memory. held: the shapes that parameters and what is trained are held in, where they are used in others; sums: bytes of what
-    goes between devices while streamed layers are trained themselves; summed: devices sum whole gradients of theirs. wide: on a card
-    below sm_80, where XLA makes nothing inside a product: see `_wide_back`. keeps_gelu: see that of a card."""
+    goes between devices while streamed layers are trained themselves; summed: devices sum whole gradients of theirs.
+    wide: on a card below sm_80, where XLA makes nothing inside a product: see `_wide_back`. keeps_gelu: see that of a card."""
     on_card: Any = {"wide": wide, "keeps_gelu": keeps_gelu}
     if plan.mesh:
         how: Any = {"alone": functools.partial(need, **on_card), "loss": loss_activations}
