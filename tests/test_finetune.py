@@ -972,6 +972,38 @@ def test_memory_chooses_where_layers_stand(sums: str, tmp_path: Path, monkeypatc
     assert "memory='1MB': a step on 4 x 64 tokens needs at least 5.05 MB of the device" in done.output
 
 
+def test_a_run_goes_on_in_the_homes_that_it_began_in(
+    sums: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever --memory would choose now, where other memory is free."""
+    plans: list[Any] = []
+    original = jaxengine.load
+    monkeypatch.setattr(jaxengine, "load", lambda *a, **how: plans.append(how["plan"]) or original(*a, **how))
+
+    def words(out: str, steps: int, memory: str) -> tuple[str, ...]:
+        how = f"--context 64 --schedule constant --warmup 0 --steps {steps} --save-every 1 --memory {memory}"
+        return ("demo", sums, "--out", str(tmp_path / out), *how.split())
+
+    def lost(out: str) -> list[float]:
+        found = [each for file in (tmp_path / out / "events").iterdir() for each in read_events(file)]
+        return [v["train/loss"] for _, v in sorted(found, key=lambda each: each[0]) if "train/loss" in v]
+
+    for each in (words("whole", 4, "5.5MB"), words("parted", 2, "5.5MB"), words("parted", 4, "64MB")):
+        done = invoke(*each)
+        assert done.exit_code == 0, done.output
+    assert [(p.home, p.resolved_form, p.remat) for p in plans] == 3 * [(plans[0].home, "scan", plans[0].remat)]
+    assert plans[0].home == "host"
+    assert lost("parted") == lost("whole")
+    assert len(lost("whole")) == 4
+    for more in ((*words("parted", 6, "64MB"), "--ram", "1MB"), words("parted", 6, "5.2MB")):
+        done = invoke(*more)
+        assert done.exit_code == 2
+        assert re.search(r"of a run with home 'host' .* of host memory: [0-9.]+ .B over", done.output)
+    done = invoke(*words("parted", 6, "64MB"), "--batch", "2")  # what differs is said, and not that it is large
+    assert "batch was 4 and is 2" in done.output
+    assert "home was" not in done.output
+
+
 @pytest.mark.parametrize(
     ("how", "targets", "advice"),
     [

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from jaxengine.finetune.run import Record
     from jaxengine.finetune.settings import Settings
     from jaxengine.plan import Plan
+    from pallas_kernels.cards import Card
 
 A_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 A_FOLDER = click.Path(file_okay=False, path_type=Path)
@@ -242,7 +243,12 @@ def _finetune(folder: str, data: tuple[Path, ...], out: Path | None, reading: An
         model = Path(os.path.abspath(folder))  # as it is called here, links included
         out = Path(f"{model.stem if model.is_file() else model.name}-{data[0].stem}-{settings.train}")
         print(f"--out is not given: the run is in {out}", file=sys.stderr, flush=True)
+    planned = (plan, settings)
+    if given["memory"] is not None:
+        plan, settings = as_begun(out, plan, settings)
     check_out(out, said(settings, arch, plan, None if adapter is None else begun(adapter, arch)))
+    if (plan, settings) != planned:
+        _check_fits(out, arch, plan, settings, given)
     words = tokenizer(Path(folder))
     if words is None:
         raise click.UsageError(f"{folder} has no tokenizer: add the tokenizer.json that the model was made with.")
@@ -392,20 +398,15 @@ def _chosen_plan(folder: str, given: dict[str, Any]) -> tuple[Architecture, Plan
     """`chosen_plan`, which says what would fit where nothing does."""
     import dataclasses
 
-    import jax
-
     from jaxengine.architecture import architecture
     from jaxengine.export import one_dtype
     from jaxengine.finetune import meshed
-    from jaxengine.finetune.planning import keeps_gelu, variants
+    from jaxengine.finetune.planning import variants
     from jaxengine.finetune.run import begun, check
     from jaxengine.finetune.settings import Settings
-    from jaxengine.machine import available_ram, pool_limit_bytes
-    from jaxengine.plan import Plan, check_mesh, lacking, parse_bytes, rounded_up, show_bytes, with_rules, with_table
+    from jaxengine.plan import Plan, check_mesh, lacking, rounded_up, show_bytes, with_rules, with_table
     from jaxengine.planning import worth_ahead
     from jaxengine.sources import open_source, read_config
-    from pallas_kernels.cards import CARDS
-    from pallas_kernels.dispatch import below_ampere
     from sharding.mesh import make_mesh
 
     loading = {n: given[n] for n in ("weights", "dtype", "home", "form", "resident", "attention", "mesh", "sharding")}
@@ -445,9 +446,7 @@ def _chosen_plan(folder: str, given: dict[str, Any]) -> tuple[Architecture, Plan
         return arch, plan, settings
     if odd := [n for n in ("home", "form", "resident") if n in said]:
         raise click.UsageError(f"--memory chooses the home: leave --{odd[0]} out, or --memory.")
-    budget, room = parse_bytes(memory), available_ram() if given["ram"] is None else parse_bytes(given["ram"], "ram")
-    if jax.devices()[0].platform == "gpu":
-        room = min(room, pool_limit_bytes())
+    budget, room = _limits(given)
     plan = dataclasses.replace(plan, home="device", form="", resident=0, kept=0, remat=given["remat"] or "")
     check_mesh(arch, plan)
     mesh = make_mesh(plan.mesh or None)
@@ -455,14 +454,10 @@ def _chosen_plan(folder: str, given: dict[str, Any]) -> tuple[Architecture, Plan
     if plan.mesh:
         meshed.check(arch, plan, settings.task, batch=settings.batch)
     rows = {"batch": settings.batch, "context": settings.context}
-    card = next((c for c in CARDS.values() if c.kind == jax.devices()[0].device_kind), None)
+    card = _card()
     # as `jaxengine plan` asks of that card; of one that is not in its table, and on a CPU, nothing is known or gained
     ahead = card is not None and worth_ahead(arch, plan, settings.task, card, **rows)
-    wide = below_ampere()
-    gelu = card is not None and keeps_gelu(card)
-    found = variants(
-        arch, plan, settings.task, memory=budget, ram=room, ahead=ahead, wide=wide, keeps_gelu=gelu, **rows
-    )
+    found = variants(arch, plan, settings.task, memory=budget, ram=room, ahead=ahead, **_on_card(card), **rows)
     fits = next((v for v in found if not v.refused), None)
     if fits is None:
         least = min(found, key=lambda v: (v.barred, v.need.device > budget, v.need.device))
@@ -480,6 +475,74 @@ def _chosen_plan(folder: str, given: dict[str, Any]) -> tuple[Architecture, Plan
         plan = dataclasses.replace(plan, form="scan")
     check(settings, arch, plan, mesh)
     return arch, plan, settings
+
+
+def _limits(given: dict[str, Any]) -> tuple[int, int]:
+    """Bytes of the device and of host memory that --memory and --ram, or what is free, leave to a run."""
+    import jax
+
+    from jaxengine.machine import available_ram, pool_limit_bytes
+    from jaxengine.plan import parse_bytes
+
+    room = available_ram() if given["ram"] is None else parse_bytes(given["ram"], "ram")
+    if jax.devices()[0].platform == "gpu":
+        room = min(room, pool_limit_bytes())
+    return parse_bytes(given["memory"]), room
+
+
+def _on_card(card: Card | None) -> dict[str, bool]:
+    """What the count of bytes asks of this device; card: None where it is not in the table."""
+    from jaxengine.finetune.planning import keeps_gelu
+    from pallas_kernels.dispatch import below_ampere
+
+    return {"wide": below_ampere(), "keeps_gelu": card is not None and keeps_gelu(card)}
+
+
+def _card() -> Card | None:
+    """This device, where the table of cards has it."""
+    import jax
+
+    from pallas_kernels.cards import CARDS
+
+    return next((c for c in CARDS.values() if c.kind == jax.devices()[0].device_kind), None)
+
+
+def as_begun(out: Path, plan: Plan, settings: Settings) -> tuple[Plan, Settings]:
+    """The plan and settings with the homes, form and remat of the run that stands in `out`, if one does. What --memory chooses
+    depends on the host memory that is free as it starts; a run that goes on has what it began with, or its losses would round
+    differently."""
+    import dataclasses
+    import json
+
+    from jaxengine.finetune.run import SETTINGS
+
+    try:
+        held = json.loads((out / SETTINGS).read_text(encoding="utf-8"))
+        home, form, resident, remat = *(held["plan"][n] for n in ("home", "form", "resident")), held["remat"]
+    except (OSError, ValueError, TypeError, KeyError):  # none, or no run's: said where it is checked
+        return plan, settings
+    if (home, form, resident, remat) == (plan.home, plan.resolved_form, plan.resident, settings.remat):
+        return plan, settings
+    try:
+        begun = dataclasses.replace(plan, home=home, form=form, resident=resident, remat=remat)
+        return begun, dataclasses.replace(settings, remat=remat)
+    except (TypeError, ValueError):  # no plan: what differs is said
+        return plan, settings
+
+
+def _check_fits(out: Path, arch: Architecture, plan: Plan, settings: Settings, given: dict[str, Any]) -> None:
+    """Refuse to go on with a run whose plan is more than there is now."""
+    from jaxengine.finetune.planning import need
+    from jaxengine.plan import lacks, show_bytes
+
+    rows = {"batch": settings.batch, "context": settings.context}
+    n, (budget, room) = need(arch, plan, settings.task, **_on_card(_card()), **rows), _limits(given)
+    if lacking := lacks(n, budget, room):
+        raise ValueError(
+            f"{out} is of a run with home {plan.home!r} and remat {plan.remat!r}, which takes {show_bytes(n.device)} of the"
+            f" device and {show_bytes(n.host)} of host memory: {lacking}. Another plan would not give the losses of an unbroken"
+            f" run: make so much free (or say it with --memory and --ram), or give another folder"
+        )
 
 
 def _better_scanned(settings: Settings) -> bool:
