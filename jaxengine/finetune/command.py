@@ -490,7 +490,7 @@ def _limits(given: dict[str, Any]) -> tuple[int, int]:
     return parse_bytes(given["memory"]), room
 
 
-def _on_card(card: Card | None) -> dict[str, bool]:
+def _on_card(card: Card | None) -> dict[str, Any]:
     """What the count of bytes asks of this device; card: None where it is not in the table."""
     from jaxengine.finetune.planning import keeps_gelu
     from pallas_kernels.dispatch import below_ampere
@@ -535,7 +535,7 @@ def _check_fits(out: Path, arch: Architecture, plan: Plan, settings: Settings, g
     from jaxengine.finetune.planning import need
     from jaxengine.plan import lacks, show_bytes
 
-    rows = {"batch": settings.batch, "context": settings.context}
+    rows: dict[str, Any] = {"batch": settings.batch, "context": settings.context}
     n, (budget, room) = need(arch, plan, settings.task, **_on_card(_card()), **rows), _limits(given)
     if lacking := lacks(n, budget, room):
         raise ValueError(
