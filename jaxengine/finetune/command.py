@@ -453,7 +453,7 @@ def _chosen_plan(folder: str, given: dict[str, Any]) -> tuple[Architecture, Plan
     check(settings, arch, plan, mesh)
     if plan.mesh:
         meshed.check(arch, plan, settings.task, batch=settings.batch)
-    rows = {"batch": settings.batch, "context": settings.context}
+    rows: dict[str, Any] = {"batch": settings.batch, "context": settings.context}
     card = _card()
     # as `jaxengine plan` asks of that card; of one that is not in its table, and on a CPU, nothing is known or gained
     ahead = card is not None and worth_ahead(arch, plan, settings.task, card, **rows)
