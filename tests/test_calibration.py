@@ -293,6 +293,25 @@ def test_the_command_makes_a_model_that_is_nearer_than_rounding_to_nearest(two: 
     assert away[0] < 0.85 * away[1]
 
 
+def test_rows_are_no_longer_than_the_model_takes_where_nobody_says(
+    two: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def sampled(folder: Path, text: Any, arch: Any, samples: int, context: int, seed: int) -> Any:
+        asked.append(context)
+        raise Killed
+
+    monkeypatch.setattr(run, "sampled", sampled)
+    cases: tuple[tuple[int, dict[str, Any]], ...] = ((384, {}), (4096, {}), (4096, {"context": 400}))
+    for longest, given in cases:
+        raw = read_config(two) | {"max_position_embeddings": longest}
+        monkeypatch.setattr(run, "read_config", lambda folder, raw=raw: raw)
+        with pytest.raises(Killed):
+            quantize(two, tmp_path / "no.txt", out=tmp_path / "out", **HOW | given)
+    assert asked == [384, 512, 400]
+
+
 class Killed(Exception):  # noqa: N818
     pass
 

@@ -28,7 +28,9 @@ A_FOLDER = click.Path(file_okay=False, path_type=Path)
 @click.option("--method", metavar="METHOD", default="gptq", help="gptq or awq.")
 @click.option("--memory", metavar="SIZE", show_default="any", help="Device memory to use, e.g. 8GB.")
 @click.option("--samples", metavar="N", type=click.IntRange(1), default=128, help="Rows of text.")
-@click.option("--context", metavar="N", type=click.IntRange(1), default=512, help="Tokens of a row.")
+@click.option(
+    "--context", metavar="N", type=click.IntRange(1), show_default="512, or the model's", help="Tokens of a row."
+)
 @click.option(
     "--dtype", metavar="DTYPE", show_default="the checkpoint's", help="Compute in float32, bfloat16 or float16."
 )

@@ -63,6 +63,7 @@ log = logging.getLogger("jaxengine")
 
 METHODS = ("gptq", "awq")
 ROWS = 8  # of a batch, where memory does not say fewer
+CONTEXT = 512  # tokens of a row, where nobody says how many and the model takes as many
 ASKED, DONE = "asked.json", "done.json"  # of the folder of a run that is not finished
 
 Track = Callable[[int, int, str], None]  # (layers done, layers in all, what is being done)
@@ -138,7 +139,7 @@ def quantize(
     method: str = "gptq",
     memory: str | int | None = None,
     samples: int = 128,
-    context: int = 512,
+    context: int | None = None,
     dtype: str | None = None,
     seed: int = 0,
     progress: Track | None = None,
@@ -146,11 +147,11 @@ def quantize(
     """Choose the codes of a checkpoint's matrices by text, and write a Hugging Face folder of them.
 
     folder: a Hugging Face checkpoint. text: plain text or jsonl files, as `jaxengine finetune` reads them, or rows of tokens,
-    which `samples` and `context` then say nothing about. weights: an
-    integer format: 'int4:group_size=64', 'int3:affine=true', 'int8'. method: 'gptq' or 'awq'. memory: device memory that
-    is not to be exceeded, '8GB'; rows are taken fewer at a time until it is enough. samples: rows of `context` tokens. dtype:
-    of activations (the checkpoint's own if not given). The embedding and the head stay as they are. progress: called
-    with (layers done, layers in all, what is being done).
+    which `samples` and `context` then say nothing about. weights: an integer format: 'int4:group_size=64', 'int3:affine=true',
+    'int8'. method: 'gptq' or 'awq'. memory: device memory that is not to be exceeded, '8GB'; rows are taken fewer at a time until
+    it is enough. samples: rows of `context` tokens (512, or what the model takes at most). dtype: of activations (the
+    checkpoint's own if not given). The embedding and the head stay as they are. progress: called with (layers done, layers in
+    all, what is being done).
 
     The same call goes on with what an interrupted one left, with another memory too: how many rows are taken at a time decides
     in which order sums are made, and nothing else. Raises, before anything is allocated or written:
@@ -161,7 +162,7 @@ def quantize(
     raw = read_config(folder)
     if isinstance(text, Samples):
         samples, context = text.tokens.shape
-    _check(target, method, samples, context, dtype)
+    _check(target, method, samples, CONTEXT if context is None else context, dtype)
     with open_source(folder, architecture(raw)) as source:
         arch = source.architecture
         if source.plan is not None:
@@ -169,6 +170,7 @@ def quantize(
                 f"{folder} is quantized already ({source.plan.weights}): start from the checkpoint that it was made from"
             )
         longest = arch.config.max_position_embeddings
+        context = min(CONTEXT, longest) if context is None else context
         if context > longest:
             raise ValueError(f"context is {context}, and the model takes at most {longest} tokens: give {longest}")
         dtype = dtype or one_dtype(arch, source.dtype, raw)
