@@ -486,6 +486,10 @@ def traps(architecture: Architecture, candidate: Candidate, card: Card, task: Ta
             "of a step through streamed layers that alternate, where gradients are added up, XLA was seen to take up to 1.15"
             " times as much as is counted: leave room, or compile the plan"
         )
+    for what, times in tuning.strays(architecture, candidate.plan, task) if task is not None else []:
+        said.append(
+            f"of a step {what}, XLA was seen to take {times} times as much as is counted: leave room, or compile the plan"
+        )
     if tiers["disk"]:
         plain = candidate.plan.weights == "dense" and not candidate.plan.weight_rules
         own = (

@@ -55,13 +55,16 @@ def walk(
     *,
     remat: str = "none",
     gathers: bool = False,
+    in_turn: bool = False,
 ) -> tuple[Any, tuple[Any, ...]]:
     """Run `body` through all layers of the banks; gives the last carry and the new states, laid out as `states`.
 
     remat: where a gradient is taken, what is kept of each layer for it (REMAT). A streamed layer is run again whatever
     is said, and with 'none' as with 'full'. gathers: layers are split over devices and brought together to be used (fsdp):
     resident ones in turn, each while the one before it is computed, so that two are whole at a time. (XLA brings them
-    together as early as it can, and before a loop if they do not change in it: all of them would be whole.)
+    together as early as it can, and before a loop if they do not change in it: all of them would be whole.) in_turn: resident
+    layers that are written out are used no earlier than what comes into them is there. (XLA would else narrow the matrices of
+    all layers, where arithmetic is narrower than they are, before the first is used.)
     """
     done = []
     for bank, bank_states in zip(banks, states, strict=True):
@@ -73,6 +76,8 @@ def walk(
         loop = {"unrolled": _unrolled, "scan": _scanned, "ahead": _ahead}[bank.form]
         if gathers and loop is _unrolled:
             loop = _gathered
+        elif in_turn and loop is _unrolled:
+            loop = functools.partial(_unrolled, in_turn=True)
         carry, new = loop(body, carry, bank, bank_states, remat)
         done.append(new)
     return carry, tuple(done)
@@ -105,12 +110,12 @@ def drive(run: Body, carry: Any, banks: Sequence[Bank], states: Sequence[Any]) -
     return carry, tuple(done)
 
 
-def _unrolled(body: Body, carry: Any, bank: Bank, states: Any, remat: str) -> tuple[Any, Any]:
+def _unrolled(body: Body, carry: Any, bank: Bank, states: Any, remat: str, *, in_turn: bool = False) -> tuple[Any, Any]:
     fetch, streamed = home(bank.home).fetch, home(bank.home).TIER != "device"
     new = []
     for kind, weights, state in zip(bank.kinds * bank.repeats, bank.weights, states, strict=True):
         bring = fetch
-        if streamed:
+        if streamed or in_turn:
             # or all copies start with the program; gradients go to the weights themselves, not through the barrier
             held, carry = lax.optimization_barrier((lax.stop_gradient(weights), carry))
             bring = functools.partial(_brought, fetch, held)

@@ -25,8 +25,10 @@ from jaxengine.finetune.optimizers.base import Optimizer
 from jaxengine.finetune.trained._lowrank import LowRank
 from jaxengine.finetune.trained.base import trained
 from jaxengine.plan import layer_bytes
+from jaxengine.planning import plan_for, traps
 from pallas_kernels import aot
 from pallas_kernels.audit import audit
+from pallas_kernels.cards import CARDS
 
 pytestmark = [pytest.mark.aot, pytest.mark.skipif(aot.missing() is not None, reason=str(aot.missing()))]
 
@@ -158,6 +160,9 @@ FURTHER: list[Any] = [
     ("wide", "RTX 4090", "mezo", HOST, 1, 2048, {}),
     ("small", "RTX 4090", "mezo", {"form": "scan"}, 1, 1024, {}),
     ("small", "RTX 4090", "lora", HOST, 4, 1024, {"optimizer": MEZO, "clip": 0.0}),
+    ("gemma2", "RTX 4090", "lora", HOST, 4, 1024, {"optimizer": MEZO, "clip": 0.0}),
+    ("gemma2", "H200", "lora", HOST, 4, 1024, {"optimizer": MEZO, "clip": 0.0}),
+    ("gemma3_text", "H200", "lora", HOST, 4, 1024, {"optimizer": MEZO, "clip": 0.0}),
     ("tied", "H200", "lisa", {}, 4, 1024, {}),
     ("tied", "RTX 4090", "badam", HOST, 4, 1024, {}),
     ("tied", "RTX 4090", "hift", HOST, 4, 1024, {}),
@@ -184,16 +189,21 @@ FURTHER: list[Any] = [
     ("small", "RTX 4090", "lora", {}, 4, 1024, {}),
     ("thin", "H200", "lora", {}, 2, 1024, {}),
     ("8B", "RTX 4090", "lora", AHEAD, 2, 2048, {}),
-    pytest.param(
-        "thin",
-        "RTX 3090",
-        "lora",
-        HOST | {"weights": "nf4"},
-        8,
-        512,
-        {},
-        marks=pytest.mark.xfail(raises=AssertionError, strict=True, reason="5.3 % under: 434 MB for 457"),
-    ),
+    # all that a layer made is kept, or what its matrices gave
+    ("small", "RTX 4090", "lora", {"remat": "none"}, 4, 1024, {}),
+    ("gemma2", "RTX 3090", "lora", {"remat": "none"}, 2, 2048, {}),
+    ("gemma2", "H200", "lora", {"remat": "none"}, 4, 1024, {}),
+    ("gemma3_text", "H200", "lora", {"remat": "none"}, 4, 1024, {}),
+    ("qwen3", "RTX 4090", "lora", {"remat": "none"}, 4, 1024, {}),
+    ("gpt2", "H200", "lora", {"remat": "none"}, 4, 1024, {}),
+    ("opt", "RTX 4090", "lora", {"remat": "none"}, 4, 1024, {}),
+    ("gemma2", "RTX 4090", "lora", {"remat": "dots"}, 4, 1024, {}),
+    ("gpt2", "RTX 4090", "lora", HOST | {"remat": "dots"}, 4, 1024, {}),
+    ("gpt2", "A100", "lora", HOST | {"remat": "dots"}, 2, 512, {}),
+    ("opt", "H200", "lora", HOST | {"remat": "dots"}, 4, 1024, {}),
+    ("small", "RTX 4090", "lora", HOST, 4, 1024, {"tile": 256}),  # several rows, which are cut in copies
+    ("thin", "H200", "lora", HOST, 2, 4096, {"tile": 512}),
+    ("thin", "RTX 3090", "lora", HOST | {"weights": "nf4"}, 8, 512, {}),
     ("wide", "RTX 4090", "dora", HOST | {"weights": "nf4"}, 2, 1024, {}),
     ("wide", "RTX 4090", "lora", HOST | {"weights": "nf4", "remat": "dots"}, 2, 1024, {}),
     ("small", "A100", "lora", {"weights": "fp8"}, 4, 1024, {}),
@@ -219,6 +229,7 @@ FURTHER: list[Any] = [
     ("wide", "RTX 4090", "lisa", HOST, 2, 1024, {"compute": "float32"}),
     ("thin", "RTX 4090", "lisa", HOST, 2, 1024, {"compute": "float32"}),
     ("wide", "RTX 4090", "lora", {"dtype": "float32"}, 2, 1024, {}),
+    ("small", "H200", "lora", {"dtype": "float32"}, 4, 1024, {}),
     ("thin", "RTX 4090", "lora", {"dtype": "float32"}, 2, 1024, {}),
     ("small", "RTX 4090", "mezo", HOST | {"dtype": "float32"}, 4, 1024, {"compute": "bfloat16"}),
     ("wide", "RTX 4090", "mezo", HOST | {"dtype": "float32"}, 2, 1024, {"compute": "bfloat16"}),
@@ -239,8 +250,6 @@ FURTHER: list[Any] = [
             ("7 % under", "thin", "RTX 4090", "lora", HOST | XLA, 2, 1024, {}),
             # live are 5.04 GB, of the 5.07 that are counted
             ("7 % under: XLA's heap has gaps", "small", "H200", "full", {}, 2, 1024, {"accumulate": 2}),
-            # XLA narrows all layers before the first one widens, which it does of no other model here
-            ("10 % under", "small", "H200", "lora", {"dtype": "float32"}, 4, 1024, {}),
         )
     ),
 ]
@@ -285,6 +294,34 @@ def test_models_of_real_size_and_what_compiles_long(
 ) -> None:
     found, counted = on_device(name, card, task, plan, batch, context, how)
     assert found == pytest.approx(counted, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("name", "card", "task", "plan", "how", "said"),
+    [
+        ("thin", "RTX 4090", "lora", HOST | XLA, {}, "attention 'xla' in 16 bits"),
+        ("thin", "RTX 4090", "lora", HOST, {}, ""),
+        ("thin", "RTX 4090", "lora", XLA, {}, ""),
+        ("opt", "H200", "lora", HOST, {}, "has no gate"),
+        ("opt", "H200", "lora", {}, {}, ""),
+        ("small", "H200", "full", {}, {"accumulate": 2}, "adds up the gradients of resident layers"),
+        ("small", "H200", "full", {}, {}, ""),
+        ("small", "H200", "full", HOST, {"accumulate": 2}, ""),
+        ("gemma2", "H200", "lora", HOST, {"optimizer": MEZO, "clip": 0.0}, ""),
+    ],
+    ids=str,
+)
+def test_a_plan_says_of_rows_that_are_missed_by_how_much(
+    name: str, card: str, task: str, plan: dict[str, Any], how: dict[str, Any], said: str
+) -> None:
+    """Those that are expected to fail above; none of the others."""
+    what = dataclasses.replace(tuning.task(task), **how)
+    chosen = dataclasses.replace(F32 if task == "full" else BF16, **plan)
+    found = plan_for(architecture(SHAPES[name]), chosen, CARDS[card], batch=2, context=1024, task=what)
+    assert found.chosen is not None
+    candidate = dataclasses.replace(found.chosen, plan=chosen)  # where it is asked for, not where all fits
+    notes = [t for t in traps(found.architecture, candidate, found.card, what) if "times as much as is" in t]
+    assert [said in t for t in notes] == ([True] if said else [])
 
 
 def test_layers_that_are_brought_together_to_be_trained_go_again() -> None:

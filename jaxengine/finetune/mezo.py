@@ -98,7 +98,7 @@ def is_due(state: State) -> bool:
     return bool(state.optimizer.scale != 0) or bool(state.optimizer.decay != 0)
 
 
-Change = Callable[[Array, Array, bool], Array]  # (theta, z, of a matrix) -> theta, all float32
+How = Callable[[Array, Array, bool], Array]  # (theta, z, of a matrix) -> theta, all float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +109,7 @@ class Noise:
     key: Array
 
     def change(
-        self, specs: Mapping[str, Spec], layer: Array, held: Mapping[str, Any], how: Change, *, by_chance: bool = False
+        self, specs: Mapping[str, Spec], layer: Array, held: Mapping[str, Any], how: How, *, by_chance: bool = False
     ) -> dict[str, Any]:
         """What is trained of a layer, or outside, with how(theta, z) in the place of each theta, rounded to its dtype: to the
         nearest, or up or down by chance. specs: of all in there."""
@@ -187,28 +187,37 @@ def _place(tuning: Tuning, bank: Bank) -> Place:
     return Place.of(bank) if tuning.train == "all" else Place(lambda tree: tree, lambda tree, held: tree)
 
 
-Run = Callable[[Hashable, Any, Any, Array, Any], tuple[Any, Any]]  # (kind, weights, trained, layer, x) -> (trained, x)
+Run = Callable[[Hashable, Any, Any, Array, Any], Any]  # (kind, weights, trained, layer, x) -> x
 
 
 def _through(tuning: Tuning, params: Any, state: State, x: Any, run: Run) -> tuple[Any, Any]:
-    """All layers in turn: (x, new trained banks)."""
-    layer, new = jnp.int32(0), []
+    """All layers in turn, each with the change made that is due: (x, new trained banks)."""
+    layer, new, due, architecture = jnp.int32(0), [], _due(tuning, state), tuning.engine.architecture
+
+    def change(kind: Hashable, layer: Array, held: Any) -> Any:
+        return due(architecture.block(kind)[1], layer, held)
+
     for bank, held in zip(params["banks"], state.trained["banks"], strict=True):
         place = _place(tuning, bank)
+        before = len(bank.kinds) > 1 and bank.stacked and tuning.train != "all"
+        if before:
+            held = _changed(bank, held, layer, change)
         streamed = home(bank.home).TIER != "device"
         if streamed and tuning.train == "all" and len(bank.kinds) > 1 and bank.stacked:
-            layer, x, of_bank = _in_turn(bank, place, held, layer, x, run)
+            layer, x, of_bank = _in_turn(bank, place, held, layer, x, change, run)
             new.append(of_bank)
             continue
 
         def body(
             kind: Hashable, weights: Any, carry: Any, held: Any, place: Any = place, streamed: bool = streamed,
-            stacked: bool = bank.stacked,
+            stacked: bool = bank.stacked, before: bool = before,
         ) -> Any:  # fmt: skip
             if streamed:
                 held, carry = lax.optimization_barrier((held, carry))  # or all copies start with the program
             layer, x = carry
-            new, x = run(kind, weights, place.fetch(held), layer, x)
+            # made once: not anew for the loop, and for what goes back
+            new = place.fetch(held) if before else lax.optimization_barrier(change(kind, layer, place.fetch(held)))
+            x = run(kind, weights, new, layer, x)
             new = place.back(new, held)
             if streamed and not stacked:  # or what was changed stands until the last layer was passed
                 new, x = lax.optimization_barrier((new, x))
@@ -219,7 +228,25 @@ def _through(tuning: Tuning, params: Any, state: State, x: Any, run: Run) -> tup
     return x, tuple(new)
 
 
-def _in_turn(bank: Bank, place: Place, held: Any, layer: Array, x: Any, run: Run) -> tuple[Array, Any, Any]:
+Change = Callable[[Hashable, Array, Any], Any]  # (kind, layer, trained) -> trained
+
+
+def _changed(bank: Bank, held: Any, layer: Array, change: Change) -> Any:
+    """What stands beside a bank's unlike layers, changed before the first is run. (Changed between two layers, it would be
+    what XLA's scheduler brings the second beside, in the place of the first.)"""
+
+    def period(i: Array, stacks: Any) -> Any:
+        stacks, K = list(stacks), len(bank.kinds)
+        for k, kind in enumerate(bank.kinds):
+            stacks[k] = put(stacks[k], change(kind, layer + i * K + k, at(stacks[k], i)), i)
+        return tuple(stacks)
+
+    return lax.fori_loop(0, bank.repeats, period, tuple(held))
+
+
+def _in_turn(
+    bank: Bank, place: Place, held: Any, layer: Array, x: Any, change: Change, run: Run
+) -> tuple[Array, Any, Any]:
     """(layer, x, trained) after a bank whose unlike layers follow each other and are trained themselves: each is brought when
     the one before it was used and has gone back. (`walk` takes slices of all of a turn's states at its beginning.)"""
 
@@ -229,7 +256,8 @@ def _in_turn(bank: Bank, place: Place, held: Any, layer: Array, x: Any, run: Run
         for k, kind in enumerate(bank.kinds):
             stacks, x = lax.optimization_barrier((stacks, x))
             held = at(stacks[k], i)
-            new, x = run(kind, bank.weights[k], place.fetch(held), layer, x)
+            new = lax.optimization_barrier(change(kind, layer, place.fetch(held)))
+            x = run(kind, bank.weights[k], new, layer, x)
             stacks[k], layer = put(stacks[k], place.back(new, held), i), layer + 1
         return layer, x, tuple(stacks)
 
@@ -268,10 +296,8 @@ def step(tuning: Tuning, params: Any, state: State, batch: Batch) -> tuple[State
         alone = {"outer": {}, "banks": (Bank((weights,), (kind,), 1, "device", "unrolled"),)}
         return choice.combine(tuning.options, alone, {"outer": {}, "banks": ((held,),)})["banks"][0].weights[0]
 
-    def run(kind: Hashable, weights: Any, held: Any, layer: Array, x: Array) -> tuple[Any, Array]:
+    def run(kind: Hashable, weights: Any, held: Any, layer: Array, x: Array) -> Array:
         specs = architecture.block(kind)[1]
-        # made once: not anew for the loop, and for what goes back
-        held = lax.optimization_barrier(due(specs, layer, held))
 
         def one(i: Array, x: Array) -> Array:
             there = whole(kind, weights, moved(signs[i], specs, layer, held))
@@ -283,7 +309,7 @@ def step(tuning: Tuning, params: Any, state: State, batch: Batch) -> tuple[State
             return part(jnp.int32(0), x) if x.shape[1] == 1 else lax.fori_loop(0, x.shape[1], part, x)
 
         # as `both`, and what goes out is written over what came in: else the one stands beside the other
-        return held, lax.fori_loop(0, 2, one, x)
+        return lax.fori_loop(0, 2, one, x)
 
     def enter(by: Array, rows: Any) -> Array:
         there = outer(by, rest)
@@ -315,11 +341,7 @@ def settle(tuning: Tuning, params: Any, state: State) -> State:
     outside = jnp.int32(architecture.num_layers)
     outer = due(architecture.outer()[1], outside, state.trained["outer"])
 
-    def run(kind: Hashable, weights: Any, held: Any, layer: Array, x: Any) -> tuple[Any, Any]:
-        del weights
-        return due(architecture.block(kind)[1], layer, held), x
-
-    _, banks = _through(tuning, params, state, (), run)
+    _, banks = _through(tuning, params, state, (), lambda kind, weights, held, layer, x: x)
     nothing = dataclasses.replace(state.optimizer, scale=jnp.float32(0), decay=jnp.float32(0))
     return State({"outer": outer, "banks": banks}, nothing, state.step)
 

@@ -136,9 +136,10 @@ def loss_sum(tuning: Tuning, params: Any, trained: Any, batch: Batch, *, differe
     attend = PlainAttend(batch.positions, batch.segments)
     x = embed(engine, whole, batch.tokens, attend)
     nothing = lay_out(whole["banks"], lambda kind: ())
-    x, _ = walk(
-        tiles.body(engine, attend, tuning.tile), x, whole["banks"], nothing, remat=tuning.remat, gathers=gathers(engine)
-    )
+    held = jax.tree.leaves(params["banks"])
+    wider = any(jnp.issubdtype(a.dtype, jnp.floating) and a.dtype.itemsize > x.dtype.itemsize for a in held)
+    how = {"remat": tuning.remat, "gathers": gathers(engine), "in_turn": wider and tuning.train != "all"}
+    x, _ = walk(tiles.body(engine, attend, tuning.tile), x, whole["banks"], nothing, **how)
     outer = whole["outer"]
     read = {n: outer[n] for n in trained["outer"] if n in head_names(outer)}
     if not read and gathers(engine):
