@@ -33,12 +33,14 @@ from jaxengine.walk import REMAT
 from jaxengine.weights.base import Weight
 from pallas_kernels.attention.cudnn import NotHere
 from pallas_kernels.attention.reference import CountsTokens
+from pallas_kernels.attention.xla import blocks as attention_blocks
 from pallas_kernels.dispatch import Refused
-from pallas_kernels.quant_matmul.xla import chunk_bytes
+from pallas_kernels.quant_matmul.xla import chunk_bytes, forward_chunk
 from sharding.mesh import abstract_mesh
 from sharding.rules import RULES, Rules, check, named_sharding
 
 RING = 3  # buffers that layers are read into from disk: one is used, one is copied, one is being filled
+WORKSPACE = 2**22  # bytes that a product by cuBLAS has for itself below sm_90
 SCORES = 2**27  # bytes of attention's scores and weights that stand at a time where it runs in XLA
 CHUNK = 512  # tokens in which long prompts are read where one piece does not fit
 DTYPES = ("float32", "bfloat16", "float16")
@@ -615,6 +617,8 @@ def activation_bytes(
     T, widest = chunk or tokens, 0
     batch = on_one(plan, ("batch",), (batch,))[0]
     rows = batch * T
+    if wide and _scanned_codes(architecture, plan):
+        return _decoded_in_turn(architecture, plan, batch=batch, tokens=tokens, length=length) + 16 * rows
     parts = plan.parts(architecture)
     beside = streamed_bytes(architecture, plan)  # not there yet while resident layers run
     listed = any(home(p.home).TIER == "device" and not p.stacked for p in parts)
@@ -725,6 +729,67 @@ def _scanned_alone(architecture: Architecture, plan: Plan) -> bool:
     whole = not plan.mesh or layer_bytes(architecture, plan) == layer_bytes(architecture, bare)
     alike = all((p.home, p.form, len(p.kinds)) == ("host", "scan", 1) for p in streamed)
     return plain and whole and bool(streamed) and alike
+
+
+def _scanned_codes(architecture: Architecture, plan: Plan) -> bool:
+    """Whether all layers are streamed, alike and scanned, hold every matrix in codes that XLA decodes, and read a prompt in one
+    piece."""
+    if plan.weights == "dense" or plan.chunk or plan.weight_rules or plan.stay or plan.mesh or plan.kv_codec != "raw":
+        return False
+    specs = architecture.specs().items()
+    leaves = [
+        abstract_leaf(plan.weights, s.shape, s.out, plan.dtype)
+        for n, s in specs
+        if n.startswith("layers.") and s.out is not None
+    ]
+    alone = all(isinstance(w, Weight) and not w.made_bytes for w in leaves)
+    return alone and [(p.home, p.form, len(p.kinds)) for p in plan.parts(architecture)] == [("host", "scan", 1)]
+
+
+def _decoded_in_turn(architecture: Architecture, plan: Plan, *, batch: int, tokens: int, length: int) -> int:
+    """Bytes at the widest of `_scanned_codes` where no kernel reads codes, beyond those of the streamed layer.
+
+    Beside each product stand one chunk of its matrix, what that gives in float32, and the whole results of all that are made
+    of the same rows. All of the layer's codes are there while queries are made; those of the feed-forward block and of
+    attention's output while attention is computed, and when a token is decoded; those of the block alone while its halves are.
+    """
+    size, kind = jnp.dtype(plan.dtype).itemsize, architecture.kinds[0]
+    attention, rows = architecture.attention(kind), batch * tokens
+    specs = {n: s for n, s in architecture.block(kind)[1].items() if s.out is not None}
+    stream = rows * width(architecture) * size
+
+    def of(axis: str, *, gives: bool) -> list[str]:
+        return [n for n, s in specs.items() if axis in (s.axes[: s.out] if gives else s.axes[s.out :])]
+
+    def codes(names: list[str]) -> int:
+        return sum(parameter_bytes(plan, f"layers.0.{n}", specs[n]) for n in names)
+
+    def products(names: list[str], rows: int) -> int:
+        beside, results = 0, 0
+        for s in (specs[n] for n in names):
+            N, K = math.prod(s.shape[: s.out]), math.prod(s.shape[s.out :])
+            chunks, each = forward_chunk(N, K)
+            beside = max(beside, each * K * size + (rows * each * 4 if chunks > 1 else 0))
+            results += rows * N * (size if chunks > 1 else 4)
+        return beside + results + WORKSPACE
+
+    queries, keys = of("heads", gives=True), of("kv_heads", gives=True)
+    ins, late = of("mlp", gives=True), of("mlp", gives=False)
+    later = codes(ins + late + of("heads", gives=False))
+    N, KH, NH = (
+        attention.num_heads,
+        attention.num_kv_heads * attention.head_dim,
+        attention.num_heads * attention.head_dim,
+    )
+    slots = cache_bytes(architecture, plan, batch=batch, length=length) // architecture.num_layers
+    whole = streamed_bytes(architecture, plan)
+    first = whole + 2 * stream + products([*queries, *keys], rows)
+    at_once = attention_blocks(batch, tokens, tokens, N, on_gpu=True)
+    scores = (4 + size) * batch * N * at_once.queries * at_once.keys
+    attending = later + scores + stream + rows * (NH * (size + 4) + 2 * KH * size)
+    halves = codes(ins + late) + 3 * stream + rows * 2 * KH * size + products(ins, rows)
+    step = later + slots + (products(ins, batch) + slots if batch > 1 else 0)
+    return max(first, attending, halves, step) - whole
 
 
 def _matrices_bytes(architecture: Architecture, plan: Plan, kind: Any, axis: str) -> tuple[list[int], list[int]]:

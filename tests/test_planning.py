@@ -425,6 +425,41 @@ OTHER = SMALL | {
 }  # fmt: skip
 
 
+OPT = {  # of OPT-175B
+    "model_type": "opt", "vocab_size": 50272, "hidden_size": 12288, "ffn_dim": 49152, "num_hidden_layers": 2,
+    "num_attention_heads": 96, "max_position_embeddings": 2048,
+}  # fmt: skip
+
+
+@pytest.mark.aot
+@pytest.mark.skipif(aot.missing() is not None, reason=str(aot.missing()))
+@pytest.mark.parametrize(
+    ("raw", "weights", "batch", "context"),
+    [
+        (SMALL, "int8", 4, 512), (EIGHT, "int4", 1, 512), (OPT, "int8", 1, 512),
+        *(
+            pytest.param(*row, marks=pytest.mark.thorough)
+            for row in (
+                (SMALL, "int8", 1, 512), (SMALL, "int8", 1, 2048), (SMALL, "int4", 4, 512), (SMALL, "int8", 4, 64),
+                (EIGHT, "int8", 1, 512), (EIGHT, "int8", 4, 512), (EIGHT, "int8", 1, 2048),
+                (OPT, "int8", 4, 512), (OPT, "int8", 1, 1024),
+            )
+        ),
+    ],
+    ids=lambda x: f"{x['model_type']}-{x['hidden_size']}" if isinstance(x, dict) else str(x),
+)  # fmt: skip
+def test_codes_on_a_card_whose_products_are_wide(raw: dict[str, Any], weights: str, batch: int, context: int) -> None:
+    """Below sm_80 XLA decodes: whichever of queries, attention and the block's halves is the widest, it is counted."""
+    from jaxengine.plan import need
+    from jaxengine.proof import prove
+
+    arch, plan = architecture(raw), Plan(dtype="float16", weights=weights, home="host")
+    counted = need(arch, plan, batch=batch, context=context, wide=True)
+    prefill, decode = prove(arch, plan, find("t4"), batch=batch, length=context)
+    assert max(prefill.device, decode.device) == pytest.approx(counted.device, rel=0.01)
+    assert prefill.report.problems == decode.report.problems == ()
+
+
 @pytest.mark.aot
 @pytest.mark.skipif(aot.missing() is not None, reason=str(aot.missing()))
 def test_one_ahead_brings_the_first_layer_of_a_bank_beside_the_layers_before_it() -> None:

@@ -51,7 +51,7 @@ class Blocks:
     keys: int
 
 
-def blocks(B: int, T: int, S: int, N: int, *, packed: bool = False) -> Blocks:
+def blocks(B: int, T: int, S: int, N: int, *, packed: bool = False, on_gpu: bool | None = None) -> Blocks:
     """Blocks for what this is traced for: on a CPU about what its caches hold, on a GPU large ones, for each pair of blocks
     is half a dozen kernels there. Slots hang on none of the sizes: a row is summed in the order in which it is alone. But for
     packed rows, as in training, which stand in no other batch.
@@ -68,7 +68,7 @@ def blocks(B: int, T: int, S: int, N: int, *, packed: bool = False) -> Blocks:
     cores of the kind 4k by 256 x 256 and 512 x 256: 250 and 253, in 196 and 139 of wall time (jax 0.12: 244 and 236). A block
     that is wider than it needs to be is computed above the diagonal, of which a short row has much and a long prompt little.
     """
-    if gpu() is not None:
+    if gpu() is not None if on_gpu is None else on_gpu:
         most_queries, keys, most_bytes = 1024, 1024, 64 * 2**20
     else:
         most_queries, keys = (128, 64) if packed and S <= 512 else (256, 256) if T < 4096 else (512, 256)

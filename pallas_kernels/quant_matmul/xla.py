@@ -29,6 +29,7 @@ M rows, N outputs, K inputs, G group size.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -56,7 +57,11 @@ CPU_CHUNK = 2**20  # weights of a chunk: 4 MiB in float32, which caches hold
 GPU_CHUNK = 2**24  # 32 MiB in 16 bits
 BYTES = ("int8", *layout.FLOATS)  # kinds of one code in a byte
 
+# Traced once for each shape: a model's layers written out ask for the same hundreds of times
+_traced_once = functools.partial(jax.jit, static_argnames=("kind", "group_size", "dtype"), inline=True)
 
+
+@_traced_once
 def quant_matmul(
     x: Float[Array, "M K"],
     codes: Any,
@@ -89,6 +94,7 @@ def quant_matmul(
     return lax.platform_dependent(x, codes, scale, *_present(zero), cpu=cpu, default=gpu)
 
 
+@_traced_once
 def transposed(
     g: Float[Array, "M N"],
     codes: Any,
@@ -433,6 +439,11 @@ def chunk_bytes(N: int, K: int, M: int, itemsize: int) -> int:
     return itemsize * max(
         each * (other + M * (chunks > 1)) for (chunks, each), other in ((by_outputs, K), (by_inputs, N))
     )
+
+
+def forward_chunk(N: int, K: int) -> tuple[int, int]:
+    """Of a matrix on a GPU, going forward: (chunks, outputs of each)."""
+    return _loop(N, K, GPU_CHUNK, _least(N, K))
 
 
 def _by_outputs(
