@@ -244,7 +244,7 @@ BELOW = [
     also("small", "RTX 4090", {"weights": "nf4"}, 4, 1024, "data=2", 1),
     also("wide", "RTX 4090", {"weights": "nf4"}, 4, 1024, "data=2", 1),
     also("small", "H200", {"weights": "int4"}, 4, 1024, "data=4", 1),
-    also("thin", "H200", {"weights": "nf4"}, 2, 1024, "data=2", 1, reason="7 % under, 5 on one card"),
+    also("thin", "H200", {"weights": "nf4"}, 2, 1024, "data=2", 1),
     also("wide", "RTX 4090", {"weights": "nf4"}, 4, 1024, "data=2", 2),
     also("wide", "RTX 4090", {"weights": "nf4"}, 4, 1024, "fsdp=2", 1),
     also("small", "H200", {"weights": "nf4"}, 4, 1024, "fsdp=2", 1),
