@@ -432,6 +432,14 @@ _COMPARES: dict[str, Callable[[int, int], int]] = {
 }
 
 
+class _UnknownError(Exception):
+    """What is asked of an instruction that was not read yet: (frame, name, turn)."""
+
+    def __init__(self, key: tuple[_Frame, str, int]) -> None:
+        super().__init__(key)
+        self.key = key
+
+
 class _Numbers:
     """What a program computes from constants and from the turn of `loop`; None for what it takes from elsewhere.
 
@@ -443,13 +451,25 @@ class _Numbers:
         self.known: dict[tuple[_Frame, str, int], _Value] = {}
 
     def at(self, frame: _Frame, name: str, turn: int) -> _Value:
-        key = (frame, name, turn)
-        if key not in self.known:
-            i = frame.computation[name]
-            if i.op == "parameter":
-                self.known[key] = _State(frame, turn) if frame.is_loop else None
-            else:
-                self.known[key] = self.fold(i, lambda o: self.at(frame, o, turn))
+        """What an instruction computes; without recursion, for an index may come through all of a model's layers."""
+        wanted = [(frame, name, turn)]
+        while wanted:
+            try:
+                self.known[wanted[-1]] = self._made(*wanted[-1])
+                wanted.pop()
+            except _UnknownError as unknown:
+                wanted.append(unknown.key)
+        return self.known[frame, name, turn]
+
+    def _made(self, frame: _Frame, name: str, turn: int) -> _Value:
+        i = frame.computation[name]
+        if i.op == "parameter":
+            return _State(frame, turn) if frame.is_loop else None
+        return self.fold(i, lambda o: self._at(frame, o, turn))
+
+    def _at(self, frame: _Frame, name: str, turn: int) -> _Value:
+        if (key := (frame, name, turn)) not in self.known:
+            raise _UnknownError(key)
         return self.known[key]
 
     def inside(self, computation: _Computation, name: str, arguments: Callable[[int], _Value]) -> _Value:
@@ -488,7 +508,7 @@ class _Numbers:
         if root.op != "tuple":
             return None
         if frame is self.loop and turn > 0:
-            return self.at(frame, root.operands[index], turn - 1)
+            return self._at(frame, root.operands[index], turn - 1)
         kept = frame.computation[root.operands[index]]
         kept_as_is = (
             kept.op == "get-tuple-element"
@@ -497,7 +517,7 @@ class _Numbers:
         )
         if frame is not self.loop and not kept_as_is:
             return None
-        first = self.at(frame.parent, frame.call.operands[0], turn)
+        first = self._at(frame.parent, frame.call.operands[0], turn)
         if isinstance(first, _State):
             return self.element(first.frame, index, first.turn)
         return first[index] if isinstance(first, tuple) else None
