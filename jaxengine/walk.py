@@ -76,6 +76,11 @@ def walk(
         loop = {"unrolled": _unrolled, "scan": _scanned, "ahead": _ahead}[bank.form]
         if gathers and loop is _unrolled:
             loop = _gathered
+        elif (
+            loop is _unrolled and home(bank.home).TIER == "device" and remat in ("full", "offload")
+            and any(b.form == "ahead" for b in banks)
+        ):  # fmt: skip
+            loop = _written_out
         elif in_turn and loop is _unrolled:
             loop = functools.partial(_unrolled, in_turn=True)
         carry, new = loop(body, carry, bank, bank_states, remat)
@@ -206,6 +211,44 @@ def _ahead(body: Body, carry: Any, bank: Bank, states: Any, remat: str) -> tuple
     return _with_way_back(form, body, bank.weights, states, carry)
 
 
+def _written_out(body: Body, carry: Any, bank: Bank, states: Any, remat: str) -> tuple[Any, Any]:
+    form = _WrittenOut(bank.kinds * bank.repeats, remat == "offload")
+    return _with_way_back(form, body, tuple(bank.weights), tuple(states), carry)
+
+
+@dataclasses.dataclass(frozen=True)
+class _WrittenOut:
+    """Resident layers before ones that are fetched ahead, for `_with_way_back`: run again one after another on the way back,
+    each once its gradient is there. (The first layer of a stack is fetched there with nothing beside it but what does not
+    wait for it, and XLA's scheduler runs all resident layers again in its window, and keeps what they make.)"""
+
+    kinds: tuple[Hashable, ...]
+    offload: bool
+
+    def forward(self, body: Any, weights: Any, states: Any, carry: Any, *, keep: bool) -> tuple[Any, Any]:
+        new, entered = [], []
+        for kind, one, state in zip(self.kinds, weights, states, strict=True):
+            entered.append(_away(carry, self.offload) if keep else ())
+            held, carry = lax.optimization_barrier((one, carry))
+            carry, state = _one(body, kind, held, carry, state)
+            new.append(state)
+        return (carry, tuple(new)), tuple(entered)
+
+    def backward(
+        self, body: Any, weights: Any, states: Any, entered: Any, wanted: Any, g: Any, of_states: Any
+    ) -> list[Any]:
+        of_body, of_weights, of_held, of_carry = wanted
+        total, found = [jnp.zeros_like(x) for x in _chosen(body, of_body)], []
+        for j, kind in reversed(list(enumerate(self.kinds))):
+            held, g = lax.optimization_barrier((weights[j], g))
+            given = (body, held, states[j], _back_again(entered[j], self.offload))
+            asked, came = (of_body, of_weights[j], of_held[j]), (g, of_states[j])
+            more, of_one, of_state, g = _layer_back(kind, given, asked, came, weights[j], several=True)
+            total = jax.tree.map(jnp.add, total, more)
+            found.insert(0, (of_one, of_state))
+        return [*total, *(w for f in found for w in f[0]), *(x for f in found for x in f[1]), *_carried(g, of_carry)]
+
+
 @dataclasses.dataclass(frozen=True)
 class _Alternating:
     """A scan over a period of unlike streamed layers, for `_with_way_back`."""
@@ -318,14 +361,14 @@ class _OneAhead:
         ones, rests = tuple(w["one"] for w in weights), tuple(w["rest"] for w in weights)
         (first, between, after), R, K = entered, self.repeats, len(self.kinds)
 
-        def through(j: int, turn: Any, here: Any, x: Any, g: Any, place: str) -> Any:
+        def through(j: int, turn: Any, here: Any, x: Any, g: Any, place: str, *, several: bool) -> Any:
             given = (body, here, _at(states[j], turn), _back_again(x, self.offload))
             asked, came = (of_body, of_weights[j][place], of_held[j]), (g, _at(of_states[j], turn))
-            return _layer_back(self.kinds[j], given, asked, came, weights[j][place], several=K > 1)
+            return _layer_back(self.kinds[j], given, asked, came, weights[j][place], several=several)
 
         def alone(j: int, turn: int, x: Any, g: Any) -> Any:
             one, g = lax.optimization_barrier((ones[j], g))
-            return through(j, turn, fetch(one), x, g, "one")
+            return through(j, turn, fetch(one), x, g, "one", several=True)
 
         def period(loop: Any, between: Any) -> tuple[Any, Any]:
             i, g, total = loop
@@ -336,7 +379,7 @@ class _OneAhead:
                 ahead = None
                 if following is not None:
                     ahead, g = _fetched_after(fetch, rests[following], i, g)
-                more, *found[j], g = through(j, i if j else i + 1, here, between[j], g, "rest")
+                more, *found[j], g = through(j, i if j else i + 1, here, between[j], g, "rest", several=K > 1)
                 total = jax.tree.map(jnp.add, total, more)
                 here = ahead
             return (i - 1, g, total), tuple(found)
@@ -368,7 +411,9 @@ class _Kept:
     wanted: tuple[bool, ...] = dataclasses.field(metadata={"static": True})
 
 
-def _with_way_back(form: _Alternating | _OneAhead, body: Body, weights: Any, states: Any, carry: Any) -> Any:
+def _with_way_back(
+    form: _WrittenOut | _Alternating | _OneAhead, body: Body, weights: Any, states: Any, carry: Any
+) -> Any:
     """(carry, states) of streamed layers in a form that says how it is gone back through.
 
     jax's own way back would take a layer at an index that was saved going forward: an array, and of a stack at such an

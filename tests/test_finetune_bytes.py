@@ -94,6 +94,7 @@ EIGHT_BITS, MEZO = Optimizer("adamw8bit"), Optimizer("mezo", 1e-6, eps=1e-3)
 ROWS: list[Row] = [
     ("small", "RTX 4090", "lora", AHEAD, 4, 1024, {}),
     ("small", "RTX 4090", "lora", HOST | {"stay": ("k", "v")}, 4, 1024, {}),
+    ("thin", "RTX 4090", "lora", AHEAD | {"home": "split", "resident": 6}, 2, 1024, {}),
     ("long", "RTX 4090", "full", HOST | {"remat": "offload"}, 1, 2**14, {"tile": 1024}),
     ("long", "H200", "lora", HOST, 1, 2**15, {"tile": 2048}),
     ("thin", "H200", "full", HOST, 2, 2**14, {"tile": 512}),
@@ -189,6 +190,8 @@ FURTHER: list[Any] = [
     ("small", "RTX 4090", "lora", {}, 4, 1024, {}),
     ("thin", "H200", "lora", {}, 2, 1024, {}),
     ("8B", "RTX 4090", "lora", AHEAD, 2, 2048, {}),
+    ("thin", "H200", "lora", {"home": "split", "resident": 6, "form": "ahead", "weights": "int4"}, 2, 1024, {}),
+    ("8B", "RTX 4090", "lora", {"home": "split", "resident": 12, "form": "ahead", "weights": "nf4"}, 1, 2048, {}),
     # all that a layer made is kept, or what its matrices gave
     ("small", "RTX 4090", "lora", {"remat": "none"}, 4, 1024, {}),
     ("gemma2", "RTX 3090", "lora", {"remat": "none"}, 2, 2048, {}),
