@@ -35,6 +35,7 @@ from pallas_kernels.attention.cudnn import NotHere
 from pallas_kernels.attention.reference import CountsTokens
 from pallas_kernels.attention.xla import blocks as attention_blocks
 from pallas_kernels.dispatch import Refused
+from pallas_kernels.quant_matmul.config import MOST_ROWS
 from pallas_kernels.quant_matmul.xla import chunk_bytes, forward_chunk
 from sharding.mesh import abstract_mesh
 from sharding.rules import RULES, Rules, check, named_sharding
@@ -666,6 +667,8 @@ def activation_bytes(
     anew = _made_bytes(architecture, _formats_alone(plan))
     if wide:  # where no kernel reads codes
         anew = max(anew, decoded_bytes(architecture, plan, rows, size))
+    elif rows > MOST_ROWS and not plan.mesh and (decoded := decoded_bytes(architecture, plan, rows, size, alone=True)):
+        anew = max(anew, decoded + rows * width(architecture) * size)  # beside the normed stream, which all chunks read
     ints = (24 if chunk else 16) * batch * tokens  # ids, positions, and in chunks those of slots
     return max(widest + slices + ints + prompt, step) + anew
 
@@ -682,17 +685,24 @@ def _made_bytes(architecture: Architecture, plan: Plan) -> int:
 
 
 @functools.cache
-def decoded_bytes(architecture: Architecture, plan: Plan, rows: int, itemsize: int) -> int:
+def decoded_bytes(architecture: Architecture, plan: Plan, rows: int, itemsize: int, *, alone: bool = False) -> int:
     """The most that products of so many rows make at a time of one of the layers' matrices that are held in a format, where
-    XLA decodes it."""
+    XLA decodes it. alone: but for formats that a product reads as they are, or makes a whole matrix of."""
     found = [0]
     for name, spec in architecture.specs().items():
         if spec.out is not None and name.startswith("layers."):
-            leaf = abstract_leaf(plan.format_of(name, spec), spec.shape, spec.out, plan.dtype)
-            if isinstance(leaf, Weight):
+            held = plan.format_of(name, spec)
+            leaf = abstract_leaf(held, spec.shape, spec.out, plan.dtype)
+            if isinstance(leaf, Weight) and not (alone and (leaf.made_bytes or _read_in_dot(held))):
                 N, K = math.prod(spec.shape[: spec.out]), math.prod(spec.shape[spec.out :])
                 found.append(chunk_bytes(N, K, rows, itemsize))
     return max(found)
+
+
+def _read_in_dot(held: str) -> bool:
+    """Whether XLA widens a format's codes inside of a product: those of int8 with one scale a row."""
+    found = formats.find(held)
+    return found.name == "int8" and not found.options
 
 
 def width(architecture: Architecture) -> int:

@@ -460,6 +460,42 @@ def test_codes_on_a_card_whose_products_are_wide(raw: dict[str, Any], weights: s
     assert prefill.report.problems == decode.report.problems == ()
 
 
+ONE_B = LLAMA_3_8B | {
+    "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "head_dim": 64, "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+@pytest.mark.aot
+@pytest.mark.skipif(aot.missing() is not None, reason=str(aot.missing()))
+@pytest.mark.parametrize(
+    ("raw", "card", "given", "batch", "context"),
+    [
+        (ONE_B, "rtx4090", {"weights": "int4"}, 4, 2048),
+        *(
+            pytest.param(*row, marks=pytest.mark.thorough)
+            for row in (
+                (ONE_B, "rtx4090", {"weights": "int8"}, 4, 2048), (EIGHT, "h200", {"weights": "nf4"}, 2, 2048),
+                (EIGHT, "rtx4090", {"weights": "nf4", "kv_codec": "int8"}, 1, 8192),
+                (EIGHT, "rtx4090", {"weights": "int4", "home": "device"}, 1, 2048),
+            )
+        ),
+    ],
+    ids=lambda x: f"{x['model_type']}-{x['hidden_size']}" if isinstance(x, dict) and "hidden_size" in x else str(x),
+)  # fmt: skip
+def test_prompts_of_more_rows_than_a_kernel_takes(
+    raw: dict[str, Any], card: str, given: dict[str, Any], batch: int, context: int
+) -> None:
+    """XLA then decodes chunks of each matrix that is in codes, but for int8, which it reads in the product."""
+    from jaxengine.plan import need
+    from jaxengine.proof import prove
+
+    arch, plan = architecture(raw), dataclasses.replace(BF16, **({"home": "host"} | given))
+    counted = need(arch, plan, batch=batch, context=context)
+    prefill, decode = prove(arch, plan, find(card), batch=batch, length=context)
+    assert max(prefill.device, decode.device) == pytest.approx(counted.device, rel=0.05)
+    assert prefill.report.problems == decode.report.problems == ()
+
+
 @pytest.mark.aot
 @pytest.mark.skipif(aot.missing() is not None, reason=str(aot.missing()))
 def test_one_ahead_brings_the_first_layer_of_a_bank_beside_the_layers_before_it() -> None:

@@ -15,6 +15,7 @@ import dataclasses
 
 from pallas_kernels.dispatch import Gpu
 
+MOST_ROWS = 1024  # above, a matrix dequantised once and multiplied by the library's kernel is faster
 # of a core: resident blocks that keep memory busy with three tiles of 4 KiB each on their way
 BLOCKS_PER_CORE = 4
 INPUTS_OF_A_TURN = 128  # at least: below, the loop itself is most of the instructions

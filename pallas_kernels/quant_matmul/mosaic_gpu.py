@@ -44,11 +44,11 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import dispatch
 from pallas_kernels.quant_matmul import layout
+from pallas_kernels.quant_matmul.config import MOST_ROWS
 
 GROUPS, OUTPUTS = 2, 64  # computing warpgroups, and the outputs of each
 SHARED = 227 * 2**10  # bytes that a block can have on Hopper
 OLDEST = (0, 11, 1)  # jax in which this backend has what is used here
-MOST_ROWS = 1024  # above, a matrix dequantised once and multiplied by the library's kernel is faster
 MOST_SPLITS, FEWEST_TURNS = 16, 4  # of the inputs, and of a split: below, filling the pipeline is most of the work
 MIDDLE = layout.MIDDLE["int4"]
 SERVED = {"int4": (64, 128, 256), "int8": (0, 32, 64, 128, 256), "fp8": (0,), "fp8_block": (layout.BLOCK,)}

@@ -47,10 +47,9 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.dispatch import Gpu, Refused, gpu
 from pallas_kernels.quant_matmul import layout
-from pallas_kernels.quant_matmul.config import CODES, Config, config
+from pallas_kernels.quant_matmul.config import CODES, MOST_ROWS, Config, config
 from pallas_kernels.triton_call import triton_call
 
-MOST_ROWS = 1024  # above, a matrix dequantised once and multiplied by the library's kernel is faster
 FEWEST_IN_GROUP = 16
 MOST_CODES = 2**31 - 1  # addresses are of 32 bits
 ASSUMED = Gpu((8, 0), 108)  # whose tiles the interpreter takes where there is no GPU
