@@ -746,6 +746,8 @@ def _scanned_codes(architecture: Architecture, plan: Plan) -> bool:
     piece."""
     if plan.weights == "dense" or plan.chunk or plan.weight_rules or plan.stay or plan.mesh or plan.kv_codec != "raw":
         return False
+    if plan.attention == "reference":  # which writes all scores
+        return False
     specs = architecture.specs().items()
     leaves = [
         abstract_leaf(plan.weights, s.shape, s.out, plan.dtype)

@@ -85,6 +85,7 @@ def _what(device: Any) -> dict[str, str]:
         "card": device.device_kind,
         "platform": " ".join(device.client.platform_version.split()),
         "flags": os.environ.get("XLA_FLAGS", ""),
+        "options": repr(sorted(OPTIONS.items())),
     }
 
 

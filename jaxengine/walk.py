@@ -434,7 +434,7 @@ def _with_way_back(
     def there(*given: Any) -> Any:
         held = [x.value for x in given]
         out, entered = form.forward(*jax.tree.unflatten(tree, held), keep=True)
-        return out, _Kept(tuple(held), entered, tuple(x.perturbed for x in given))
+        return out, _Kept(tuple(held), entered, tuple(x.perturbed and _is_float(x.value) for x in given))
 
     def back(kept: _Kept, g: Any) -> tuple[Any, ...]:
         body, weights, states, _ = jax.tree.unflatten(tree, kept.given)

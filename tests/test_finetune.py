@@ -246,8 +246,10 @@ def longer(**how: Any) -> Model:
     ("given", "how"),
     [
         ({}, {"home": "host"}),
-        ({"train": "dora", "accumulate": 2, "batch": 1}, {"home": "split", "resident": 1, "stay": ("k", "v")}),
+        ({"train": "dora", "accumulate": 2, "batch": 1}, {"home": "split", "resident": 2, "stay": ("k", "v")}),
+        ({"remat": "offload"}, {"home": "split", "resident": 2}),
         ({"remat": "offload"}, {"home": "host", "weights": "nf4"}),
+        ({"train": "dora"}, {"home": "host", "weights": "nf4"}),
     ],
     ids=str,
 )
@@ -991,6 +993,7 @@ def test_a_run_goes_on_in_the_homes_that_it_began_in(
     for each in (words("whole", 4, "5.5MB"), words("parted", 2, "5.5MB"), words("parted", 4, "64MB")):
         done = invoke(*each)
         assert done.exit_code == 0, done.output
+        assert ("goes on as it began, with home 'host'" in done.output) == ("64MB" in each)
     assert [(p.home, p.resolved_form, p.remat) for p in plans] == 3 * [(plans[0].home, "scan", plans[0].remat)]
     assert plans[0].home == "host"
     assert lost("parted") == lost("whole")
@@ -999,6 +1002,8 @@ def test_a_run_goes_on_in_the_homes_that_it_began_in(
         done = invoke(*more)
         assert done.exit_code == 2
         assert re.search(r"of a run with home 'host' .* of host memory: [0-9.]+ .B over", done.output)
+    done = invoke(*words("parted", 6, "64MB"), "--remat", "dots")
+    assert "remat was 'full' and is 'dots'" in done.output
     done = invoke(*words("parted", 6, "64MB"), "--batch", "2")  # what differs is said, and not that it is large
     assert "batch was 4 and is 2" in done.output
     assert "home was" not in done.output

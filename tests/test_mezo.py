@@ -251,6 +251,24 @@ def test_streamed_layers_give_the_bits_of_resident_ones(how: dict[str, Any]) -> 
 
 
 @pytest.mark.usefixtures("cheap")
+def test_adapters_of_alternating_layers_take_the_noise_of_their_own() -> None:
+    """Changed before the first layer is run, against layers written out on the device, each changed as it is run: other sums
+    of the same numbers, as far from each other as losses are times the rate by eps, 64 roundings of float32."""
+    settings = dataclasses.replace(HASHED, train="lora", weight_decay=0.0)
+    wanted, found = (
+        ran(run_of(load("gemma2", **how), settings))
+        for how in ({"home": "device", "form": "unrolled"}, {"home": "host"})
+    )
+    for one, other in zip(losses(found[0]), losses(wanted[0]), strict=True):
+        assert one[0] == pytest.approx(other[0], rel=2**-18)
+    named = {(k, n): x for k, leaf in wanted[1].items() for n, x in leaf.items()}
+    moved = max(np.abs(x).max() for (_, n), x in named.items() if n == "b")  # which begins with zeros
+    for (k, n), x in named.items():
+        np.testing.assert_allclose(found[1][k][n], x, rtol=0, atol=moved / 1000, err_msg=str((k, n)))
+    assert moved > 1e-3
+
+
+@pytest.mark.usefixtures("cheap")
 @pytest.mark.parametrize("train", ["all", "dora"])
 def test_it_goes_on_bit_for_bit(train: str, tmp_path: Path) -> None:
     """After ends at different places, with what was due: the losses, the state and what is written are those of an unbroken

@@ -460,6 +460,14 @@ def test_codes_on_a_card_whose_products_are_wide(raw: dict[str, Any], weights: s
     assert prefill.report.problems == decode.report.problems == ()
 
 
+def test_all_scores_are_counted_where_they_are_written() -> None:
+    """Of attention by its definition, below sm_80 too, and beside layers in codes."""
+    from jaxengine.plan import need
+
+    plan = Plan(dtype="float16", weights="int8", home="host", attention="reference")
+    assert need(architecture(SMALL), plan, batch=1, context=2048, wide=True).activations > 4 * 16 * 2048 * 2048
+
+
 ONE_B = LLAMA_3_8B | {
     "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "head_dim": 64, "tie_word_embeddings": True,
 }  # fmt: skip

@@ -356,6 +356,42 @@ def test_gradients(where: str, form: str) -> None:
             close(found[name], one)
 
 
+@pytest.mark.parametrize("remat", ["none", "full", "offload"])
+@pytest.mark.parametrize("resident", [1, 2, 3])
+def test_gradients_through_resident_layers_and_then_one_ahead(resident: int, remat: str) -> None:
+    """Against all layers on the device without a walk of ours back; what goes along counts the layers, an integer."""
+
+    def body(scale: Any, kind: Any, w: Any, carry: Any, state: Any) -> Any:
+        x, n = carry
+        return (jnp.tanh(scale * x @ w["w"].T + w["b"][None]) + x / 2 + n.astype(jnp.float32) / 64, n + 1), state
+
+    held = [{n: jnp.asarray(a) for n, a in w.items()} for w in layers_of("a" * 7)]
+
+    def loss(scale: Any, x: Any, held: Any, form: str) -> Any:
+        first, (one, *rest) = held[:resident], held[resident:]
+        banks = [Bank(tuple(first), ("a",), resident, "device", "unrolled")]
+        if form == "ahead":
+            weights: Any = {"one": one, "rest": jax.tree.map(lambda *a: jnp.stack(a), *rest)}
+            banks.append(Bank((weights,), ("a",), len(rest) + 1, "host", "ahead"))
+        else:
+            banks.append(Bank((one, *rest), ("a",), len(rest) + 1, "device", "unrolled"))
+        states = lay_out(banks, lambda kind: ())
+        (y, n), _ = walk(
+            jax.tree_util.Partial(body, scale),
+            (x, jnp.int32(0)),
+            banks,
+            states,
+            remat=remat if form == "ahead" else "none",
+        )
+        return jnp.square(y).sum() * (n == 7).astype(jnp.float32)
+
+    args = (jnp.float32(0.7), jnp.asarray(np.random.default_rng(1).normal(size=(B, D)).astype(np.float32)), held)
+    made = (jax.jit(jax.value_and_grad(functools.partial(loss, form=f), (0, 1, 2)))(*args) for f in ("ahead", "plain"))
+    for one, other in zip(*(jax.tree.leaves(m) for m in made), strict=True):
+        np.testing.assert_allclose(one, other, rtol=2**-18, atol=2**-18)
+        assert np.abs(other).max() > 2**-6
+
+
 def test_the_loops_own_gradient_is_the_slope() -> None:
     """The oracle's backward pass against central differences of its forward pass."""
     kinds = "aba"

@@ -245,7 +245,7 @@ def _finetune(folder: str, data: tuple[Path, ...], out: Path | None, reading: An
         print(f"--out is not given: the run is in {out}", file=sys.stderr, flush=True)
     planned = (plan, settings)
     if given["memory"] is not None:
-        plan, settings = as_begun(out, plan, settings)
+        plan, settings = as_begun(out, plan, settings, remat=given["remat"])
     check_out(out, said(settings, arch, plan, None if adapter is None else begun(adapter, arch)))
     if (plan, settings) != planned:
         _check_fits(out, arch, plan, settings, given)
@@ -507,10 +507,10 @@ def _card() -> Card | None:
     return next((c for c in CARDS.values() if c.kind == jax.devices()[0].device_kind), None)
 
 
-def as_begun(out: Path, plan: Plan, settings: Settings) -> tuple[Plan, Settings]:
-    """The plan and settings with the homes, form and remat of the run that stands in `out`, if one does. What --memory chooses
-    depends on the host memory that is free as it starts; a run that goes on has what it began with, or its losses would round
-    differently."""
+def as_begun(out: Path, plan: Plan, settings: Settings, *, remat: str | None = None) -> tuple[Plan, Settings]:
+    """The plan and settings with the homes, form and remat (but for one that is given) of the run that stands in `out`, if one
+    does, and a line that says so where they are others. What --memory chooses depends on the host memory that is free as it
+    starts; a run that goes on has what it began with, or its losses would round differently."""
     import dataclasses
     import json
 
@@ -518,16 +518,23 @@ def as_begun(out: Path, plan: Plan, settings: Settings) -> tuple[Plan, Settings]
 
     try:
         held = json.loads((out / SETTINGS).read_text(encoding="utf-8"))
-        home, form, resident, remat = *(held["plan"][n] for n in ("home", "form", "resident")), held["remat"]
+        home, form, resident = (held["plan"][n] for n in ("home", "form", "resident"))
+        remat = held["remat"] if remat is None else remat
     except (OSError, ValueError, TypeError, KeyError):  # none, or no run's: said where it is checked
         return plan, settings
     if (home, form, resident, remat) == (plan.home, plan.resolved_form, plan.resident, settings.remat):
         return plan, settings
     try:
         begun = dataclasses.replace(plan, home=home, form=form, resident=resident, remat=remat)
-        return begun, dataclasses.replace(settings, remat=remat)
+        settings = dataclasses.replace(settings, remat=remat)
     except (TypeError, ValueError):  # no plan: what differs is said
         return plan, settings
+    print(
+        f"{out} goes on as it began, with home {home!r}, {f'{resident} resident, ' if resident else ''}form {form!r} and remat"
+        f" {remat!r}, where --memory would choose home {plan.home!r} now",
+        file=sys.stderr, flush=True,
+    )  # fmt: skip
+    return begun, settings
 
 
 def _check_fits(out: Path, arch: Architecture, plan: Plan, settings: Settings, given: dict[str, Any]) -> None:

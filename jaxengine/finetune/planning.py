@@ -459,6 +459,11 @@ def strays(architecture: Architecture, plan: Plan, task: Task) -> list[tuple[str
         found.append(("beside streamed layers whose feed-forward block has no gate", "0.92 to 1.05"))
     if task.train == "all" and not task.layered(plan) and task.accumulate > 1:
         found.append(("that adds up the gradients of resident layers over parts of a batch", "up to 1.09"))
+    if task.beside and plan.home == "split" and any(len(p.kinds) > 1 for p in plan.parts(architecture)):
+        if plan.form == "ahead":
+            found.append(("beside unlike layers that are fetched ahead after resident ones", "up to 1.13"))
+        elif plan.remat == "none":
+            found.append(("beside unlike streamed layers after resident ones of which all is kept", "up to 1.06"))
     return found
 
 

@@ -27,6 +27,7 @@ from jaxengine.finetune.loss import cross_entropy
 from jaxengine.finetune.optimizers.base import Matrix, Optimizer
 from jaxengine.finetune.trained.base import trained as find_trained
 from jaxengine.walk import REMAT, lay_out, walk
+from jaxengine.weights.base import Weight
 from sharding.rules import constrain
 
 LOGITS = 2**28  # bytes of float32 logits that stand at a time, where the user does not say how many tokens
@@ -136,8 +137,9 @@ def loss_sum(tuning: Tuning, params: Any, trained: Any, batch: Batch, *, differe
     attend = PlainAttend(batch.positions, batch.segments)
     x = embed(engine, whole, batch.tokens, attend)
     nothing = lay_out(whole["banks"], lambda kind: ())
-    held = jax.tree.leaves(params["banks"])
-    wider = any(jnp.issubdtype(a.dtype, jnp.floating) and a.dtype.itemsize > x.dtype.itemsize for a in held)
+    held = jax.tree.leaves(params["banks"], is_leaf=lambda w: isinstance(w, Weight))
+    plain = [a for a in held if not isinstance(a, Weight) and a.ndim > 1]  # matrices in no format
+    wider = any(jnp.issubdtype(a.dtype, jnp.floating) and a.dtype.itemsize > x.dtype.itemsize for a in plain)
     how = {"remat": tuning.remat, "gathers": gathers(engine), "in_turn": wider and tuning.train != "all"}
     x, _ = walk(tiles.body(engine, attend, tuning.tile), x, whole["banks"], nothing, **how)
     outer = whole["outer"]

@@ -107,6 +107,7 @@ def make(options: Options, architecture: Architecture, plan: Plan, params: Any, 
 
     @jax.jit
     def squares(w: Any) -> Array:
+        w = jax.tree.map(lambda a: jax.device_put(a, jax.memory.Space.Device), w)  # of layers in host memory
         dense = w.dense() if isinstance(w, Weight) else w.astype(jnp.float32)
         return jnp.square(dense)
 
