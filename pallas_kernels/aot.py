@@ -40,8 +40,8 @@ OPTIONS = {
     "xla_gpu_dot_merger_threshold_mb": 0,
     # copies are placed by the program; XLA's own pipelining adds a layer and reads from kernels
     "xla_gpu_enable_pipelined_host_offloading": False,
-    # percent: what fits is the plan's to say. Of a limit of its own XLA takes all layers in host memory off, and where they are
-    # more than it has, its scheduler saves memory at any price and its rematerialization makes things anew to no gain
+    # percent: what fits is the plan's to say. Under a limit of its own, where layers in host memory are more than the card has,
+    # XLA's scheduler was seen to save memory at any price, and its rematerialization to make things anew to no gain
     "xla_gpu_memory_limit_slop_factor": 100_000,
 }
 
