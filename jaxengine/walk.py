@@ -414,7 +414,7 @@ class _Kept:
 def _with_way_back(
     form: _WrittenOut | _Alternating | _OneAhead, body: Body, weights: Any, states: Any, carry: Any
 ) -> Any:
-    """(carry, states) of streamed layers in a form that says how it is gone back through.
+    """(carry, states) of layers in a form that says how it is gone back through.
 
     jax's own way back would take a layer at an index that was saved going forward: an array, and of a stack at such an
     index XLA makes no DMA copy; what was fetched ahead it would keep. Here the way back has a loop of its own, whose index

@@ -249,6 +249,11 @@ def _finetune(folder: str, data: tuple[Path, ...], out: Path | None, reading: An
     check_out(out, said(settings, arch, plan, None if adapter is None else begun(adapter, arch)))
     if (plan, settings) != planned:
         _check_fits(out, arch, plan, settings, given)
+        print(
+            f"{out} goes on as it began, {_homes(plan)}; --memory would choose {_homes(planned[0])} now",
+            file=sys.stderr,
+            flush=True,
+        )
     words = tokenizer(Path(folder))
     if words is None:
         raise click.UsageError(f"{folder} has no tokenizer: add the tokenizer.json that the model was made with.")
@@ -509,8 +514,8 @@ def _card() -> Card | None:
 
 def as_begun(out: Path, plan: Plan, settings: Settings, *, remat: str | None = None) -> tuple[Plan, Settings]:
     """The plan and settings with the homes, form and remat (but for one that is given) of the run that stands in `out`, if one
-    does, and a line that says so where they are others. What --memory chooses depends on the host memory that is free as it
-    starts; a run that goes on has what it began with, or its losses would round differently."""
+    does. What --memory chooses depends on the host memory that is free as it starts; a run that goes on has what it began with,
+    or its losses would round differently."""
     import dataclasses
     import json
 
@@ -529,12 +534,13 @@ def as_begun(out: Path, plan: Plan, settings: Settings, *, remat: str | None = N
         settings = dataclasses.replace(settings, remat=remat)
     except (TypeError, ValueError):  # no plan: what differs is said
         return plan, settings
-    print(
-        f"{out} goes on as it began, with home {home!r}, {f'{resident} resident, ' if resident else ''}form {form!r} and remat"
-        f" {remat!r}, where --memory would choose home {plan.home!r} now",
-        file=sys.stderr, flush=True,
-    )  # fmt: skip
     return begun, settings
+
+
+def _homes(plan: Plan) -> str:
+    """'with home 'split', 12 resident, form 'scan', remat 'full''."""
+    resident = f" {plan.resident} resident," if plan.resident else ""
+    return f"with home {plan.home!r},{resident} form {plan.resolved_form!r}, remat {plan.remat!r}"
 
 
 def _check_fits(out: Path, arch: Architecture, plan: Plan, settings: Settings, given: dict[str, Any]) -> None:
