@@ -27,6 +27,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from jaxengine.homes.base import Bank, home
 from jaxengine.weights.base import CONTRACTED
+from pallas_kernels.attention.reference import ATTENDED
 
 Body = Callable[[Hashable, Any, Any, Any], tuple[Any, Any]]
 
@@ -35,7 +36,7 @@ ENTERING = "entering"  # the name of what comes into a layer, for policies
 # What is kept of a layer for its way back, apart from what comes into it. The weights of a streamed layer never are: they
 # are fetched again.
 REMAT: dict[str, Callable[..., Any] | None] = {
-    "none": None,  # everything; of layers on the device alone
+    "none": None,  # everything; of layers on the device alone; in a scan what is in _KEPT_BY_A_SCAN
     "full": jax.checkpoint_policies.nothing_saveable,  # nothing: the layer is run again
     "dots": jax.checkpoint_policies.save_only_these_names(CONTRACTED),  # what matrices gave
     "offload": jax.checkpoint_policies.save_and_offload_only_these_names(  # nothing, and what comes in goes to the host
@@ -45,6 +46,10 @@ REMAT: dict[str, Callable[..., Any] | None] = {
         offload_dst="pinned_host",
     ),
 }
+
+# What matrices and attention gave: the rest is cheap to make, and XLA writes all that a loop keeps, where outside of a loop it
+# makes the same again inside of what takes it.
+_KEPT_BY_A_SCAN = jax.checkpoint_policies.save_only_these_names(CONTRACTED, ATTENDED)
 
 
 def walk(
@@ -176,7 +181,7 @@ def _policy(remat: str, streamed: bool) -> Callable[..., Any] | None:
 
 
 def _scanned(body: Body, carry: Any, bank: Bank, states: Any, remat: str) -> tuple[Any, Any]:
-    fetch, last = home(bank.home).fetch, len(bank.kinds) - 1
+    fetch, last, streamed = home(bank.home).fetch, len(bank.kinds) - 1, home(bank.home).TIER != "device"
 
     def period(loop: Any, slices: Any) -> tuple[Any, None]:
         i, carry, states = loop
@@ -191,13 +196,12 @@ def _scanned(body: Body, carry: Any, bank: Bank, states: Any, remat: str) -> tup
             here = ahead
         return (i + 1, carry, tuple(new)), None
 
-    streamed = home(bank.home).TIER != "device"
     if streamed and last and remat != "dots":
         form = _Alternating(bank.home, bank.kinds, bank.repeats, remat == "offload")
         return _with_way_back(form, body, bank.weights, states, carry)
     # backwards each streamed layer is fetched again; kept, all of them would stand on the device
-    if (policy := _policy(remat, streamed)) is not None:
-        period = jax.checkpoint(period, policy=policy, prevent_cse=False)  # a scan is its own barrier
+    policy = _policy(remat, streamed) or _KEPT_BY_A_SCAN
+    period = jax.checkpoint(period, policy=policy, prevent_cse=False)  # a scan is its own barrier
     (_, carry, states), _ = lax.scan(period, (jnp.int32(0), carry, states), bank.weights, length=bank.repeats)
     return carry, states
 

@@ -50,6 +50,7 @@ from jaxengine.loading import from_arrays
 from jaxengine.model import Model
 from jaxengine.plan import Plan
 from jaxengine.weights.base import contract
+from pallas_kernels import dispatch
 from sharding.mesh import make_mesh
 
 ROOT = Path(__file__).parent.parent
@@ -1104,6 +1105,41 @@ def test_on_a_cpu_layers_that_are_run_again_are_scanned(
     done = invoke("demo", sums, "--out", str(tmp_path / "out"), "--context", "64", *words)
     assert isinstance(done.exception, FoundError), done.output
     assert (chosen[0].resolved_form, chosen[0].stay) == (form, ("k",) if "--stay" in words else ())
+
+
+@pytest.mark.parametrize(
+    ("words", "form", "remat"),
+    [
+        ((), "scan", "full"),
+        (("--remat", "none"), "scan", "none"),
+        (("--memory", "64MB"), "scan", "none"),
+        (("--memory", "64MB", "--train", "dora", "--remat", "dots"), "unrolled", "dots"),
+        (("--train", "dora"), "scan", "full"),
+        (("--form", "unrolled"), "unrolled", "full"),
+        (("--train", "all"), "unrolled", "full"),
+        (("--optimizer", "mezo"), "unrolled", "full"),
+        (("--memory", "64MB", "--target", "layers.0.q"), "unrolled", "none"),
+        (("--rule", "layers.1.*=int8"), "unrolled", "full"),  # two stacks of one layer
+    ],
+    ids=str,
+)
+def test_on_a_gpu_resident_layers_beside_adapters_are_scanned(
+    words: tuple[str, ...], form: str, remat: str, sums: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class FoundError(Exception): ...
+
+    def load(folder: str, *, plan: Any, progress: Any) -> None:
+        chosen.append(plan)
+        raise FoundError
+
+    chosen: list[Any] = []
+    monkeypatch.setattr(jaxengine, "load", load)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(dispatch, "gpu", lambda: None)
+    done = invoke("demo", sums, "--out", str(tmp_path / "out"), "--context", "64", *words)
+    assert isinstance(done.exception, FoundError), done.output
+    assert chosen[0].resolved_form == form
+    assert chosen[0].remat == (remat if "--memory" in words else "")
 
 
 def test_rules_of_frozen_weights_are_the_plans(sums: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -137,6 +137,43 @@ def test_layers_are_fetched_one_ahead_where_a_step_can_and_copies_are_worth_hidi
     assert chosen.fits
 
 
+def test_resident_layers_of_one_kind_go_through_a_loop() -> None:
+    """Beside adapters, where a GPU is planned for. A CPU's run asks for it where layers are run again alone."""
+    card, rows = find("rtx4090"), {"batch": 1, "context": 64}
+
+    def forms(family: str, task: str, **more: Any) -> set[str]:
+        raw = json.loads((GOLDEN / family / "config.json").read_text())
+        found = plan_for(architecture(raw), BF16, card, task=task, **rows, **more).candidates
+        return {c.plan.form for c in found if c.plan.home == "device"}
+
+    assert forms("llama", "lora") == forms("qwen3", "lora") == {"scan"}
+    assert forms("llama", "dora") == {"", "scan"}  # under 'full'; where matrices' results are kept it holds more
+    assert forms("gemma2", "lora") == {""}  # two kinds, of which a loop would hold a turn
+    assert forms("llama", "full") == {""}
+    assert forms("llama", "lora", targets=("layers.0.q",)) == {""}  # a stack's layers have the same ones
+    how: dict[str, Any] = {"memory": 10**12, "ram": None, "scanned": ("full",), **rows}
+    found = tuning.variants(ARCH_8B, BF16, tuning.task("lora"), **how)
+    there = {v.plan.remat: v.plan.form for v in found if v.plan.home == "device"}
+    assert there == {"none": "", "dots": "", "full": "scan"}
+    codes = dataclasses.replace(BF16, weights="nf4")
+    chosen = plan_for(ARCH_8B, codes, card, memory=16 * 10**9, context=2048, task="lora").chosen
+    assert chosen is not None
+    assert (chosen.plan.home, chosen.plan.form, chosen.plan.remat) == ("device", "scan", "none")
+
+
+@pytest.mark.parametrize("home", ["device", "host"])
+def test_what_is_kept_is_not_computed_again(home: str) -> None:
+    """Of the three passes of a layer that is run again one goes, of the products: forward, again, and back."""
+
+    def seconds(remat: str) -> float:
+        plan = dataclasses.replace(BF16, home=home, remat=remat)
+        return tuning.seconds(ARCH_8B, plan, tuning.task("lora"), find("h200"), batch=1, context=2048)["matmuls"]
+
+    assert seconds("dots") == pytest.approx(seconds("full") * 2 / 3)
+    assert seconds("none") == pytest.approx(seconds("full") * (1 if home == "host" else 2 / 3))
+    assert seconds("offload") == seconds("full")
+
+
 @pytest.mark.parametrize(("family", "kept"), [("gemma2", 128 + 64), ("llama", 0)])
 def test_what_gelu_made_is_counted_on_cards_that_keep_it(family: str, kept: int) -> None:
     """Bytes of a step's way back on an H200 beyond those on an RTX 4090: of all tokens the feed-forward block's width and the

@@ -142,7 +142,7 @@ LOADING = (
     ),
     click.option("--home", metavar="HOME", show_default="device", help="Where layers live: device, host, split."),
     click.option(
-        "--form", metavar="FORM", show_default="the home's own; on a CPU that runs layers again, scan",
+        "--form", metavar="FORM", show_default="the home's own; scan of adapters on a GPU, or where a CPU runs layers again",
         help="How layers run: unrolled, scan, ahead.",
     ),
     click.option("--resident", metavar="N", type=int, help="Layers of a split home that stay on the device."),
@@ -403,6 +403,8 @@ def _chosen_plan(folder: str, given: dict[str, Any]) -> tuple[Architecture, Plan
     """`chosen_plan`, which says what would fit where nothing does."""
     import dataclasses
 
+    import jax
+
     from jaxengine.architecture import architecture
     from jaxengine.export import one_dtype
     from jaxengine.finetune import meshed
@@ -412,6 +414,7 @@ def _chosen_plan(folder: str, given: dict[str, Any]) -> tuple[Architecture, Plan
     from jaxengine.plan import Plan, check_mesh, lacking, rounded_up, show_bytes, with_rules, with_table
     from jaxengine.planning import worth_ahead
     from jaxengine.sources import open_source, read_config
+    from jaxengine.walk import REMAT
     from sharding.mesh import make_mesh
 
     loading = {n: given[n] for n in ("weights", "dtype", "home", "form", "resident", "attention", "mesh", "sharding")}
@@ -445,7 +448,7 @@ def _chosen_plan(folder: str, given: dict[str, Any]) -> tuple[Architecture, Plan
         if given["ram"] is not None:
             raise click.UsageError("--ram is for layers that do not fit --memory: give --memory too.")
         mesh = make_mesh(plan.mesh or None)
-        if plan.home == "device" and not plan.form and _better_scanned(settings):
+        if plan.home == "device" and not plan.form and _better_scanned(arch, plan, settings):
             plan = dataclasses.replace(plan, form="scan")
         check(settings, arch, plan, mesh)
         return arch, plan, settings
@@ -462,7 +465,9 @@ def _chosen_plan(folder: str, given: dict[str, Any]) -> tuple[Architecture, Plan
     card = _card()
     # as `jaxengine plan` asks of that card; of one that is not in its table, and on a CPU, nothing is known or gained
     ahead = card is not None and worth_ahead(arch, plan, settings.task, card, **rows)
-    found = variants(arch, plan, settings.task, memory=budget, ram=room, ahead=ahead, **_on_card(card), **rows)
+    looped = tuple(REMAT) if jax.default_backend() == "gpu" else ("full",)  # as `_better_scanned`
+    how: dict[str, Any] = {"ahead": ahead, "scanned": looped, **_on_card(card)}
+    found = variants(arch, plan, settings.task, memory=budget, ram=room, **how, **rows)
     fits = next((v for v in found if not v.refused), None)
     if fits is None:
         least = min(found, key=lambda v: (v.barred, v.need.device > budget, v.need.device))
@@ -476,7 +481,7 @@ def _chosen_plan(folder: str, given: dict[str, Any]) -> tuple[Architecture, Plan
             settings, plan, enough,
         )  # fmt: skip
     settings, plan = dataclasses.replace(settings, remat=fits.plan.remat), fits.plan
-    if plan.home == "device" and not plan.form and _better_scanned(settings):
+    if plan.home == "device" and not plan.form and _better_scanned(arch, plan, settings):
         plan = dataclasses.replace(plan, form="scan")
     check(settings, arch, plan, mesh)
     return arch, plan, settings
@@ -558,14 +563,22 @@ def _check_fits(out: Path, arch: Architecture, plan: Plan, settings: Settings, g
         )
 
 
-def _better_scanned(settings: Settings) -> bool:
-    """Whether layers on this device should be scanned, where nobody says: written out, XLA:CPU runs layers again long before
-    they are gone back through (scripts/LOG.md). A stack's layers have the same targets."""
+def _better_scanned(arch: Architecture, plan: Plan, settings: Settings) -> bool:
+    """Whether layers on this device should be scanned, where nobody says: on a GPU where a plan has them so, and on a CPU where
+    they are run again, which XLA:CPU does long before they are gone back through where they are written out
+    (scripts/LOG.md). A stack's layers have the same targets."""
+    import dataclasses
+
     import jax
 
+    from jaxengine.finetune.planning import scans
     from jaxengine.finetune.run import alike
 
-    return settings.backward and settings.remat == "full" and alike(settings) and jax.default_backend() == "cpu"
+    if not settings.backward or not alike(settings):
+        return False
+    if jax.default_backend() == "gpu":
+        return scans(arch, dataclasses.replace(plan, remat=settings.remat), settings.task)
+    return settings.remat == "full" and jax.default_backend() == "cpu"
 
 
 LINES = 40  # about so many of a run, where standard error is no terminal

@@ -45,6 +45,7 @@ from jaxengine.plan import (
     weight_bytes,
     width,
 )  # fmt: skip
+from jaxengine.walk import REMAT
 from pallas_kernels.attention.xla import Blocks, blocks
 from pallas_kernels.cards import CARDS, Card
 from pallas_kernels.quant_matmul.xla import forward_chunk
@@ -231,6 +232,8 @@ def need(
         return largest_turn(architecture, plan, task, batch=batch, context=context)[1]
     if not task.optimizer.order:
         return _need_of_losses(architecture, plan, task, batch=batch, context=context)
+    if task.beside and plan.home == "device" and {p.form for p in plan.parts(architecture)} == {"scan"}:
+        return _need_of_a_scan(architecture, plan, task, batch=batch, context=context, held=held, **on_card)
     held = architecture if held is None else held
     tiers, each = tier_bytes(held, plan), layer_bytes(held, plan)
     outer = weight_bytes(held, plan)["outer"]
@@ -257,6 +260,8 @@ def need(
     if remat in ("dots", "none"):
         more = _kept_beside(architecture, remat, dtype.itemsize, keeps_gelu=keeps_gelu)
         kept += (L if remat == "dots" else L - streamed) * batch * context * dtype.itemsize * more
+    if task.train == "dora" and remat == "dots":  # before and after the magnitudes
+        kept += L * (one.dots + batch * context * width(architecture) * dtype.itemsize)
     loss = loss_activations(architecture, task, parts * batch, context, dtype.itemsize)
     # what a layer's matrices gave is there already where it is kept; so is x, which tiles take as it is
     back = one.within - (one.dots if remat == "dots" or (remat == "none" and not streamed) else 0)
@@ -384,6 +389,33 @@ def need(
     )  # fmt: skip
 
 
+def _need_of_a_scan(
+    architecture: Architecture,
+    plan: Plan,
+    task: Task,
+    *,
+    batch: int,
+    context: int,
+    held: Architecture | None,
+    **on_card: bool,
+) -> Need:
+    """What a step for adapters needs that goes through resident layers in a loop: as much as through streamed ones, and the
+    layers, of which XLA copies the one that is used. 'none' keeps beside what matrices gave what attention did, and its sums in
+    float32; both have a half of a gated feed-forward block more than streamed layers (read from compiled programs)."""
+    kept = plan.remat in ("none", "dots")
+    streamed = dataclasses.replace(plan, home="host", stay=(), remat="dots" if kept else plan.remat)
+    n = need(architecture, streamed, task, batch=batch, context=context, held=held, **on_card)
+    s, itemsize = _sizes(architecture), jnp.dtype(task.compute or plan.dtype).itemsize
+    rows = batch * context
+    attended = architecture.num_layers * rows * (s.NH * itemsize + 4 * s.heads) if plan.remat == "none" else 0
+    half = rows * s.F * itemsize if kept and s.halves == 2 else 0
+    tiers = tier_bytes(architecture if held is None else held, plan)
+    made = n.activations + n.streaming + half
+    return dataclasses.replace(
+        n, resident=tiers["device"], streaming=0, activations=made, host_weights=0, kept=n.kept + attended
+    )
+
+
 def keeps_gelu(card: Card) -> bool:
     """Whether XLA writes what a gate's gelu made until its way back, and does not make it again there: its cost model takes that
     for cheaper where memory is fast beside float32 arithmetic. (Seen of A100, H100, H200, B200, 9 to 25 operations a byte of
@@ -457,6 +489,13 @@ def strays(architecture: Architecture, plan: Plan, task: Task) -> list[tuple[str
         found.append(("beside streamed layers with attention 'xla' in 16 bits", "up to 1.08"))
     if task.beside and streamed and narrow and plan.attention != "xla" and _sizes(architecture).halves == 1:
         found.append(("beside streamed layers whose feed-forward block has no gate", "0.92 to 1.05"))
+    looped = any(p.form == "scan" for p in plan.parts(architecture)) and plan.remat in ("none", "dots")
+    if task.train == "dora" and looped and (plan.remat == "dots" or not streamed):
+        found.append(("beside DoRA in a loop that keeps what matrices gave", "up to 1.14"))
+    if task.beside and not streamed and looped and narrow and plan.attention == "xla":
+        found.append(
+            ("beside layers in a loop that keeps what matrices gave, with attention 'xla' in 16 bits", "up to 1.13")
+        )
     if task.train == "all" and not task.layered(plan) and task.accumulate > 1:
         found.append(("that adds up the gradients of resident layers over parts of a batch", "up to 1.09"))
     if task.beside and plan.home == "split" and any(len(p.kinds) > 1 for p in plan.parts(architecture)):
@@ -997,6 +1036,19 @@ def remats(task: Task) -> tuple[str, ...]:
     return tiles.REMATS if task.sampled or task.tile else ("none", "dots", "full", "offload")
 
 
+def scans(architecture: Architecture, plan: Plan, task: Task) -> bool:
+    """Whether adapters' steps go through resident layers in a loop on a GPU, where nobody says: where all are of one kind and one
+    format. Written out, a program of 32 layers takes some five times as long to compile (scripts/LOG.md), and under remat
+    'none' keeps more. (A loop over kinds that alternate holds the layers of a whole turn; of DoRA, one that keeps what matrices
+    gave holds more than is counted.)"""
+    if not task.beside or not task.optimizer.order or plan.mesh:
+        return False
+    if task.train == "dora" and plan.remat in ("none", "dots"):
+        return False
+    parts = dataclasses.replace(plan, home="device", form="scan", resident=0, kept=0).parts(architecture)
+    return [len(p.kinds) for p in parts] == [1] and parts[0].form == "scan"
+
+
 def variants(
     architecture: Architecture,
     plan: Plan,
@@ -1009,10 +1061,12 @@ def variants(
     ahead: bool = True,
     wide: bool = False,
     keeps_gelu: bool = False,
+    scanned: Sequence[str] = tuple(REMAT),
 ) -> list[Variant]:
     """A plan with its layers in other homes and more or less kept for the way back, from the nearest to the farthest. ahead:
     whether streamed layers are listed as fetched one ahead too, before the plain scan, where a step can run that. wide,
-    keeps_gelu: see `need`."""
+    keeps_gelu: see `need`. scanned: under which remats resident layers go through a loop where they can (`scans`); all on a
+    GPU."""
     found = []
 
     def unlike(made: Plan) -> bool:
@@ -1047,8 +1101,10 @@ def variants(
     nearest, farther = [r for r in known if r != "offload"], [r for r in known if r != "none"]
     # unrolled, the noise of every layer's parameters would be kernels of its own
     listed = {"form": "scan"} if not task.optimizer.order or not meshed.listed(plan) else {}
+    alike = not unlike(dataclasses.replace(plan, home="device", form="scan"))
     for remat in (plan.remat,) if plan.remat else nearest:
-        found.append(of(home="device", remat=remat, **listed))
+        loop = alike and remat in scanned and scans(architecture, dataclasses.replace(plan, remat=remat), task)
+        found.append(of(home="device", remat=remat, **({"form": "scan"} if loop else listed)))
     for remat in (plan.remat,) if plan.remat else farther:
         again = task.sampled or task.layered(dataclasses.replace(plan, home="host"))
         if again and remat in ("none", "dots"):
@@ -1079,7 +1135,9 @@ def seconds(
         return _seconds_of_losses(architecture, plan, task, card, elements=elements, tokens=tokens)
     if task.sampled:
         return _seconds_of_turns(architecture, plan, task, card, elements=elements, tokens=tokens)
-    again = 0 if plan.remat == "none" else 1
+    streamed = sum(p.num_layers for p in plan.parts(architecture) if home(p.home).TIER != "device")
+    # of what matrices gave nothing is made again where it is kept; a streamed layer keeps it under 'dots' alone
+    again = {"dots": 0, "none": streamed / architecture.num_layers}.get(plan.remat, 1)
     passes = 2 + again + (1 if task.train == "all" else 0)
     tiers, tunes = tier_bytes(architecture, plan), task.train == "all"
     times = {

@@ -17,12 +17,19 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import Refused
 
+ATTENDED = "attended"  # the name of what a way back takes of the way forward, for what is kept for it
 NEVER = -1e30  # the score of what is not seen; finite, where -inf would give NaN in a row that sees nothing
 HIDDEN = NEVER / 2  # below it a greatest score is of a query that sees nothing; exp(NEVER - HIDDEN) is 0
+
+
+def kept(out: Array, lse: Array) -> tuple[Array, Array]:
+    """A result and its lse as a way back takes them, under their name."""
+    return checkpoint_name(out, ATTENDED), checkpoint_name(lse, ATTENDED)
 
 
 class CountsTokens(Refused):

@@ -39,7 +39,17 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.attention.reference import HIDDEN, NEVER, as_set, check, check_blocks, hidden, softmax, visible
+from pallas_kernels.attention.reference import (
+    HIDDEN,
+    NEVER,
+    as_set,
+    check,
+    check_blocks,
+    hidden,
+    kept,
+    softmax,
+    visible,
+)
 from pallas_kernels.dispatch import gpu
 
 
@@ -354,7 +364,7 @@ def _backward(how: _How, kept: Any, gradients: tuple[Array, Array]) -> Any:
 
 
 def _forward_keeping(how: _How, q: Array, k: Array, v: Array, sinks: Array | None, places: _Places) -> Any:
-    out, lse = _forward(how, q, k, v, sinks, places)
+    out, lse = kept(*_forward(how, q, k, v, sinks, places))
     return (out, lse), (q, k, v, sinks, places, out, lse)
 
 
