@@ -41,6 +41,7 @@ from sharding.mesh import abstract_mesh
 from sharding.rules import RULES, Rules, check, named_sharding
 
 RING = 3  # buffers that layers are read into from disk: one is used, one is copied, one is being filled
+PADDED = 8  # numbers in 16 bits that tensor cores below sm_80 take at a time
 WORKSPACE = 2**22  # bytes that a product by cuBLAS has for itself below sm_90
 SCORES = 2**27  # bytes of attention's scores and weights that stand at a time where it runs in XLA
 CHUNK = 512  # tokens in which long prompts are read where one piece does not fit
@@ -665,12 +666,24 @@ def activation_bytes(
         widest = max(widest, stream + max(attending, halves) + sums)
     prompt, step = _gathered_bytes(architecture, plan)
     anew = _made_bytes(architecture, _formats_alone(plan))
+    step = max(step, _padded_head_bytes(architecture, plan, batch) if wide else 0)
     if wide:  # where no kernel reads codes
         anew = max(anew, decoded_bytes(architecture, plan, rows, size))
     elif rows > MOST_ROWS and not plan.mesh and (decoded := decoded_bytes(architecture, plan, rows, size, alone=True)):
         anew = max(anew, decoded + rows * width(architecture) * size)  # beside the normed stream, which all chunks read
     ints = (24 if chunk else 16) * batch * tokens  # ids, positions, and in chunks those of slots
     return max(widest + slices + ints + prompt, step) + anew
+
+
+def _padded_head_bytes(architecture: Architecture, plan: Plan, rows: int) -> int:
+    """Bytes of a head in 16 bits that XLA copies to as many rows as cores multiply at a time, and of logits so many wide, where
+    a vocabulary is no multiple of it: on cards below sm_80, for several rows (CublasPadForGemms)."""
+    outer, V = architecture.outer()[1], architecture.config.vocab_size
+    head = "lm_head" if "lm_head" in outer else "embedding"
+    size = jnp.dtype(plan.dtype).itemsize
+    if rows == 1 or size != 2 or plan.mesh or V % PADDED == 0 or plan.format_of(head, outer[head]) != "dense":
+        return 0
+    return -(-V // PADDED) * PADDED * (width(architecture) * size + rows * (size + 4)) + WORKSPACE
 
 
 @functools.cache

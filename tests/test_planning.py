@@ -506,6 +506,35 @@ def test_prompts_of_more_rows_than_a_kernel_takes(
 
 @pytest.mark.aot
 @pytest.mark.skipif(aot.missing() is not None, reason=str(aot.missing()))
+@pytest.mark.parametrize("batch", [1, 2, 4])
+@pytest.mark.parametrize(
+    "raw",
+    [
+        {
+            "model_type": "gpt2", "n_embd": 768, "n_head": 12, "n_layer": 12, "n_positions": 1024, "vocab_size": 50257,
+            "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
+        },
+        SMALL | {"vocab_size": 128257, "num_hidden_layers": 4},  # with a head of its own
+    ],
+    ids=["gpt2", "llama"],
+)  # fmt: skip
+def test_a_head_that_tensor_cores_below_sm_80_take_in_a_copy(raw: dict[str, Any], batch: int) -> None:
+    """Of a vocabulary that is no multiple of 8: for several rows XLA pads the whole matrix."""
+    from jaxengine.plan import need, width
+    from jaxengine.proof import prove
+
+    arch, plan = architecture(raw), dataclasses.replace(BF16, dtype="float16")
+    prefill, decode = prove(arch, plan, find("t4"), batch=batch, length=256)
+    counted = need(arch, plan, batch=batch, context=256, wide=True)
+    assert max(prefill.device, decode.device) == pytest.approx(counted.device, rel=0.05)
+    padded = batch > 1
+    assert (decode.temporaries > 2 * raw["vocab_size"] * width(arch)) == padded
+    less = need(arch, plan, batch=batch, context=256)  # of a later card
+    assert (counted.device - less.device > raw["vocab_size"] * width(arch)) == padded
+
+
+@pytest.mark.aot
+@pytest.mark.skipif(aot.missing() is not None, reason=str(aot.missing()))
 def test_one_ahead_brings_the_first_layer_of_a_bank_beside_the_layers_before_it() -> None:
     """After resident layers, and after streamed ones that other formats make another bank: its copies, which are no
     slices of a stack, have matrix products beside them."""
