@@ -628,8 +628,9 @@ def _show_outcome(outcome: Any, proofs: Any, why: str | None, refuted: Any = ())
         return
     c, n = o.chosen, o.chosen.need
     console.print(f"chosen: {c.label()}", highlight=False)
+    streamed = "streamed layers" if n.host_weights or n.disk else "a copy of the layer that is used"
     parts = {
-        "embeddings and head": n.outer, "layers that stay": n.resident, "streamed layers": n.streaming,
+        "embeddings and head": n.outer, "layers that stay": n.resident, streamed: n.streaming,
         "KV cache": n.cache, "activations": n.activations, "of what is trained": n.trained, "gradients": n.gradients,
         "optimizer state": n.optimizer, "kept of layers for their way back": n.kept,
     }  # fmt: skip

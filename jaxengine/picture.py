@@ -38,7 +38,7 @@ DEVICE, HOST = "device", "host"
 # what a field is called, and its colour; one that is not here goes by its own name and takes a spare colour
 SAID = {
     "outer": "embeddings and head", "resident": "layers that stay",
-    "streaming": "streamed layers, while there",
+    "streaming": "layers while they are there",
     "cache": "KV cache", "activations": "activations", "disk": "layers on disk",
     "trained": "trained parameters", "gradients": "gradients", "optimizer": "optimizer state", "kept": "kept for the way back",
     "host_weights": "layers in host memory", "host_optimizer": "optimizer state there",

@@ -27,6 +27,7 @@ one of the dtype may be flushed. Results must not depend on how many tokens are 
 from __future__ import annotations
 
 import functools
+import importlib
 import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -482,6 +483,31 @@ def test_places(how: dict[str, Any], sinks: bool) -> None:
     q_at, k_at = ([list(pair[i]) for pair in PLACES.values()] for i in (0, 1))
     x = case(len(PLACES), 5, 9, 4, 2, 8, q_at, k_at, sinks=sinks)
     compare(x, "reference", "few", "small blocks", scale=0.35, **how)
+
+
+@pytest.mark.parametrize("module", ["xla", "triton"])  # mosaic_gpu's: tests/test_finetune_bytes.py
+def test_what_a_way_back_takes_has_a_name(module: str) -> None:
+    """Kept by it, attention is not made again: a way back has as many loops and kernels as where all is kept. Where nothing is,
+    it has more."""
+    try:
+        found = importlib.import_module(f"pallas_kernels.attention.{module}").attention
+    except ImportError as error:
+        pytest.skip(f"this jax has no Pallas for it: {error}")
+    q, k, v = inputs(1, 64, 64, 2, 1, 64, dtype="bfloat16")
+    at, how = jnp.arange(64, dtype=jnp.int32)[None], {} if module == "xla" else {"interpret": True}
+    one = functools.partial(found, q_positions=at, k_positions=at, scale=0.1, **how)
+
+    def parts(policy: Any) -> int:
+        made = one if policy is None else jax.checkpoint(one, policy=policy)
+        # squares, or the result's gradient asks for nothing that was made
+        told = str(
+            jax.make_jaxpr(jax.grad(lambda *x: jnp.square(made(*x).astype(jnp.float32)).sum(), (0, 1, 2)))(q, k, v)
+        )
+        return sum(told.count(f" {name}[") for name in ("while", "scan", "pallas_call", "custom_partitioning"))
+
+    named = jax.checkpoint_policies.save_only_these_names(reference.ATTENDED)
+    assert parts(named) == parts(None)
+    assert parts(jax.checkpoint_policies.nothing_saveable) > parts(None) > 0
 
 
 def test_one_query_over_many_slots() -> None:

@@ -212,6 +212,8 @@ FURTHER: list[Any] = [
     ),
     ("small", "T4", "lora", HALF | {"form": "scan", "remat": "none"}, 4, 1024, WIDENED),
     ("small", "H200", "dora", {"form": "scan"}, 4, 1024, {}),
+    # which a loop makes again
+    ("small", "H200", "lora", {"form": "scan", "remat": "none", "attention": "reference"}, 2, 1024, {}),
     ("small", "H200", "dora", {"remat": "dots"}, 4, 1024, {}),
     ("small", "RTX 4090", "lora", {"form": "scan", "remat": "none"}, 4, 1024, {"accumulate": 2}),
     ("thin", "RTX 4090", "lora", {"form": "scan", "remat": "none"}, 2, 1024, {"options": LowRank(targets=("q", "v"))}),
@@ -309,12 +311,14 @@ def on_device(
     return aot.device_bytes(compiled), need.device
 
 
-@pytest.mark.parametrize("remat", ["none", "dots", "full"])
-def test_what_a_loop_over_resident_layers_makes_again(remat: str) -> None:
+@pytest.mark.parametrize(
+    ("remat", "attention"), [("none", "auto"), ("dots", "auto"), ("full", "auto"), ("none", "mosaic_gpu")]
+)
+def test_what_a_loop_over_resident_layers_makes_again(remat: str, attention: str) -> None:
     """On the way back: attention under 'dots' and 'full', and what a matrix of the model gives under 'full' alone. (Adapters'
     first halves, of rank 8, are made again in any case.)"""
     arch, what = architecture(SHAPES["small"]), tuning.task("lora")
-    plan = dataclasses.replace(BF16, form="scan", remat=remat)
+    plan = dataclasses.replace(BF16, form="scan", remat=remat, attention=attention)
     with aot.target(aot.CARDS["H200"]) as target:
         program, static, abstract = tuning.program(arch, plan, what, cast(Any, target.mesh), batch=4, context=1024)
         text = target.compile(program.on("gpu"), *static, *target.place(abstract)).as_text()
@@ -356,6 +360,15 @@ def test_models_of_real_size_and_what_compiles_long(
         ("small", "RTX 4090", "lora", XLA | {"form": "scan", "remat": "none"}, {}, "with attention 'xla'"),
         ("small", "RTX 4090", "lora", XLA | {"form": "scan"}, {}, ""),
         ("small", "H200", "dora", {"form": "scan", "remat": "dots"}, {}, "beside DoRA in a loop"),
+        ("gemma2", "H200", "lora", {"form": "scan"}, {}, "unlike resident layers in a loop"),
+        (
+            "small",
+            "H200",
+            "lora",
+            {"form": "scan", "remat": "none", "weight_rules": (("layers.0.*", "int8"),)},
+            {},
+            "some in a loop and some written out",
+        ),
         ("small", "H200", "dora", {"form": "scan"}, {}, ""),
         ("small", "H200", "full", {}, {}, ""),
         ("small", "H200", "full", HOST, {"accumulate": 2}, ""),

@@ -158,6 +158,7 @@ ROWS: list[Row] = [
     ("vocab", "RTX 4090", "lora", HERE, 4, 1024, "fsdp=2"),
     ("small", "RTX 4090", "lora", HERE, 4, 1024, "tensor=2"),
     ("thin", "H200", "lora", SCANNED, 2, 1024, "tensor=2"),
+    ("small", "RTX 4090", "lora", SCANNED, 4, 1024, "data=2"),
     ("small", "RTX 4090", "full", HERE, 4, 1024, "fsdp=2"),
     ("vocab", "RTX 4090", "full", HERE, 4, 1024, "tensor=2"),
     ("small", "RTX 4090", "full", SCANNED, 4, 1024, "data=2"),

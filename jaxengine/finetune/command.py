@@ -231,6 +231,8 @@ def _finetune(folder: str, data: tuple[Path, ...], out: Path | None, reading: An
     if merge_into is not None and merge_into.exists() and any(merge_into.iterdir()):
         raise click.UsageError(f"--merge: {merge_into} is not empty: give a new folder.")
 
+    import dataclasses
+
     import jaxengine
     from jaxengine.finetune.data import Packed, Rows, pack, read
     from jaxengine.finetune.run import Run, begun, check_out, merge, said
@@ -246,8 +248,12 @@ def _finetune(folder: str, data: tuple[Path, ...], out: Path | None, reading: An
     planned = (plan, settings)
     if given["memory"] is not None:
         plan, settings = as_begun(out, plan, settings, remat=given["remat"])
+    elif given["form"] is None and given["plan"] is None:  # what goes without saying is what the run began with
+        held, _ = as_begun(out, plan, settings, remat=settings.remat)
+        if (held.home, held.resident) == (plan.home, plan.resident):
+            plan = dataclasses.replace(plan, form=held.form)
     check_out(out, said(settings, arch, plan, None if adapter is None else begun(adapter, arch)))
-    if (plan, settings) != planned:
+    if given["memory"] is not None and (plan, settings) != planned:
         _check_fits(out, arch, plan, settings, given)
         print(
             f"{out} goes on as it began, {_homes(plan)}; --memory would choose {_homes(planned[0])} now",
@@ -403,8 +409,6 @@ def _chosen_plan(folder: str, given: dict[str, Any]) -> tuple[Architecture, Plan
     """`chosen_plan`, which says what would fit where nothing does."""
     import dataclasses
 
-    import jax
-
     from jaxengine.architecture import architecture
     from jaxengine.export import one_dtype
     from jaxengine.finetune import meshed
@@ -414,7 +418,6 @@ def _chosen_plan(folder: str, given: dict[str, Any]) -> tuple[Architecture, Plan
     from jaxengine.plan import Plan, check_mesh, lacking, rounded_up, show_bytes, with_rules, with_table
     from jaxengine.planning import worth_ahead
     from jaxengine.sources import open_source, read_config
-    from jaxengine.walk import REMAT
     from sharding.mesh import make_mesh
 
     loading = {n: given[n] for n in ("weights", "dtype", "home", "form", "resident", "attention", "mesh", "sharding")}
@@ -465,8 +468,7 @@ def _chosen_plan(folder: str, given: dict[str, Any]) -> tuple[Architecture, Plan
     card = _card()
     # as `jaxengine plan` asks of that card; of one that is not in its table, and on a CPU, nothing is known or gained
     ahead = card is not None and worth_ahead(arch, plan, settings.task, card, **rows)
-    looped = tuple(REMAT) if jax.default_backend() == "gpu" else ("full",)  # as `_better_scanned`
-    how: dict[str, Any] = {"ahead": ahead, "scanned": looped, **_on_card(card)}
+    how: dict[str, Any] = {"ahead": ahead, "scanned": _scanned_remats(), **_on_card(card)}
     found = variants(arch, plan, settings.task, memory=budget, ram=room, **how, **rows)
     fits = next((v for v in found if not v.refused), None)
     if fits is None:
@@ -566,19 +568,27 @@ def _check_fits(out: Path, arch: Architecture, plan: Plan, settings: Settings, g
 def _better_scanned(arch: Architecture, plan: Plan, settings: Settings) -> bool:
     """Whether layers on this device should be scanned, where nobody says: on a GPU where a plan has them so, and on a CPU where
     they are run again, which XLA:CPU does long before they are gone back through where they are written out
-    (scripts/LOG.md). A stack's layers have the same targets."""
+    (scripts/LOG.md)."""
     import dataclasses
 
     import jax
 
-    from jaxengine.finetune.planning import scans
-    from jaxengine.finetune.run import alike
+    from jaxengine.finetune.planning import same_targets, scans
 
-    if not settings.backward or not alike(settings):
+    if not settings.backward or settings.remat not in _scanned_remats():
         return False
     if jax.default_backend() == "gpu":
         return scans(arch, dataclasses.replace(plan, remat=settings.remat), settings.task)
-    return settings.remat == "full" and jax.default_backend() == "cpu"
+    return same_targets(arch, dataclasses.replace(plan, form="scan"), settings.task)
+
+
+def _scanned_remats() -> tuple[str, ...]:
+    """Under which resident layers are better scanned on this machine."""
+    import jax
+
+    from jaxengine.walk import REMAT
+
+    return {"gpu": tuple(REMAT), "cpu": ("full",)}.get(jax.default_backend(), ())
 
 
 LINES = 40  # about so many of a run, where standard error is no terminal

@@ -5,7 +5,8 @@ Device bytes are those of the moment when most stands there: on the way back thr
     frozen layers     as generating has them: resident, or one (two) at a time
     what is trained   float32, its gradient and the optimizer's state; where every parameter is trained in another home than
                       the device's, one layer's at a time
-    kept              what comes into each layer (remat 'full'), or that and what its matrices gave ('dots'), or all
+    kept              what comes into each layer (remat 'full'), or that and what its matrices gave ('dots'), or all; in a loop
+                      'none' keeps what 'dots' does and what attention gave
     activations       one layer run again and gone back through; or some tokens' logits and their gradient
 """
 
@@ -224,6 +225,9 @@ def need(
         how: Any = {"alone": functools.partial(need, **on_card), "loss": loss_activations}
         return meshed.need(architecture, plan, task, batch=batch, context=context, **how)
     if plan.attention == "reference":
+        # a loop keeps nothing of it under 'none' either
+        again = plan.remat == "none" and _looped(architecture, plan, task)
+        plan = dataclasses.replace(plan, remat="dots") if again else plan
         plain = dataclasses.replace(plan, attention="auto")
         least = need(architecture, plain, task, batch=batch, context=context, held=held, **on_card)
         scores = _score_bytes(architecture, plan, task, batch * context * context)
@@ -232,7 +236,7 @@ def need(
         return largest_turn(architecture, plan, task, batch=batch, context=context)[1]
     if not task.optimizer.order:
         return _need_of_losses(architecture, plan, task, batch=batch, context=context)
-    if task.beside and plan.home == "device" and {p.form for p in plan.parts(architecture)} == {"scan"}:
+    if _looped(architecture, plan, task):
         return _need_of_a_scan(architecture, plan, task, batch=batch, context=context, held=held, **on_card)
     held = architecture if held is None else held
     tiers, each = tier_bytes(held, plan), layer_bytes(held, plan)
@@ -389,6 +393,12 @@ def need(
     )  # fmt: skip
 
 
+def _looped(architecture: Architecture, plan: Plan, task: Task) -> bool:
+    """Whether a step for adapters goes through resident layers in loops alone."""
+    forms = {p.form for p in plan.parts(architecture)}
+    return task.beside and task.optimizer.order > 0 and plan.home == "device" and forms == {"scan"}
+
+
 def _need_of_a_scan(
     architecture: Architecture,
     plan: Plan,
@@ -410,9 +420,8 @@ def _need_of_a_scan(
     attended = architecture.num_layers * rows * (s.NH * itemsize + 4 * s.heads) if plan.remat == "none" else 0
     half = rows * s.F * itemsize if kept and s.halves == 2 else 0
     tiers = tier_bytes(architecture if held is None else held, plan)
-    made = n.activations + n.streaming + half
     return dataclasses.replace(
-        n, resident=tiers["device"], streaming=0, activations=made, host_weights=0, kept=n.kept + attended
+        n, resident=tiers["device"], activations=n.activations + half, host_weights=0, kept=n.kept + attended
     )
 
 
@@ -489,7 +498,12 @@ def strays(architecture: Architecture, plan: Plan, task: Task) -> list[tuple[str
         found.append(("beside streamed layers with attention 'xla' in 16 bits", "up to 1.08"))
     if task.beside and streamed and narrow and plan.attention != "xla" and _sizes(architecture).halves == 1:
         found.append(("beside streamed layers whose feed-forward block has no gate", "0.92 to 1.05"))
-    looped = any(p.form == "scan" for p in plan.parts(architecture)) and plan.remat in ("none", "dots")
+    parts = plan.parts(architecture)
+    if task.beside and not streamed and any(p.form == "scan" and len(p.kinds) > 1 for p in parts):
+        found.append(("beside unlike resident layers in a loop", "1.1 to 1.7"))
+    if task.beside and not streamed and len({p.form for p in parts}) > 1 and plan.remat == "none":
+        found.append(("beside resident layers, some in a loop and some written out, of which all is kept", "0.85 to 1"))
+    looped = any(p.form == "scan" for p in parts) and plan.remat in ("none", "dots")
     if task.train == "dora" and looped and (plan.remat == "dots" or not streamed):
         found.append(("beside DoRA in a loop that keeps what matrices gave", "up to 1.14"))
     if task.beside and not streamed and looped and narrow and plan.attention == "xla":
@@ -1036,17 +1050,29 @@ def remats(task: Task) -> tuple[str, ...]:
     return tiles.REMATS if task.sampled or task.tile else ("none", "dots", "full", "offload")
 
 
+def same_targets(architecture: Architecture, plan: Plan, task: Task) -> bool:
+    """Whether adapters stand beside the same matrices in all layers of a stack, as a step asks."""
+    if not task.beside or not any(p.startswith("layers.") for p in task.options.targets):
+        return True
+    try:
+        each_target(architecture, plan, task.options.targets, lambda *_: None)
+    except ValueError:
+        return False
+    return True
+
+
 def scans(architecture: Architecture, plan: Plan, task: Task) -> bool:
-    """Whether adapters' steps go through resident layers in a loop on a GPU, where nobody says: where all are of one kind and one
-    format. Written out, a program of 32 layers takes some five times as long to compile (scripts/LOG.md), and under remat
-    'none' keeps more. (A loop over kinds that alternate holds the layers of a whole turn; of DoRA, one that keeps what matrices
-    gave holds more than is counted.)"""
+    """Whether adapters' steps go through resident layers in a loop on a GPU, where nobody says: where all are of one kind, one
+    format and the same targets. Written out, a program of 32 layers takes some five times as long to compile (scripts/LOG.md),
+    and under remat 'none' keeps more. (A loop over kinds that alternate holds the layers of a whole turn; of DoRA, one that
+    keeps what matrices gave holds more than is counted.)"""
     if not task.beside or not task.optimizer.order or plan.mesh:
         return False
     if task.train == "dora" and plan.remat in ("none", "dots"):
         return False
-    parts = dataclasses.replace(plan, home="device", form="scan", resident=0, kept=0).parts(architecture)
-    return [len(p.kinds) for p in parts] == [1] and parts[0].form == "scan"
+    made = dataclasses.replace(plan, home="device", form="scan", resident=0, kept=0)
+    parts = made.parts(architecture)
+    return [len(p.kinds) for p in parts] == [1] and parts[0].form == "scan" and same_targets(architecture, made, task)
 
 
 def variants(
@@ -1069,16 +1095,6 @@ def variants(
     GPU."""
     found = []
 
-    def unlike(made: Plan) -> bool:
-        """Whether layers of one stack have different targets, which no step takes."""
-        if not task.beside or not any(p.startswith("layers.") for p in task.options.targets):
-            return False
-        try:
-            each_target(architecture, made, task.options.targets, lambda *_: None)
-        except ValueError:
-            return True
-        return False
-
     def of(**given: Any) -> Variant:
         made = dataclasses.replace(plan, **({"form": "", "resident": 0, "kept": 0, "chunk": 0} | given))
         n = need(architecture, made, task, batch=batch, context=context, wide=wide, keeps_gelu=keeps_gelu)
@@ -1087,7 +1103,7 @@ def variants(
             home(p.home).TIER != "device" and p.form == "scan" and len(p.kinds) > 1 for p in made.parts(architecture)
         ):
             refused = "unlike layers that alternate are fetched again in copies under remat 'full' and 'offload' alone"
-        elif unlike(made):
+        elif not same_targets(architecture, made, task):
             refused = "layers that are scanned have the same targets"
         if refused:
             return Variant(made, n, refused, barred=True)
@@ -1101,9 +1117,8 @@ def variants(
     nearest, farther = [r for r in known if r != "offload"], [r for r in known if r != "none"]
     # unrolled, the noise of every layer's parameters would be kernels of its own
     listed = {"form": "scan"} if not task.optimizer.order or not meshed.listed(plan) else {}
-    alike = not unlike(dataclasses.replace(plan, home="device", form="scan"))
     for remat in (plan.remat,) if plan.remat else nearest:
-        loop = alike and remat in scanned and scans(architecture, dataclasses.replace(plan, remat=remat), task)
+        loop = remat in scanned and scans(architecture, dataclasses.replace(plan, remat=remat), task)
         found.append(of(home="device", remat=remat, **({"form": "scan"} if loop else listed)))
     for remat in (plan.remat,) if plan.remat else farther:
         again = task.sampled or task.layered(dataclasses.replace(plan, home="host"))

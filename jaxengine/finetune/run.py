@@ -53,7 +53,7 @@ from jaxengine.finetune import layered, mezo, places, sampled
 from jaxengine.finetune import step as whole
 from jaxengine.finetune.data import Batches, Packed
 from jaxengine.finetune.events import EventWriter
-from jaxengine.finetune.planning import abstract_trained, check_joined
+from jaxengine.finetune.planning import abstract_trained, check_joined, same_targets
 from jaxengine.finetune.sampled import SAMPLED
 from jaxengine.finetune.settings import ADAPTERS, Settings
 from jaxengine.finetune.step import Batch, State, Tuning
@@ -116,11 +116,6 @@ def _not_ahead(settings: Settings) -> str:
     return ""
 
 
-def alike(settings: Settings) -> bool:
-    """Whether all layers of a kind have the same targets, as those of one stack must."""
-    return not any(t.startswith("layers.") for t in settings.targets)
-
-
 def run_too_early(settings: Settings, model: Model) -> str:
     """What to know, on a CPU, of layers that are run again on the way back and are written out: '' where none are. What is
     advised is what this model takes: where a budget has chosen homes, no form and no more memory are."""
@@ -134,7 +129,8 @@ def run_too_early(settings: Settings, model: Model) -> str:
     said = "remat='full' saves little memory on a CPU where layers are written out, as XLA runs them again too early"
     if model.budget is not None:
         return f"{said}: a step may take more than memory="
-    scanned = plan.home == "device" and alike(settings) and not listed(dataclasses.replace(plan, form="scan"))
+    looped = dataclasses.replace(plan, form="scan")
+    scanned = plan.home == "device" and same_targets(arch, looped, settings.task) and not listed(looped)
     advice = "load the model with form='scan', or say remat='none'" if scanned else "say remat='none'"
     return f"{said}: {advice}, which runs nothing again"
 

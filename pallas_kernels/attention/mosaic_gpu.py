@@ -36,7 +36,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch
 from pallas_kernels.attention.over_mesh import over_mesh
-from pallas_kernels.attention.reference import NEVER, check, kept
+from pallas_kernels.attention.reference import NEVER, check, named
 from pallas_kernels.attention.spans import FAR, bounds, padded, places
 
 LOG2E, LN2 = math.log2(math.e), math.log(2.0)
@@ -358,7 +358,7 @@ def _attend(
 
 
 def _attend_forward(call: Call, q: Any, k: Any, v: Any, sinks: Any, q_at: Any, k_at: Any, q_of: Any, k_of: Any) -> Any:
-    out, lse = kept(*_attended(call, q, k, v, sinks, q_at, k_at, q_of, k_of))
+    out, lse = named(*_attended(call, q, k, v, sinks, q_at, k_at, q_of, k_of))
     return (out, lse), (q, k, v, sinks, q_at, k_at, q_of, k_of, out, lse)
 
 

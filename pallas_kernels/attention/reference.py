@@ -27,7 +27,7 @@ NEVER = -1e30  # the score of what is not seen; finite, where -inf would give Na
 HIDDEN = NEVER / 2  # below it a greatest score is of a query that sees nothing; exp(NEVER - HIDDEN) is 0
 
 
-def kept(out: Array, lse: Array) -> tuple[Array, Array]:
+def named(out: Array, lse: Array) -> tuple[Array, Array]:
     """A result and its lse as a way back takes them, under their name."""
     return checkpoint_name(out, ATTENDED), checkpoint_name(lse, ATTENDED)
 

@@ -40,7 +40,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import dispatch
 from pallas_kernels.attention import tiles as tiling
 from pallas_kernels.attention.over_mesh import over_mesh
-from pallas_kernels.attention.reference import as_set, check, check_blocks, kept
+from pallas_kernels.attention.reference import as_set, check, check_blocks, named
 from pallas_kernels.attention.spans import FAR, bounds, padded, places
 from pallas_kernels.attention.tiles import Config, Tiles
 from pallas_kernels.triton_call import triton_call
@@ -555,7 +555,7 @@ def _attend(
 
 
 def _attend_forward(call: Call, q: Any, k: Any, v: Any, sinks: Any, q_at: Any, k_at: Any, q_of: Any, k_of: Any) -> Any:
-    out, lse = kept(*_attended(call, q, k, v, sinks, q_at, k_at, q_of, k_of))
+    out, lse = named(*_attended(call, q, k, v, sinks, q_at, k_at, q_of, k_of))
     return (out, lse), (q, k, v, sinks, q_at, k_at, q_of, k_of, out, lse)
 
 

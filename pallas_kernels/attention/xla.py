@@ -46,7 +46,7 @@ from pallas_kernels.attention.reference import (
     check,
     check_blocks,
     hidden,
-    kept,
+    named,
     softmax,
     visible,
 )
@@ -364,7 +364,7 @@ def _backward(how: _How, kept: Any, gradients: tuple[Array, Array]) -> Any:
 
 
 def _forward_keeping(how: _How, q: Array, k: Array, v: Array, sinks: Array | None, places: _Places) -> Any:
-    out, lse = kept(*_forward(how, q, k, v, sinks, places))
+    out, lse = named(*_forward(how, q, k, v, sinks, places))
     return (out, lse), (q, k, v, sinks, places, out, lse)
 
 

@@ -4,7 +4,8 @@ A moment is cut into blocks of 256 in the order of its elements; a block is its 
 numbers in [-1, 1] (or [0, 1]: a second moment has no sign). The map is dynamic (Dettmers, arXiv:1511.04561): seven decades,
 and in each decade twice as many numbers as in the one below it, so that a block's large numbers are told apart finely and its
 small ones are not lost. A step makes the moments in float32, changes the parameters by these, and rounds them to the nearest
-code. What has fewer than 4096 elements keeps float32 moments, as in bitsandbytes, whose numbers these are.
+code. What has fewer than 4096 elements keeps float32 moments, as in bitsandbytes, whose numbers these are; of a stack of
+layers one layer's count. (Blocks go on from layer to layer where a layer's elements are no multiple of 256.)
 """
 
 from __future__ import annotations
@@ -75,17 +76,18 @@ def _blocks(x: Array) -> Array:
     return jnp.pad(x.reshape(-1), (0, -x.size % BLOCK)).reshape(-1, BLOCK)
 
 
-def scale_by_adam8bit(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
-    """As optax.scale_by_adam, with moments in 8 bits."""
+def scale_by_adam8bit(b1: float, b2: float, eps: float, matrices: Any = None) -> optax.GradientTransformation:
+    """As optax.scale_by_adam, with moments in 8 bits. matrices: see optimizers/base.py."""
 
     def init(params: Any) -> Moments:
-        def codes(p: Any) -> Array:
-            return jnp.zeros(p.shape, jnp.uint8 if p.size >= LEAST else jnp.float32)
-
-        def scales(p: Any) -> Array | None:
-            return jnp.zeros(-(-p.size // BLOCK), jnp.float32) if p.size >= LEAST else None
-
-        trees = [jax.tree.map(of, params) for of in (codes, scales, codes, scales)]
+        leaves, tree = jax.tree.flatten(params)
+        how = [None] * len(leaves) if matrices is None else tree.flatten_up_to(matrices(params))
+        codes, scales = [], []
+        for p, matrix in zip(leaves, how, strict=True):
+            coded = math.prod(p.shape[matrix.stacked if matrix is not None else 0 :]) >= LEAST
+            codes.append(jnp.zeros(p.shape, jnp.uint8 if coded else jnp.float32))
+            scales.append(jnp.zeros(-(-p.size // BLOCK), jnp.float32) if coded else None)
+        trees = [jax.tree.unflatten(tree, of) for of in (codes, scales, codes, scales)]
         return Moments(jnp.zeros((), jnp.int32), *trees)
 
     def update(updates: Any, state: Moments, params: Any = None) -> tuple[Any, Moments]:
@@ -123,5 +125,4 @@ def temporaries(shape: tuple[int, ...], matrix: Matrix | None) -> int:
 
 def make(how: Optimizer, decayed: Any, matrices: Any) -> optax.GradientTransformation:
     """2 bytes of state for each parameter, and 8 for a block of 256."""
-    del matrices
-    return how.finish(scale_by_adam8bit(how.b1, how.b2, how.eps), decayed)
+    return how.finish(scale_by_adam8bit(how.b1, how.b2, how.eps, matrices), decayed)
