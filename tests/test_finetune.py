@@ -1010,6 +1010,24 @@ def test_a_run_goes_on_in_the_homes_that_it_began_in(
     assert "home was" not in done.output
 
 
+def test_a_run_goes_on_in_the_form_that_it_began_in(sums: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where none is said, whatever would be taken now; one that is said is another run's."""
+    plans: list[Any] = []
+    original = jaxengine.load
+    monkeypatch.setattr(jaxengine, "load", lambda *a, **how: plans.append(how["plan"]) or original(*a, **how))
+
+    def done(steps: int, *more: str) -> Any:
+        how = f"--context 64 --schedule constant --warmup 0 --save-every 1 --steps {steps}"
+        return invoke("demo", sums, "--out", str(tmp_path / "out"), *how.split(), *more)
+
+    assert done(1, "--form", "unrolled").exit_code == 0
+    assert done(2).exit_code == 0
+    assert [plan.resolved_form for plan in plans] == ["unrolled", "unrolled"]
+    again = done(3, "--form", "scan")
+    assert again.exit_code == 2
+    assert "form was 'unrolled' and is 'scan'" in again.output
+
+
 @pytest.mark.parametrize(
     ("how", "targets", "advice"),
     [

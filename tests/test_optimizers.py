@@ -193,6 +193,23 @@ def test_a_step_in_8_bits_is_adams_on_what_the_codes_stand_for() -> None:
     np.testing.assert_allclose(updates["b"], wanted["b"], rtol=1e-6)
 
 
+def test_of_a_stack_a_layers_elements_decide_what_is_coded() -> None:
+    """As of each layer alone: 16 layers of 2048 keep float32 moments, two of 4096 do not."""
+    params = {"few": jnp.zeros((16, 8, 256)), "many": jnp.zeros((2, 16, 256)), "outside": jnp.zeros((16, 8, 256))}
+    stacked = {"few": Matrix(1, 1), "many": Matrix(1, 1), "outside": None}
+    held: Any = Optimizer("adamw8bit", 0.1).make(None, lambda tree: stacked).init(params)
+    assert {n: x.dtype for n, x in held[0].first.items()} == {
+        "few": jnp.float32,
+        "many": jnp.uint8,
+        "outside": jnp.uint8,
+    }
+    assert {n for n, x in held[0].second_scales.items() if x is not None} == {"many", "outside"}
+    alone: Any = (
+        Optimizer("adamw8bit", 0.1).make(None, lambda tree: {"few": Matrix(0, 1)}).init({"few": params["few"][0]})
+    )
+    assert alone[0].first["few"].dtype == jnp.float32
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Muon
 
