@@ -1133,6 +1133,8 @@ def test_on_a_cpu_layers_that_are_run_again_are_scanned(
         (("--memory", "64MB"), "scan", "none"),
         (("--memory", "64MB", "--train", "dora", "--remat", "dots"), "unrolled", "dots"),
         (("--train", "dora"), "scan", "full"),
+        (("--target", "layers.*.q"), "scan", "full"),
+        (("--memory", "64MB", "--target", "layers.*.q"), "scan", "none"),
         (("--form", "unrolled"), "unrolled", "full"),
         (("--train", "all"), "unrolled", "full"),
         (("--optimizer", "mezo"), "unrolled", "full"),
