@@ -148,6 +148,10 @@ def test_resident_layers_of_one_kind_go_through_a_loop() -> None:
 
     assert forms("llama", "lora") == forms("qwen3", "lora") == {"scan"}
     assert forms("llama", "dora") == {"", "scan"}  # under 'full'; where matrices' results are kept it holds more
+    wanted = {"": {"none", "dots"}, "scan": {"full"}}
+    by_name = plan_for(ARCH_8B, dataclasses.replace(BF16, attention="xla"), card, task="lora", **rows).candidates
+    for form, remats in wanted.items():
+        assert {c.plan.remat for c in by_name if c.plan.home == "device" and c.plan.form == form} == remats
     assert forms("gemma2", "lora") == {""}  # two kinds, of which a loop would hold a turn
     assert forms("llama", "full") == {""}
     assert forms("llama", "lora", targets=("layers.0.q",)) == {""}  # a stack's layers have the same ones
