@@ -59,7 +59,8 @@ class Plan:
     it, first match wins, e.g. (("lm_head", "int8"), ("layers.*.down", "dense")).
     home: where layers live; form: 'unrolled', 'scan', 'ahead' or 'python' ('' is the home's own); resident: under the homes
     'split' and 'disk', the number of layers, from the first on, that stand on the device; kept: under the home 'disk', the
-    number of layers after those that stand in host memory. stay: name patterns, e.g. 'k' or 'layers.*.k', of parameters that
+    number of layers after those that stand in host memory. resident_form: how those of a split home go that stand on the
+    device, 'unrolled' ('' is that) or 'scan'. stay: name patterns, e.g. 'k' or 'layers.*.k', of parameters that
     stand on the device although their layers are streamed from host memory, besides those that always do (`stays`).
     kv_layout, kv_codec, kv_store: the cache.
     sharding: a named table of rules; rules: (logical axis, mesh axis or None) pairs that go before it.
@@ -88,6 +89,7 @@ class Plan:
     chunk: int = 0
     remat: str = ""
     attention: str = "auto"
+    resident_form: str = ""
 
     def __post_init__(self) -> None:
         if self.dtype and self.dtype not in DTYPES:
@@ -103,6 +105,11 @@ class Plan:
             raise ValueError(
                 f"Plan: home is {self.home!r} and resident is {self.resident}; home='split' takes at least 1 resident layer,"
                 f" home='disk' any number, and no other home takes any"
+            )
+        if self.resident_form and (self.home != "split" or self.resident_form not in home("device").FORMS):
+            raise ValueError(
+                f"Plan: home is {self.home!r} and resident_form is {self.resident_form!r}; it is 'unrolled' or 'scan' under"
+                f" home='split', and no other home takes one"
             )
         if self.kept < 0 or (self.kept and home(self.home).KEPT is None):
             raise ValueError(
@@ -169,7 +176,7 @@ class Plan:
 
         rest, kept = home(self.home).REST, home(self.home).KEPT
         return (
-            *parts(0, r, "device", home("device").FORM),
+            *parts(0, r, "device", self.resident_form or home("device").FORM),
             *(parts(r, r + k, kept, home(kept).FORM) if k else ()),
             *parts(r + k, len(kinds), rest, self.resolved_form),
         )

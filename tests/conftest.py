@@ -6,13 +6,15 @@ where only a CPU is there. With XLA's GPU compiler beside it, programs are made 
 
 import importlib.util
 import os
+from collections import Counter
 from collections.abc import Iterator
 
 flags = os.environ.get("XLA_FLAGS", "")
 if "xla_force_host_platform_device_count" not in flags:
     os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=8".strip()
 
-if "xla_backend_optimization_level" not in flags and importlib.util.find_spec("jax_cuda13_plugin") is None:
+COMPILER = importlib.util.find_spec("jax_cuda13_plugin") is not None  # XLA's for GPUs
+if "xla_backend_optimization_level" not in flags and not COMPILER:
     os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
 
 # the compile-only CUDA wheels (tests/test_aot.py) look for a driver and cuDNN when jax starts, and need neither
@@ -27,19 +29,29 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # one more of the same, family after family and format after format, which differs little from one jax to the next
 THOROUGH = (
-    "test_attention_matrix.py", "test_compressed_export.py", "test_finetune_formats.py", "test_finetune_golden.py",
+    "test_attention_matrix.py", "test_bench_attention.py", "test_bench_quant.py", "test_calibration.py",
+    "test_compressed_export.py", "test_demo.py", "test_export.py", "test_finetune_formats.py", "test_finetune_golden.py",
     "test_finetune_killed.py", "test_float_formats.py", "test_gguf.py", "test_integer_formats.py", "test_lossless.py",
-    "test_orders.py", "test_quantized_checkpoints.py", "test_stay.py",
+    "test_orders.py", "test_quant_table.py", "test_quantized_checkpoints.py", "test_stay.py",
 )  # fmt: skip
 BY_FAMILY, FURTHER = ("test_homes.py", "test_models.py"), ("gemma3_text", "gpt2", "mistral", "phi3", "qwen2", "qwen3")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what CI's second leg leaves out: it has XLA's GPU compiler to ask as well."""
+    """Mark what CI's second leg leaves out, as it has XLA's GPU compiler to ask as well (`thorough`), and what this machine
+    leaves to others (`rest`): of tests that take long and have many rows, one machine with that compiler and one without run
+    different thirds."""
+    seen, rows = Counter[str](), Counter(item.nodeid.partition("[")[0] for item in items)
     for item in items:
+        compiled = item.get_closest_marker("aot") is not None
         further = item.path.name in BY_FAMILY and any(family in item.name for family in FURTHER)
-        if (further or item.path.name in THOROUGH) and item.get_closest_marker("aot") is None:
+        if (further or item.path.name in THOROUGH) and not compiled:
             item.add_marker(pytest.mark.thorough)
+        if item.get_closest_marker("in_thirds") is not None:
+            test = item.nodeid.partition("[")[0]
+            if rows[test] > 1 and seen[test] % 3 != (COMPILER and not compiled):  # one that is named runs
+                item.add_marker(pytest.mark.rest)
+            seen[test] += 1
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -180,6 +180,7 @@ def test_streamed_layers_give_the_losses_of_resident_ones(
     ],
     ids=str,
 )
+@pytest.mark.in_thirds
 def test_streamed_layers_beside_adapters_give_the_bits_of_resident_ones(how: dict[str, Any], weights: str) -> None:
     """The same program form: a scan."""
     settings = dataclasses.replace(HOW, **how)
@@ -254,6 +255,7 @@ def longer(**how: Any) -> Model:
     ],
     ids=str,
 )
+@pytest.mark.in_thirds
 def test_layers_fetched_ahead_give_the_losses_of_the_others(given: dict[str, Any], how: dict[str, Any]) -> None:
     """Of a plain scan, and of layers on the device."""
     settings, found = dataclasses.replace(HOW, steps=3, **given), {}
@@ -408,6 +410,7 @@ def test_a_save_returns_before_the_checkpoint_is_there(tmp_path: Path, monkeypat
 
 
 @pytest.mark.parametrize(("train", "how"), [("lora", {}), SPLIT, ("all", {}), ("all", {"home": "host"})])
+@pytest.mark.in_thirds
 def test_a_run_goes_on_from_its_folder_bit_for_bit(train: str, how: dict[str, Any], tmp_path: Path) -> None:
     """After ends at different places: the losses, the state and what is written are those of an unbroken run."""
     settings = dataclasses.replace(HOW, train=train)
@@ -650,6 +653,7 @@ def test_events(tmp_path: Path, resident: dict[str, list[float]]) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.in_thirds
 def test_pefts_adapters_beside_and_merged(case: str, tmp_path: Path) -> None:
     """Logits that peft gave, from the adapter beside the matrices, and from a folder that it was merged into."""
     base = case.partition("_")[0]
@@ -738,6 +742,7 @@ def loss_of(model: Model, rows: dict[str, np.ndarray]) -> float:
 
 @pytest.mark.parametrize("how", [{}, {"home": "host"}], ids=str)
 @pytest.mark.parametrize("case", [c for c in CASES if c != "llama_rslora"])
+@pytest.mark.in_thirds
 def test_a_run_starts_from_pefts_adapter(case: str, how: dict[str, Any]) -> None:
     """The first loss is that of the model with the adapter beside it, whose logits are peft's (above)."""
     base = GOLDEN / case.partition("_")[0]
@@ -956,8 +961,12 @@ def test_a_log_has_some_dozens_of_lines(steps: int, step: int, monkeypatch: pyte
     assert len(found) >= min(steps - step, 20 if not step else 10)
 
 
-def test_memory_chooses_where_layers_stand(sums: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class FoundError(Exception): ...
+class FoundError(Exception):
+    """A command came to where it loads the model."""
+
+
+def loaded(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The plans that models are to be loaded with from now on, where commands end with FoundError."""
 
     def load(folder: str, *, plan: Any, progress: Any) -> None:
         chosen.append(plan)
@@ -965,6 +974,11 @@ def test_memory_chooses_where_layers_stand(sums: str, tmp_path: Path, monkeypatc
 
     chosen: list[Any] = []
     monkeypatch.setattr(jaxengine, "load", load)
+    return chosen
+
+
+def test_memory_chooses_where_layers_stand(sums: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = loaded(monkeypatch)
     words = ("demo", sums, "--out", str(tmp_path / "out"), "--context", "64", "--memory")
     for memory in ("64MB", "5.5MB"):
         assert isinstance(invoke(*words, memory).exception, FoundError)
@@ -1112,14 +1126,7 @@ def test_what_a_refusal_of_memory_advises_is_taken(
 def test_on_a_cpu_layers_that_are_run_again_are_scanned(
     words: tuple[str, ...], form: str, sums: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class FoundError(Exception): ...
-
-    def load(folder: str, *, plan: Any, progress: Any) -> None:
-        chosen.append(plan)
-        raise FoundError
-
-    chosen: list[Any] = []
-    monkeypatch.setattr(jaxengine, "load", load)
+    chosen = loaded(monkeypatch)
     done = invoke("demo", sums, "--out", str(tmp_path / "out"), "--context", "64", *words)
     assert isinstance(done.exception, FoundError), done.output
     assert (chosen[0].resolved_form, chosen[0].stay) == (form, ("k",) if "--stay" in words else ())
@@ -1146,14 +1153,7 @@ def test_on_a_cpu_layers_that_are_run_again_are_scanned(
 def test_on_a_gpu_resident_layers_beside_adapters_are_scanned(
     words: tuple[str, ...], form: str, remat: str, sums: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class FoundError(Exception): ...
-
-    def load(folder: str, *, plan: Any, progress: Any) -> None:
-        chosen.append(plan)
-        raise FoundError
-
-    chosen: list[Any] = []
-    monkeypatch.setattr(jaxengine, "load", load)
+    chosen = loaded(monkeypatch)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(dispatch, "gpu", lambda: None)
     done = invoke("demo", sums, "--out", str(tmp_path / "out"), "--context", "64", *words)
@@ -1163,14 +1163,7 @@ def test_on_a_gpu_resident_layers_beside_adapters_are_scanned(
 
 
 def test_rules_of_frozen_weights_are_the_plans(sums: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class FoundError(Exception): ...
-
-    def load(folder: str, *, plan: Any, progress: Any) -> None:
-        chosen.append(plan)
-        raise FoundError
-
-    chosen: list[Any] = []
-    monkeypatch.setattr(jaxengine, "load", load)
+    chosen = loaded(monkeypatch)
     (tmp_path / "plan.json").write_text('{"weights": "int4", "weight_rules": [["layers.0.*", "dense"]]}')
     words = (
         "--plan",

@@ -212,6 +212,7 @@ def compiled(name: str) -> dict[str, Any]:
         *(pytest.param(n, marks=pytest.mark.thorough) for n in ("qlora-4gb", "zo2", "superpipeline")),
     ],
 )
+@pytest.mark.in_thirds
 def test_a_claim_that_fits_does_by_xlas_bytes(name: str) -> None:
     """Within the words of the paper, and not by the arithmetic alone."""
     claim = compiled(name)

@@ -254,7 +254,7 @@ def need(
         several=batch > 1,
     )
     entering = parts * batch * context * width(architecture) * dtype.itemsize
-    streamed = sum(p.num_layers for p in plan.parts(architecture) if home(p.home).TIER != "device")
+    streamed = _streamed_layers(architecture, plan)
     kept = {
         "full": L * entering,
         "offload": 0,
@@ -391,6 +391,11 @@ def need(
         host_weights=tiers["host"], host_optimizer=host_optimizer, host_kept=host_kept,
         disk=tiers["disk"], trained=trained, gradients=gradients, optimizer=optimizer, kept=kept,
     )  # fmt: skip
+
+
+def _streamed_layers(architecture: Architecture, plan: Plan) -> int:
+    """How many layers do not stay on the device."""
+    return sum(p.num_layers for p in plan.parts(architecture) if home(p.home).TIER != "device")
 
 
 def _looped(architecture: Architecture, plan: Plan, task: Task) -> bool:
@@ -1150,7 +1155,7 @@ def seconds(
         return _seconds_of_losses(architecture, plan, task, card, elements=elements, tokens=tokens)
     if task.sampled:
         return _seconds_of_turns(architecture, plan, task, card, elements=elements, tokens=tokens)
-    streamed = sum(p.num_layers for p in plan.parts(architecture) if home(p.home).TIER != "device")
+    streamed = _streamed_layers(architecture, plan)
     # of what matrices gave nothing is made again where it is kept; a streamed layer keeps it under 'dots' alone
     again = {"dots": 0, "none": streamed / architecture.num_layers}.get(plan.remat, 1)
     passes = 2 + again + (1 if task.train == "all" else 0)
