@@ -106,10 +106,11 @@ class Plan:
                 f"Plan: home is {self.home!r} and resident is {self.resident}; home='split' takes at least 1 resident layer,"
                 f" home='disk' any number, and no other home takes any"
             )
-        if self.resident_form and (self.home != "split" or self.resident_form not in home("device").FORMS):
+        taken = self.home == "split" and self.resolved_form != "python"
+        if self.resident_form and not (taken and self.resident_form in home("device").FORMS):
             raise ValueError(
-                f"Plan: home is {self.home!r} and resident_form is {self.resident_form!r}; it is 'unrolled' or 'scan' under"
-                f" home='split', and no other home takes one"
+                f"Plan: home is {self.home!r}, form {self.resolved_form!r} and resident_form {self.resident_form!r}; it is"
+                f" 'unrolled' or 'scan' under home='split' with form 'scan' or 'ahead', and else left out"
             )
         if self.kept < 0 or (self.kept and home(self.home).KEPT is None):
             raise ValueError(
@@ -1027,7 +1028,7 @@ def variants(
     """
 
     def of(**given: Any) -> Variant:
-        made = dataclasses.replace(plan, **({"form": "", "resident": 0, "kept": 0} | given))
+        made = dataclasses.replace(plan, **({"form": "", "resident": 0, "kept": 0, "resident_form": ""} | given))
         n = need(architecture, made, batch=batch, context=context, wide=wide)
         idle = _idle_stay(made)
         return Variant(made, n, idle or lacks(n, memory, ram), barred=bool(idle))

@@ -152,7 +152,11 @@ def streamed_form(architecture: Architecture, plan: Plan, card: Card, batch: int
     """'ahead' where a decoding step's compute is worth hiding behind the copies, at the price of a second layer on the
     device; '' (a plain scan) where either is so much longer than the other that there is nothing to gain."""
     size = weight_bytes(architecture, plan)["layers"]
-    moved = sum(brought_bytes(architecture, dataclasses.replace(plan, home="host", form="", resident=0, kept=0)))
+    moved = sum(
+        brought_bytes(
+            architecture, dataclasses.replace(plan, home="host", form="", resident=0, kept=0, resident_form="")
+        )
+    )
     elements = sum(
         math.prod(s.shape) for name, s in architecture.specs().items() if name.startswith("layers.") and s.out
     )
@@ -166,7 +170,9 @@ def worth_ahead(architecture: Architecture, plan: Plan, what: Task, card: Card, 
     `streamed_form` asks of decoding."""
     if plan.mesh or not what.runs_ahead(plan.remat):
         return False
-    streamed = dataclasses.replace(plan, home="host", form="", resident=0, kept=0, remat=plan.remat or "full")
+    streamed = dataclasses.replace(
+        plan, home="host", form="", resident=0, kept=0, resident_form="", remat=plan.remat or "full"
+    )
     times = tuning.seconds(architecture, streamed, what, card, batch=batch, context=context)
     return AHEAD[0] < times["host link"] / max(times["matmuls"], times["device memory"]) < AHEAD[1]
 

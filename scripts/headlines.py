@@ -475,7 +475,7 @@ def quantities(headline: Headline, arch: Architecture, needed: Need, length: int
     hidden = arch.outer()[1]["embedding"].shape[1]
     tokens = arch.chunk(plan.chunk, length) or length
 
-    on_host = dataclasses.replace(plan, home="host", form="", resident=0, kept=0)
+    on_host = dataclasses.replace(plan, home="host", form="", resident=0, kept=0, resident_form="")
     found = {
         "dense": weight_bytes(arch, dataclasses.replace(plan, weights="dense"))["layers"],
         "layer": weight_bytes(arch, plan)["largest_layer"], "host": needed.host, "disk": needed.disk, "outer": needed.outer,

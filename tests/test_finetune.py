@@ -192,6 +192,25 @@ def test_streamed_layers_beside_adapters_give_the_bits_of_resident_ones(how: dic
         np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+def test_a_loop_of_resident_layers_before_streamed_ones(remat: str) -> None:
+    """As one loop over all of them, and as they are written out."""
+    settings = dataclasses.replace(HOW, remat=remat)
+    plans = {
+        "whole": Plan(dtype="float32", form="scan"),
+        "looped": Plan(dtype="float32", home="split", resident=2, resident_form="scan"),
+        "written out": Plan(dtype="float32", home="split", resident=2),
+    }
+    runs_of = {
+        name: run_of(jaxengine.load(jaxengine.demo_folder(), plan=plan), settings) for name, plan in plans.items()
+    }
+    assert [b.form for b in runs_of["looped"].model.params["banks"]] == ["scan", "scan"]
+    found = {name: losses(run) for name, run in runs_of.items()}
+    np.testing.assert_allclose(found["looped"], found["whole"], rtol=CLOSE)
+    np.testing.assert_allclose(found["looped"], found["written out"], rtol=CLOSE)
+    assert moved_by(found["whole"]) > 1000 * CLOSE * max(found["whole"])
+
+
 @pytest.mark.parametrize(
     ("given", "how"),
     [
@@ -1090,12 +1109,7 @@ def test_what_a_refusal_of_memory_advises_is_taken(
 ) -> None:
     """Each by itself, in the place of what was said of it; and none of it is so already."""
 
-    class FoundError(Exception): ...
-
-    def load(folder: str, *, plan: Any, progress: Any) -> None:
-        raise FoundError
-
-    monkeypatch.setattr(jaxengine, "load", load)
+    loaded(monkeypatch)
     first = ("demo", sums, "--out", str(tmp_path / "out"), *words.split())
     done = invoke(*first)
     assert done.exit_code == 2, done.exception
@@ -1160,6 +1174,52 @@ def test_on_a_gpu_resident_layers_beside_adapters_are_scanned(
     assert isinstance(done.exception, FoundError), done.output
     assert chosen[0].resolved_form == form
     assert chosen[0].remat == (remat if "--memory" in words else "")
+
+
+@pytest.mark.parametrize(
+    ("words", "on", "form"),
+    [
+        ((), "gpu", "scan"),
+        ((), "cpu", "scan"),
+        (("--remat", "none"), "gpu", "scan"),
+        (("--remat", "none"), "cpu", ""),
+        (("--train", "dora", "--remat", "none"), "gpu", ""),
+        (("--train", "all"), "gpu", ""),
+        (("--target", "layers.0.q"), "gpu", ""),
+        (("--resident", "1"), "gpu", ""),
+    ],
+    ids=str,
+)
+def test_resident_layers_before_streamed_ones_beside_adapters_are_scanned(
+    words: tuple[str, ...], on: str, form: str, sums: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = loaded(monkeypatch)
+    monkeypatch.setattr(jax, "default_backend", lambda: on)
+    monkeypatch.setattr(dispatch, "gpu", lambda: None)
+    split = ("--home", "split", "--resident", "2", "--context", "64")
+    done = invoke("demo", sums, "--out", str(tmp_path / "out"), *split, *words)
+    assert isinstance(done.exception, FoundError), done.output
+    assert (chosen[0].home, chosen[0].resident_form) == ("split", form)
+
+
+def test_a_run_with_written_out_layers_before_streamed_ones_goes_on_so(
+    sums: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As runs of older versions have them, whose settings do not name their form."""
+    how = "--home split --resident 2 --context 64 --schedule constant --warmup 0 --save-every 1 --steps".split()
+    out, original, plans = tmp_path / "out", finetune_command._with_loops, []
+    monkeypatch.setattr(finetune_command, "_with_loops", lambda arch, plan, settings: plan)
+    done = invoke("demo", sums, "--out", str(out), *how, "1")
+    assert done.exit_code == 0, done.output
+    held = json.loads((out / "settings.json").read_text())
+    assert held["plan"].pop("resident_form") == ""
+    (out / "settings.json").write_text(json.dumps(held))
+    monkeypatch.setattr(finetune_command, "_with_loops", original)
+    real = jaxengine.load
+    monkeypatch.setattr(jaxengine, "load", lambda *a, **given: plans.append(given["plan"]) or real(*a, **given))
+    done = invoke("demo", sums, "--out", str(out), *how, "2")
+    assert done.exit_code == 0, done.output
+    assert [p.resident_form for p in plans] == [""]
 
 
 def test_rules_of_frozen_weights_are_the_plans(sums: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

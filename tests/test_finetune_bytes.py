@@ -86,6 +86,7 @@ SHAPES |= {
 }
 HOST = {"home": "host"}
 AHEAD = {"home": "host", "form": "ahead"}
+LOOP = {"home": "split", "resident_form": "scan"}
 XLA, HALF, WIDENED = {"attention": "xla"}, {"dtype": "float16"}, {"compute": "float32"}
 Row = tuple[str, str, str, dict[str, Any], int, int, dict[str, Any]]
 RANK_64 = {"options": LowRank(rank=64)}
@@ -111,6 +112,10 @@ ROWS: list[Row] = [
     ("8B", "RTX 4090", "lora", {"weights": "nf4", "form": "scan", "remat": "none"}, 1, 2048, {}),
     ("small", "RTX 4090", "lora", {"form": "scan", "remat": "dots"}, 4, 1024, {}),
     ("gpt2", "RTX 4090", "lora", {"form": "scan", "remat": "full"}, 4, 1024, {}),
+    ("thin", "RTX 4090", "lora", LOOP | {"resident": 6, "remat": "none"}, 2, 1024, {}),
+    ("wide", "H200", "lora", LOOP | {"resident": 3, "form": "ahead", "weights": "nf4"}, 2, 1024, {}),
+    ("small", "RTX 4090", "lora", LOOP | {"resident": 2, "remat": "dots", "weights": "int8"}, 4, 1024, {}),
+    ("small", "T4", "lora", LOOP | {"resident": 2, "remat": "none"} | HALF, 4, 1024, {}),
     ("thin", "RTX 4090", "lora", HOST, 2, 1024, {"options": LowRank(targets=("q", "v"))}),
     ("small", "RTX 4090", "lora", HOST, 4, 1024, {"options": LowRank(rank=32, targets=("gate", "up"))}),
     ("small", "RTX 4090", "dora", HOST, 4, 1024, RANK_64),

@@ -157,6 +157,11 @@ def test_as_many_resident_layers_as_there_are_is_told() -> None:
         load("llama", home="split", resident=layers)
     with pytest.raises(ValueError, match=r"home is 'split' and resident is 0"):
         load("llama", home="split")
+    split: dict[str, Any] = {"home": "split", "resident": 1, "resident_form": "scan"}
+    for wrong in ({"home": "host", "resident": 0}, {"form": "python"}, {"resident_form": "ahead"}):
+        with pytest.raises(ValueError, match=r"resident_form .*; it is 'unrolled' or 'scan' under home='split'"):
+            Plan(**(split | wrong))
+    assert Plan.from_json(Plan(**split).to_json()) == Plan(**split)
     with pytest.raises(ValueError, match=r"home is 'host' and resident is 2"):
         load("llama", home="host", resident=2)
 

@@ -358,9 +358,11 @@ def test_gradients(where: str, form: str) -> None:
 
 
 @pytest.mark.parametrize("remat", ["none", "full", "offload"])
-@pytest.mark.parametrize("resident", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("resident", "near"), [(1, "unrolled"), (2, "unrolled"), (3, "unrolled"), (2, "scan"), (3, "scan")]
+)
 @pytest.mark.in_thirds
-def test_gradients_through_resident_layers_and_then_one_ahead(resident: int, remat: str) -> None:
+def test_gradients_through_resident_layers_and_then_one_ahead(resident: int, near: str, remat: str) -> None:
     """Against all layers on the device without a walk of ours back; what goes along counts the layers, an integer."""
 
     def body(scale: Any, kind: Any, w: Any, carry: Any, state: Any) -> Any:
@@ -371,7 +373,9 @@ def test_gradients_through_resident_layers_and_then_one_ahead(resident: int, rem
 
     def loss(scale: Any, x: Any, held: Any, form: str) -> Any:
         first, (one, *rest) = held[:resident], held[resident:]
-        banks = [Bank(tuple(first), ("a",), resident, "device", "unrolled")]
+        looped = near == "scan" and form == "ahead"
+        stack: Any = (jax.tree.map(lambda *a: jnp.stack(a), *first),)
+        banks = [Bank(stack if looped else tuple(first), ("a",), resident, "device", near if looped else "unrolled")]
         if form == "ahead":
             weights: Any = {"one": one, "rest": jax.tree.map(lambda *a: jnp.stack(a), *rest)}
             banks.append(Bank((weights,), ("a",), len(rest) + 1, "host", "ahead"))

@@ -251,7 +251,7 @@ def _finetune(folder: str, data: tuple[Path, ...], out: Path | None, reading: An
     elif given["form"] is None and given["plan"] is None:  # what goes without saying is what the run began with
         held, _ = as_begun(out, plan, settings, remat=settings.remat)
         if (held.home, held.resident) == (plan.home, plan.resident):
-            plan = dataclasses.replace(plan, form=held.form)
+            plan = dataclasses.replace(plan, form=held.form, resident_form=held.resident_form)
     check_out(out, said(settings, arch, plan, None if adapter is None else begun(adapter, arch)))
     if given["memory"] is not None and (plan, settings) != planned:
         _check_fits(out, arch, plan, settings, given)
@@ -451,14 +451,15 @@ def _chosen_plan(folder: str, given: dict[str, Any]) -> tuple[Architecture, Plan
         if given["ram"] is not None:
             raise click.UsageError("--ram is for layers that do not fit --memory: give --memory too.")
         mesh = make_mesh(plan.mesh or None)
-        if plan.home == "device" and not plan.form and _better_scanned(arch, plan, settings):
-            plan = dataclasses.replace(plan, form="scan")
+        plan = _with_loops(arch, plan, settings)
         check(settings, arch, plan, mesh)
         return arch, plan, settings
     if odd := [n for n in ("home", "form", "resident") if n in said]:
         raise click.UsageError(f"--memory chooses the home: leave --{odd[0]} out, or --memory.")
     budget, room = _limits(given)
-    plan = dataclasses.replace(plan, home="device", form="", resident=0, kept=0, remat=given["remat"] or "")
+    plan = dataclasses.replace(
+        plan, home="device", form="", resident=0, kept=0, resident_form="", remat=given["remat"] or ""
+    )
     check_mesh(arch, plan)
     mesh = make_mesh(plan.mesh or None)
     check(settings, arch, plan, mesh)
@@ -483,8 +484,7 @@ def _chosen_plan(folder: str, given: dict[str, Any]) -> tuple[Architecture, Plan
             settings, plan, enough,
         )  # fmt: skip
     settings, plan = dataclasses.replace(settings, remat=fits.plan.remat), fits.plan
-    if plan.home == "device" and not plan.form and _better_scanned(arch, plan, settings):
-        plan = dataclasses.replace(plan, form="scan")
+    plan = _with_loops(arch, plan, settings)
     check(settings, arch, plan, mesh)
     return arch, plan, settings
 
@@ -531,13 +531,15 @@ def as_begun(out: Path, plan: Plan, settings: Settings, *, remat: str | None = N
     try:
         held = json.loads((out / SETTINGS).read_text(encoding="utf-8"))
         home, form, resident = (held["plan"][n] for n in ("home", "form", "resident"))
+        near = held["plan"].get("resident_form", "")
         remat = held["remat"] if remat is None else remat
     except (OSError, ValueError, TypeError, KeyError):  # none, or no run's: said where it is checked
         return plan, settings
-    if (home, form, resident, remat) == (plan.home, plan.resolved_form, plan.resident, settings.remat):
+    now = (plan.home, plan.resolved_form, plan.resident, plan.resident_form, settings.remat)
+    if (home, form, resident, near, remat) == now:
         return plan, settings
     try:
-        begun = dataclasses.replace(plan, home=home, form=form, resident=resident, remat=remat)
+        begun = dataclasses.replace(plan, home=home, form=form, resident=resident, resident_form=near, remat=remat)
         settings = dataclasses.replace(settings, remat=remat)
     except (TypeError, ValueError):  # no plan: what differs is said
         return plan, settings
@@ -546,7 +548,8 @@ def as_begun(out: Path, plan: Plan, settings: Settings, *, remat: str | None = N
 
 def _homes(plan: Plan) -> str:
     """'with home 'split', 12 resident, form 'scan', remat 'full''."""
-    resident = f" {plan.resident} resident," if plan.resident else ""
+    how = f" ({plan.resident_form})" if plan.resident_form else ""
+    resident = f" {plan.resident} resident{how}," if plan.resident else ""
     return f"with home {plan.home!r},{resident} form {plan.resolved_form!r}, remat {plan.remat!r}"
 
 
@@ -563,6 +566,21 @@ def _check_fits(out: Path, arch: Architecture, plan: Plan, settings: Settings, g
             f" device and {show_bytes(n.host)} of host memory: {lacking}. Another plan would not give the losses of an unbroken"
             f" run: make so much free (or say it with --memory and --ram), or give another folder"
         )
+
+
+def _with_loops(arch: Architecture, plan: Plan, settings: Settings) -> Plan:
+    """The plan with resident layers in a loop, where nobody says and that is better."""
+    import dataclasses
+
+    from jaxengine.finetune.planning import scans
+
+    if plan.home == "device" and not plan.form and _better_scanned(arch, plan, settings):
+        return dataclasses.replace(plan, form="scan")
+    in_turn = settings.backward and settings.remat in _scanned_remats()
+    looped = in_turn and scans(arch, dataclasses.replace(plan, remat=settings.remat), settings.task)
+    if looped and plan.home == "split" and plan.resident > 1 and not plan.resident_form:
+        return dataclasses.replace(plan, resident_form="scan")
+    return plan
 
 
 def _better_scanned(arch: Architecture, plan: Plan, settings: Settings) -> bool:

@@ -236,8 +236,9 @@ def need(
         return largest_turn(architecture, plan, task, batch=batch, context=context)[1]
     if not task.optimizer.order:
         return _need_of_losses(architecture, plan, task, batch=batch, context=context)
-    if _looped(architecture, plan, task):
-        return _need_of_a_scan(architecture, plan, task, batch=batch, context=context, held=held, **on_card)
+    if _looped(architecture, plan, task) and (plan.home == "device" or plan.remat == "none"):
+        scanned = _need_of_a_scan if plan.home == "device" else _need_of_two_scans
+        return scanned(architecture, plan, task, batch=batch, context=context, held=held, **on_card)
     held = architecture if held is None else held
     tiers, each = tier_bytes(held, plan), layer_bytes(held, plan)
     outer = weight_bytes(held, plan)["outer"]
@@ -326,6 +327,8 @@ def need(
             each = _attention_back(architecture, task) - 2 * s.D
             moments.append(s.attending * 2 + batch * context * 2 * each)
         activations = max(moments) - streaming
+        if remat == "dots" and 0 < streamed < L and s.halves == 2:  # as in `_need_of_a_scan`
+            activations += batch * context * dtype.itemsize * s.F
         if written_out and remat == "full" and task.accumulate == 1:  # as gradients come, what came into layers goes
             most = max(gradients * j // L + (L - j) * entering for j in range(L + 1))
             activations -= min(activations, gradients + kept - most)
@@ -400,8 +403,8 @@ def _streamed_layers(architecture: Architecture, plan: Plan) -> int:
 
 def _looped(architecture: Architecture, plan: Plan, task: Task) -> bool:
     """Whether a step for adapters goes through resident layers in loops alone."""
-    forms = {p.form for p in plan.parts(architecture)}
-    return task.beside and task.optimizer.order > 0 and plan.home == "device" and forms == {"scan"}
+    forms = {p.form for p in plan.parts(architecture) if home(p.home).TIER == "device"}
+    return task.beside and task.optimizer.order > 0 and forms == {"scan"}
 
 
 def _need_of_a_scan(
@@ -428,6 +431,30 @@ def _need_of_a_scan(
     return dataclasses.replace(
         n, resident=tiers["device"], activations=n.activations + half, host_weights=0, kept=n.kept + attended
     )
+
+
+def _need_of_two_scans(
+    architecture: Architecture,
+    plan: Plan,
+    task: Task,
+    *,
+    batch: int,
+    context: int,
+    held: Architecture | None,
+    **on_card: bool,
+) -> Need:
+    """What a step for adapters needs that keeps of resident layers in a loop what their matrices and attention gave, and of
+    streamed ones after them what comes into them: when the streamed ones go back all of that stands, and when the resident ones
+    do, no inputs of the others."""
+    rows: dict[str, Any] = {"batch": batch, "context": context, "held": held} | on_card
+    streamed = need(architecture, dataclasses.replace(plan, remat="full"), task, **rows)
+    alone = dataclasses.replace(plan, home="device", form="scan", resident=0, resident_form="")
+    near = need(architecture, alone, task, **rows)
+    L, entering = architecture.num_layers, streamed.kept // architecture.num_layers
+    far = _streamed_layers(architecture, plan)
+    kept = far * entering + (L - far) * near.kept // L
+    activations = max(streamed.activations, near.activations - far * entering)
+    return dataclasses.replace(streamed, activations=activations, kept=kept)
 
 
 def keeps_gelu(card: Card) -> bool:
@@ -504,14 +531,15 @@ def strays(architecture: Architecture, plan: Plan, task: Task) -> list[tuple[str
     if task.beside and streamed and narrow and plan.attention != "xla" and _sizes(architecture).halves == 1:
         found.append(("beside streamed layers whose feed-forward block has no gate", "0.92 to 1.05"))
     parts = plan.parts(architecture)
-    if task.beside and not streamed and any(p.form == "scan" and len(p.kinds) > 1 for p in parts):
+    here = [p for p in parts if home(p.home).TIER == "device"]
+    if task.beside and any(p.form == "scan" and len(p.kinds) > 1 for p in here):
         found.append(("beside unlike resident layers in a loop", "1.1 to 1.7"))
-    if task.beside and not streamed and len({p.form for p in parts}) > 1 and plan.remat == "none":
+    if task.beside and not streamed and len({p.form for p in here}) > 1 and plan.remat == "none":
         found.append(("beside resident layers, some in a loop and some written out, of which all is kept", "0.85 to 1"))
-    looped = any(p.form == "scan" for p in parts) and plan.remat in ("none", "dots")
-    if task.train == "dora" and looped and (plan.remat == "dots" or not streamed):
+    looped = any(p.form == "scan" for p in here) and plan.remat in ("none", "dots")
+    if task.train == "dora" and (looped or (plan.remat == "dots" and any(p.form == "scan" for p in parts))):
         found.append(("beside DoRA in a loop that keeps what matrices gave", "up to 1.14"))
-    if task.beside and not streamed and looped and narrow and plan.attention == "xla":
+    if task.beside and looped and narrow and plan.attention == "xla":
         found.append(
             ("beside layers in a loop that keeps what matrices gave, with attention 'xla' in 16 bits", "up to 1.13")
         )
@@ -1075,7 +1103,7 @@ def scans(architecture: Architecture, plan: Plan, task: Task) -> bool:
         return False
     if plan.remat in ("none", "dots") and (task.train == "dora" or plan.attention == "xla"):
         return False
-    made = dataclasses.replace(plan, home="device", form="scan", resident=0, kept=0)
+    made = dataclasses.replace(plan, home="device", form="scan", resident=0, kept=0, resident_form="")
     parts = made.parts(architecture)
     return [len(p.kinds) for p in parts] == [1] and parts[0].form == "scan" and same_targets(architecture, made, task)
 
@@ -1101,7 +1129,9 @@ def variants(
     found = []
 
     def of(**given: Any) -> Variant:
-        made = dataclasses.replace(plan, **({"form": "", "resident": 0, "kept": 0, "chunk": 0} | given))
+        made = dataclasses.replace(
+            plan, **({"form": "", "resident": 0, "kept": 0, "resident_form": "", "chunk": 0} | given)
+        )
         n = need(architecture, made, task, batch=batch, context=context, wide=wide, keeps_gelu=keeps_gelu)
         refused = ""
         if made.remat == "dots" and any(
@@ -1126,17 +1156,20 @@ def variants(
         loop = remat in scanned and scans(architecture, dataclasses.replace(plan, remat=remat), task)
         found.append(of(home="device", remat=remat, **({"form": "scan"} if loop else listed)))
     for remat in (plan.remat,) if plan.remat else farther:
+        loop = remat in scanned and scans(architecture, dataclasses.replace(plan, remat=remat), task)
         again = task.sampled or task.layered(dataclasses.replace(plan, home="host"))
         if again and remat in ("none", "dots"):
             continue  # each layer is run again anyway
         forms = ("ahead", "") if ahead and task.runs_ahead(remat) else ("",)
+        near = {"resident_form": "scan"} if loop else {}
         for form in forms if L > 1 and not plan.mesh else ():
             low, high = 1, L - 1
+            split: dict[str, Any] = {"home": "split", "remat": remat, "form": form}
             while low < high:
                 middle = (low + high + 1) // 2
-                fits = of(home="split", resident=middle, remat=remat, form=form).need.device <= memory
+                fits = of(resident=middle, **split, **near).need.device <= memory
                 low, high = (middle, high) if fits else (low, middle - 1)
-            found.append(of(home="split", resident=low, remat=remat, form=form))
+            found.append(of(resident=low, **split, **(near if low > 1 else {})))
         found += [of(home="host", remat=remat, form=form) for form in forms]
     # too few streamed layers run otherwise, whatever is said
     kept = [v for v in found if v.plan.form != "ahead" or "ahead" in {p.form for p in v.plan.parts(architecture)}]

@@ -142,7 +142,8 @@ def run_too_early(settings: Settings, model: Model) -> str:
 def said(settings: Settings, architecture: Architecture, plan: Plan, begun: Begun | None = None) -> dict[str, Any]:
     """What settings.json holds: what decides the losses, in plain numbers and text. begun: the adapter that it starts from."""
     deciding = (
-        "dtype", "weights", "weight_rules", "home", "form", "resident", "stay", "attention", "sharding", "rules", "mesh",
+        "dtype", "weights", "weight_rules", "home", "form", "resident", "resident_form", "stay",
+        "attention", "sharding", "rules", "mesh",
     )  # fmt: skip
     config = hashlib.sha256(repr((architecture.family, architecture.config)).encode()).hexdigest()[:16]
     made = {
