@@ -277,8 +277,9 @@ def test_the_command_draws(tmp_path: Path) -> None:
         BF16, dataclasses.replace(BF16, home="host"), dataclasses.replace(BF16, home="split", resident=2, form="ahead"),
         dataclasses.replace(BF16, home="host", chunk=512, weights="int8", kv_codec="int8"),
         dataclasses.replace(BF16, chunk=512, weights="kquant:bits=4"),
+        dataclasses.replace(BF16, home="split", resident=3, form="ahead", resident_form="scan"),
     ],
-    ids=["device", "host", "split-ahead", "int8-chunks", "kquant-chunks"],
+    ids=["device", "host", "split-ahead", "int8-chunks", "kquant-chunks", "split-loop-ahead"],
 )  # fmt: skip
 def test_arithmetic_against_the_compiled_programs(plan: Plan) -> None:
     """Prefill is what needs most; XLA's bytes for it are those of the plan within 5 %, and nothing is wrong with it."""
