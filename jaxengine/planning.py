@@ -492,7 +492,10 @@ def traps(architecture: Architecture, candidate: Candidate, card: Card, task: Ta
             "of a step through streamed layers that alternate, where gradients are added up, XLA was seen to take up to 1.15"
             " times as much as is counted: leave room, or compile the plan"
         )
-    for what, times in tuning.strays(architecture, candidate.plan, task) if task is not None else []:
+    strays = (
+        [] if task is None else tuning.strays(architecture, candidate.plan, task, candidate.tokens // task.accumulate)
+    )
+    for what, times in strays:
         said.append(
             f"of a step {what}, XLA was seen to take {times} times as much as is counted: leave room, or compile the plan"
         )
