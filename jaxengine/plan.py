@@ -840,6 +840,12 @@ def gathered(plan: Plan) -> Plan:
     return dataclasses.replace(plan, rules=rules) if plan.mesh else plan
 
 
+def brings_together(architecture: Architecture, plan: Plan) -> bool:
+    """Whether layers are split over devices by their inputs, and are brought together to be used (fsdp)."""
+    D = width(architecture)
+    return plan.mesh != "" and on_one(plan, ("embed",), (D,)) != (D,)
+
+
 def _gathered_bytes(architecture: Architecture, plan: Plan) -> tuple[int, int]:
     """Of layers that are split over devices by their inputs (fsdp), what is brought together to be used: while a prompt is
     read and while a step is made.
@@ -851,7 +857,7 @@ def _gathered_bytes(architecture: Architecture, plan: Plan) -> tuple[int, int]:
     brings them together along the first, and turns them once, before its loop over steps. What is streamed is not there
     beside resident layers, nor beside the head.
     """
-    if plan.mesh == "" or on_one(plan, ("embed",), (D := width(architecture),)) == (D,):
+    if not brings_together(architecture, plan):
         return 0, 0
     # a quantised layer is decoded before it is brought together, as XLA has it
     whole = dataclasses.replace(gathered(plan), weights="dense", weight_rules=())

@@ -35,6 +35,7 @@ from jaxengine.plan import (
     Need,
     Plan,
     Variant,
+    brings_together,
     brought_bytes,
     check_attention,
     check_formats,
@@ -43,6 +44,7 @@ from jaxengine.plan import (
     gathered,
     lacking,
     lacks,
+    layer_bytes,
     mesh_of,
     on_one,
     parse_bytes,
@@ -468,6 +470,13 @@ def traps(architecture: Architecture, candidate: Candidate, card: Card, task: Ta
     ]
     if devices(candidate.plan) > 1:
         said.append("what goes from card to card within a step is not in these speeds")
+    here = any(find_home(p.home).TIER == "device" and not p.stacked for p in candidate.plan.parts(architecture))
+    gathers = task is None and here and brings_together(architecture, candidate.plan)
+    if gathers and max(layer_bytes(architecture, gathered(candidate.plan))) > candidate.need.device / 10:
+        said.append(
+            "layers that are split by their inputs are brought together to be used, two at a time as counted here; on cards"
+            " without fast links XLA was seen to have one and a half, and to take 0.9 to 1 times as much as is counted"
+        )
     if candidate.plan.attention == "cudnn":
         said.append(
             "attention 'cudnn' needs the cuDNN library where this runs ('jax[cuda13]' brings it); whether it is there was not"
