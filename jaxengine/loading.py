@@ -114,6 +114,8 @@ def load(
             "resident": resident, "kept": kept, "stay": stay if stay is None or isinstance(stay, str) else tuple(stay),
             "kv_codec": kv, "kv_layout": kv_layout, "attention": attention,
         }  # fmt: skip
+        if home not in (None, "split"):
+            given["resident_form"] = ""
         start = plan or _as_stored(source.plan)
         chosen = dataclasses.replace(start, **{k: v for k, v in given.items() if v is not None})
         if not chosen.dtype:

@@ -101,6 +101,7 @@ class Candidate:
         """'split, 12 resident, ahead, chunk 512, int8'."""
         p = self.plan
         said = [p.home, f"{p.resident} resident" if p.resident else "", p.form]
+        said[1] += " in a loop" if p.resident_form == "scan" else ""
         said += [
             f"{p.kept} kept" if p.kept else "",
             f"{' and '.join(p.stay)} stay" if p.stay and p.home != "device" else "",
@@ -505,8 +506,9 @@ def traps(architecture: Architecture, candidate: Candidate, card: Card, task: Ta
         [] if task is None else tuning.strays(architecture, candidate.plan, task, candidate.tokens // task.accumulate)
     )
     for what, times in strays:
+        room = "" if times.endswith("to 1") else "leave room, or "
         said.append(
-            f"of a step {what}, XLA was seen to take {times} times as much as is counted: leave room, or compile the plan"
+            f"of a step {what}, XLA was seen to take {times} times as much as is counted: {room}compile the plan"
         )
     if tiers["disk"]:
         plain = candidate.plan.weights == "dense" and not candidate.plan.weight_rules

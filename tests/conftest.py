@@ -6,7 +6,6 @@ where only a CPU is there. With XLA's GPU compiler beside it, programs are made 
 
 import importlib.util
 import os
-from collections import Counter
 from collections.abc import Iterator
 
 flags = os.environ.get("XLA_FLAGS", "")
@@ -37,21 +36,27 @@ THOROUGH = (
 BY_FAMILY, FURTHER = ("test_homes.py", "test_models.py"), ("gemma3_text", "gpt2", "mistral", "phi3", "qwen2", "qwen3")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what CI's second leg leaves out, as it has XLA's GPU compiler to ask as well (`thorough`), and what this machine
-    leaves to others (`rest`): of tests that take long and have many rows, one machine with that compiler and one without run
-    different thirds."""
-    seen, rows = Counter[str](), Counter(item.nodeid.partition("[")[0] for item in items)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark what CI's second leg leaves out, as it has XLA's GPU compiler to ask as well (`thorough`), and, where no test is named
+    or picked, two of three rows of tests that take long and have many (`rest`): without that compiler not the same ones as
+    with it."""
+
+    def marked(item: pytest.Item, name: str) -> bool:
+        return item.get_closest_marker(name) is not None
+
+    picked = config.option.keyword or config.getoption("lf", False) or any("::" in a for a in config.args)
+    rows: dict[str, list[pytest.Item]] = {}
     for item in items:
-        compiled = item.get_closest_marker("aot") is not None
         further = item.path.name in BY_FAMILY and any(family in item.name for family in FURTHER)
-        if (further or item.path.name in THOROUGH) and not compiled:
+        if (further or item.path.name in THOROUGH) and not marked(item, "aot"):
             item.add_marker(pytest.mark.thorough)
-        if item.get_closest_marker("in_thirds") is not None:
-            test = item.nodeid.partition("[")[0]
-            if rows[test] > 1 and seen[test] % 3 != (COMPILER and not compiled):  # one that is named runs
+        if not picked and marked(item, "in_thirds") and not (COMPILER and marked(item, "thorough")):
+            rows.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for each in rows.values():
+        first = int(COMPILER and not marked(each[0], "aot") and len(each) > 1)
+        for i, item in enumerate(each):
+            if i % 3 != first:
                 item.add_marker(pytest.mark.rest)
-            seen[test] += 1
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -1217,9 +1217,17 @@ def test_a_run_with_written_out_layers_before_streamed_ones_goes_on_so(
     monkeypatch.setattr(finetune_command, "_with_loops", original)
     real = jaxengine.load
     monkeypatch.setattr(jaxengine, "load", lambda *a, **given: plans.append(given["plan"]) or real(*a, **given))
-    done = invoke("demo", sums, "--out", str(out), *how, "2")
+    for steps, more in (("2", ()), ("3", ("--form", "scan"))):
+        done = invoke("demo", sums, "--out", str(out), *how, steps, *more)
+        assert done.exit_code == 0, done.output
+    assert [p.resident_form for p in plans] == ["", ""]
+    said_so = tmp_path / "plan.json"
+    said_so.write_text(Plan(home="split", resident=2, resident_form="unrolled").to_json())
+    done = invoke("demo", sums, "--out", str(out), *how, "4", "--plan", str(said_so))
     assert done.exit_code == 0, done.output
-    assert [p.resident_form for p in plans] == [""]
+    done = invoke("demo", sums, "--out", str(tmp_path / "other"), *how, "1", "--form", "python")
+    assert done.exit_code == 2
+    assert "resident_form" not in done.output
 
 
 def test_rules_of_frozen_weights_are_the_plans(sums: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -126,7 +126,7 @@ def test_a_gradient_is_the_sum_of_its_parts() -> None:
 def test_a_run_by_rows_is_one_that_changes_them_whole(
     tied: bool, given: dict[str, Any], monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
-    """The clipped norm is summed in another order: bit for bit without clipping, else within some roundings of it."""
+    """The clipped norm is summed in another order, and a CPU's vectors end elsewhere in fewer rows: within some roundings."""
     settings = dataclasses.replace(HOW, train="all", optimizer="adamw", learning_rate=5e-3, **given)
     folder = GOLDEN / ("llama_tied_f16" if tied else "llama")
 
@@ -140,8 +140,6 @@ def test_a_run_by_rows_is_one_that_changes_them_whole(
     several = {n for n in whole.model.params["outer"] if layered.blocks(whole.tuning, n) > 1}
     assert several == {"embedding"} | ({"lm_head"} if not tied else set())
     found = losses(by_rows := run())
-    if not settings.clip:
-        assert found == wanted
     rtol = CLOSE if settings.compute == "float32" else 2**-9
     np.testing.assert_allclose(found, wanted, rtol=rtol)
     assert moved_by(wanted) > 100 * rtol * max(wanted)

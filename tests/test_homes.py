@@ -162,6 +162,7 @@ def test_as_many_resident_layers_as_there_are_is_told() -> None:
         with pytest.raises(ValueError, match=r"resident_form .*; it is 'unrolled' or 'scan' under home='split'"):
             Plan(**(split | wrong))
     assert Plan.from_json(Plan(**split).to_json()) == Plan(**split)
+    assert load("llama", plan=Plan(dtype="float32", **split), home="host", resident=0).plan.resident_form == ""
     with pytest.raises(ValueError, match=r"home is 'host' and resident is 2"):
         load("llama", home="host", resident=2)
 

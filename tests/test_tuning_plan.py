@@ -135,6 +135,7 @@ def test_layers_are_fetched_one_ahead_where_a_step_can_and_copies_are_worth_hidi
     assert chosen is not None
     assert (chosen.plan.home, chosen.plan.form) in (("split", "ahead"), ("split", ""))
     assert (chosen.plan.resident > 1, chosen.plan.resident_form) == (True, "scan")
+    assert f"{chosen.plan.resident} resident in a loop" in chosen.label()
     assert chosen.fits
 
 

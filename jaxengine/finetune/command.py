@@ -143,7 +143,7 @@ LOADING = (
     click.option("--home", metavar="HOME", show_default="device", help="Where layers live: device, host, split."),
     click.option(
         "--form", metavar="FORM", show_default="the home's own; scan of adapters on a GPU, or where a CPU runs layers again",
-        help="How layers run: unrolled, scan, ahead.",
+        help="How layers run: unrolled, scan, ahead. (Of a split home those that are streamed; the others as by default.)",
     ),
     click.option("--resident", metavar="N", type=int, help="Layers of a split home that stay on the device."),
     click.option(
@@ -248,10 +248,13 @@ def _finetune(folder: str, data: tuple[Path, ...], out: Path | None, reading: An
     planned = (plan, settings)
     if given["memory"] is not None:
         plan, settings = as_begun(out, plan, settings, remat=given["remat"])
-    elif given["form"] is None and given["plan"] is None:  # what goes without saying is what the run began with
+    else:  # what goes without saying is what the run began with
         held, _ = as_begun(out, plan, settings, remat=settings.remat)
-        if (held.home, held.resident) == (plan.home, plan.resident):
-            plan = dataclasses.replace(plan, form=held.form, resident_form=held.resident_form)
+        like = (held.home, held.resident) == (plan.home, plan.resident) and plan.resolved_form != "python"
+        if like and given["form"] is None and given["plan"] is None:
+            plan = dataclasses.replace(plan, form=held.form)
+        if like and not (given["plan"] is not None and given["plan"].resident_form):
+            plan = dataclasses.replace(plan, resident_form=held.resident_form)
     check_out(out, said(settings, arch, plan, None if adapter is None else begun(adapter, arch)))
     if given["memory"] is not None and (plan, settings) != planned:
         _check_fits(out, arch, plan, settings, given)
@@ -442,6 +445,8 @@ def _chosen_plan(folder: str, given: dict[str, Any]) -> tuple[Architecture, Plan
         if given["plan"] is None and source.plan is not None:
             plan = Plan(dtype=source.plan.dtype, weights=source.plan.weights, weight_rules=source.plan.weight_rules)
         said = {k: v for k, v in loading.items() if v is not None}
+        if said.get("home", "split") != "split":
+            said["resident_form"] = ""
         plan = with_table(dataclasses.replace(plan, **said), mesh=given["mesh"], sharding=given["sharding"])
         plan = with_rules(arch, plan, given["weight_rules"])
         if not plan.dtype:
@@ -577,6 +582,7 @@ def _with_loops(arch: Architecture, plan: Plan, settings: Settings) -> Plan:
     if plan.home == "device" and not plan.form and _better_scanned(arch, plan, settings):
         return dataclasses.replace(plan, form="scan")
     in_turn = settings.backward and settings.remat in _scanned_remats()
+    in_turn = in_turn and plan.resolved_form != "python"
     looped = in_turn and scans(arch, dataclasses.replace(plan, remat=settings.remat), settings.task)
     if looped and plan.home == "split" and plan.resident > 1 and not plan.resident_form:
         return dataclasses.replace(plan, resident_form="scan")

@@ -224,6 +224,8 @@ def need(
     if plan.mesh:
         how: Any = {"alone": functools.partial(need, **on_card), "loss": loss_activations}
         return meshed.need(architecture, plan, task, batch=batch, context=context, **how)
+    if _looped(architecture, plan, task) and plan.home != "device" and plan.remat == "none":
+        return _need_of_two_scans(architecture, plan, task, batch=batch, context=context, held=held, **on_card)
     if plan.attention == "reference":
         # a loop keeps nothing of it under 'none' either
         again = plan.remat == "none" and _looped(architecture, plan, task)
@@ -236,9 +238,8 @@ def need(
         return largest_turn(architecture, plan, task, batch=batch, context=context)[1]
     if not task.optimizer.order:
         return _need_of_losses(architecture, plan, task, batch=batch, context=context)
-    if _looped(architecture, plan, task) and (plan.home == "device" or plan.remat == "none"):
-        scanned = _need_of_a_scan if plan.home == "device" else _need_of_two_scans
-        return scanned(architecture, plan, task, batch=batch, context=context, held=held, **on_card)
+    if _looped(architecture, plan, task) and plan.home == "device":
+        return _need_of_a_scan(architecture, plan, task, batch=batch, context=context, held=held, **on_card)
     held = architecture if held is None else held
     tiers, each = tier_bytes(held, plan), layer_bytes(held, plan)
     outer = weight_bytes(held, plan)["outer"]
@@ -450,7 +451,7 @@ def _need_of_two_scans(
     streamed = need(architecture, dataclasses.replace(plan, remat="full"), task, **rows)
     alone = dataclasses.replace(plan, home="device", form="scan", resident=0, resident_form="")
     near = need(architecture, alone, task, **rows)
-    L, entering = architecture.num_layers, streamed.kept // architecture.num_layers
+    L, entering = architecture.num_layers, streamed.kept // architecture.num_layers  # all that 'full' keeps of a layer
     far = _streamed_layers(architecture, plan)
     kept = far * entering + (L - far) * near.kept // L
     activations = max(streamed.activations, near.activations - far * entering)
@@ -520,7 +521,7 @@ def counted_closely(plan: Plan, task: Task, *, wide: bool) -> bool:
 
 def strays(architecture: Architecture, plan: Plan, task: Task, tokens: int) -> list[tuple[str, str]]:
     """Steps on one device that XLA was seen to need more or less than 5 % beside what is counted for: (what, how many times as
-    much). tokens: of a part of a batch. tests/test_finetune_bytes.py has the rows."""
+    much). tokens: of a part of a batch. tests/test_finetune_bytes.py or scripts/LOG.md has the rows."""
     if plan.mesh or not task.optimizer.order or task.sampled:
         return []
     streamed = any(home(p.home).TIER != "device" for p in plan.parts(architecture))
@@ -548,6 +549,11 @@ def strays(architecture: Architecture, plan: Plan, task: Task, tokens: int) -> l
         )
     if task.train == "all" and not task.layered(plan) and task.accumulate > 1:
         found.append(("that adds up the gradients of resident layers over parts of a batch", "up to 1.09"))
+    codes = plan.weights != "dense" or bool(plan.weight_rules)
+    if task.beside and streamed and codes and plan.remat == "dots" and any(p.form == "unrolled" for p in here):
+        found.append(
+            ("beside codes, some of them resident and written out, that keeps what matrices gave", "up to 1.06")
+        )
     if task.beside and plan.home == "split" and any(len(p.kinds) > 1 for p in plan.parts(architecture)):
         if plan.form == "ahead":
             found.append(("beside unlike layers that are fetched ahead after resident ones", "up to 1.13"))

@@ -148,7 +148,8 @@ def said(settings: Settings, architecture: Architecture, plan: Plan, begun: Begu
     config = hashlib.sha256(repr((architecture.family, architecture.config)).encode()).hexdigest()[:16]
     made = {
         **dataclasses.asdict(settings),
-        "plan": {n: getattr(plan, n) for n in deciding} | {"form": plan.resolved_form},
+        "plan": {n: getattr(plan, n) for n in deciding}
+        | {"form": plan.resolved_form, "resident_form": plan.resident_form.replace("unrolled", "")},
         "model": {"config": config} | ({} if begun is None else {"adapter": begun.digest}),
         "jax": {"version": jax.__version__, "device": jax.devices()[0].device_kind},
     }
