@@ -87,6 +87,7 @@ SHAPES |= {
 HOST = {"home": "host"}
 AHEAD = {"home": "host", "form": "ahead"}
 LOOP = {"home": "split", "resident_form": "scan"}
+SPLIT = {"home": "split", "resident": 2}
 XLA, HALF, WIDENED = {"attention": "xla"}, {"dtype": "float16"}, {"compute": "float32"}
 Row = tuple[str, str, str, dict[str, Any], int, int, dict[str, Any]]
 RANK_64 = {"options": LowRank(rank=64)}
@@ -376,6 +377,17 @@ def test_models_of_real_size_and_what_compiles_long(
             "some in a loop and some written out",
         ),
         ("small", "H200", "dora", {"form": "scan"}, {}, ""),
+        ("small", "H200", "lora", LOOP | {"resident": 2, "remat": "none"}, {}, ""),
+        (
+            "small",
+            "H200",
+            "lora",
+            LOOP | {"resident": 2, "remat": "none", "attention": "reference"},
+            {},
+            "with all scores",
+        ),
+        ("small", "H200", "lora", SPLIT | {"remat": "dots", "weights": "int8"}, {}, "resident and written out"),
+        ("small", "H200", "lora", SPLIT | {"remat": "dots"}, {}, ""),
         ("small", "H200", "full", {}, {}, ""),
         ("small", "H200", "full", HOST, {"accumulate": 2}, ""),
         ("gemma2", "H200", "lora", HOST, {"optimizer": MEZO, "clip": 0.0}, ""),

@@ -549,6 +549,8 @@ def strays(architecture: Architecture, plan: Plan, task: Task, tokens: int) -> l
         )
     if task.train == "all" and not task.layered(plan) and task.accumulate > 1:
         found.append(("that adds up the gradients of resident layers over parts of a batch", "up to 1.09"))
+    if task.beside and streamed and looped and plan.attention == "reference":
+        found.append(("beside resident layers in a loop that keeps what matrices gave, with all scores", "up to 1.07"))
     codes = plan.weights != "dense" or bool(plan.weight_rules)
     if task.beside and streamed and codes and plan.remat == "dots" and any(p.form == "unrolled" for p in here):
         found.append(
@@ -1166,7 +1168,8 @@ def variants(
         found.append(of(home="device", remat=remat, **({"form": "scan"} if loop else listed)))
     for remat in (plan.remat,) if plan.remat else farther:
         loop = remat in scanned and scans(architecture, dataclasses.replace(plan, remat=remat), task)
-        again = task.sampled or task.layered(dataclasses.replace(plan, home="host"))
+        streamed = dataclasses.replace(plan, home="host", form="", resident=0, kept=0, resident_form="")
+        again = task.sampled or task.layered(streamed)
         if again and remat in ("none", "dots"):
             continue  # each layer is run again anyway
         forms = ("ahead", "") if ahead and task.runs_ahead(remat) else ("",)
