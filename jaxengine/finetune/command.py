@@ -143,7 +143,7 @@ LOADING = (
     click.option("--home", metavar="HOME", show_default="device", help="Where layers live: device, host, split."),
     click.option(
         "--form", metavar="FORM", show_default="the home's own; scan of adapters on a GPU, or where a CPU runs layers again",
-        help="How layers run: unrolled, scan, ahead. (Of a split home those that are streamed; the others as by default.)",
+        help="How layers run: unrolled, scan, ahead; of a split home those that are streamed.",
     ),
     click.option("--resident", metavar="N", type=int, help="Layers of a split home that stay on the device."),
     click.option(
