@@ -44,8 +44,8 @@ MENDED_OUTSIDE = (FileNotFoundError, FileExistsError, NotADirectoryError, Permis
 
 
 def start_jax() -> None:
-    """Settings of a process that we start: programs compiled once are kept for the next time, and pinned host memory may
-    grow to most of what the machine has."""
+    """Settings of a process that we start: programs compiled once are kept for the next time, and XLA's pools of pinned host
+    memory and of a card's may grow to most of what there is (`within` has the latter end where a budget does)."""
     kept = {
         "jax_compilation_cache_dir": str(cache_folder() / "xla"),
         "jax_persistent_cache_min_compile_time_secs": "0.2",
@@ -58,6 +58,8 @@ def start_jax() -> None:
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     for name in ("jaxengine", "pallas_kernels"):  # what takes long, or is done for the user, is said
         logging.getLogger(name).setLevel(logging.INFO)
+    if machine.set_share(os.environ):
+        OURS.add(machine.SHARE)
     given = machine.POOL in os.environ
     with contextlib.suppress(ValueError):  # a system that does not say how much memory it has
         said = machine.set_pool(
@@ -65,6 +67,21 @@ def start_jax() -> None:
         )  # what was set is said where it is used: loading.py
         if given and said:
             logging.getLogger("jaxengine").warning(said)
+
+
+OURS: set[str] = set()  # of the environment, what this process set for itself
+
+
+def within(memory: str | int | None) -> None:
+    """Before jax's backend starts: XLA's pool of a card's memory ends at what --memory says, and a little beside, where nobody
+    else says where. A process that we did not start is left alone."""
+    from jaxengine.plan import parse_bytes
+
+    if memory is None or machine.SHARE not in OURS or os.environ.get("JAX_PLATFORMS") == "cpu":
+        return
+    ours = os.environ.pop(machine.SHARE)
+    if not machine.set_share(os.environ, parse_bytes(memory), machine.card_memories()):
+        os.environ[machine.SHARE] = ours  # no card, or a driver that does not answer
 
 
 ANEW = "jaxengine_started_anew"  # an option of the interpreter, which outlives launchers that clear the environment
@@ -266,6 +283,7 @@ def load(folder: str, *, plan: Path | None = None, **chosen: Any) -> Model:
     """The model of a folder under what LOADING's options say, with a progress bar."""
     import jaxengine
 
+    within(chosen.get("memory"))
     given = None if plan is None else read_plan(plan)
     for several in ("stay", "weight_rules"):
         chosen[several] = chosen.get(several) or None  # click has () where nothing is said
@@ -567,7 +585,7 @@ def _proved(outcome: Any) -> tuple[Any, Any, list[tuple[Any, list[str]]]]:
             return outcome, proofs, refuted
         first = first or (outcome, proofs)
         refuted.append((outcome.chosen, problems))
-        outcome = outcome.refuted()
+        outcome = outcome.refuted(max(p.device for p in proofs))
         if outcome.chosen is None:
             break
     assert first is not None

@@ -17,10 +17,11 @@ from jax.sharding import Mesh
 from checkpoints.peft import read_adapter
 from jaxengine import orders, placement
 from jaxengine.architecture import Architecture, architecture
+from jaxengine.engine import bucket
 from jaxengine.export import one_dtype
 from jaxengine.homes.base import check_platform
 from jaxengine.homes.base import home as find_home
-from jaxengine.machine import POOL, POOL_SHARE, available_ram, pool_limit_bytes
+from jaxengine.machine import POOL, POOL_SHARE, SHARE, available_ram, pool_limit_bytes, pool_share
 from jaxengine.model import Model
 from jaxengine.packing import Place, files_of
 from jaxengine.paths import cache_folder
@@ -39,6 +40,7 @@ from jaxengine.plan import (
     with_table,
 )
 from jaxengine.planning import check_rows, streamed_form
+from jaxengine.proof import holds
 from jaxengine.selftest import check_streaming
 from jaxengine.sources import Origin, Source, check_numbers, open_source, read_config
 from jaxengine.text import Tokenizer
@@ -154,9 +156,12 @@ def load(
             check_rows(arch, rows, longest)
             card = next((c for c in CARDS.values() if c.kind == device.device_kind), None)
             streamed = "" if card is None else streamed_form(arch, chosen, card, rows)
+            check_pool(device, parse_bytes(memory))
+            padded = bucket(longest, least=64)  # as a call pads it
             chosen = choose(
                 arch, chosen, memory if not beside else budget, batch=rows, length=longest, ram=room, form=streamed,
                 wide=below_ampere(),
+                compiled=holds(arch, over, batch=rows, length=padded, memory=budget, folder=cache_folder()),
             )  # fmt: skip
         elif context is not None or batch is not None or ram is not None:
             raise ValueError(
@@ -202,6 +207,19 @@ def load(
     from jaxengine.finetune.run import with_adapter  # which loads models itself
 
     return with_adapter(model, adapter)
+
+
+def check_pool(device: Any, memory: int) -> None:
+    """Refuse a budget that XLA's pool of this device's memory does not hold."""
+    limit = (device.memory_stats() or {}).get("bytes_limit") if device.platform == "gpu" else None
+    if limit is None or memory <= limit:
+        return
+    share = -(-100 * memory * pool_share() / limit // 1) / 100
+    more = f"set {SHARE}={share:.2f} in the environment before jax starts (the jaxengine command does), or "
+    raise ValueError(
+        f"memory is {show_bytes(memory)}, and XLA's pool of this device's memory ends at {show_bytes(limit)}:"
+        f" {more if share < 1 else ''}give {limit // 10**7 / 100:g}GB or less"
+    )
 
 
 def _nowhere(name: str) -> None:

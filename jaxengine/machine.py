@@ -1,4 +1,4 @@
-"""What this machine gives a process: host memory, XLA's pool of pinned memory, disk.
+"""What this machine gives a process: host memory, XLA's pools of pinned memory and of a card's own, disk.
 
 Host memory is the least of several limits, and which one binds differs: a laptop runs out of what is free, a container or
 a batch job of its control group's limit, which `free` does not show, a shell of its ulimit. Each is kept with its name, so
@@ -11,16 +11,22 @@ XLA pins host memory through a pool, one for each card. It stops at 64 GiB unles
 otherwise before jax's backend starts, takes regions in powers of two, up to that limit, and returns none. `set_pool` is for
 a process that we start. Read in openxla/xla: GetGpuHostAllocator in xla/pjrt/gpu/gpu_helpers.cc (the number times 2**30;
 64, or 16 with XLA_PJRT_GPU_HOST_MEMORY_PREALLOCATE), BFCAllocator::Extend in xla/tsl/framework/bfc_allocator.cc.
+
+A card's own memory comes from a pool too, which XLA fills as it starts and which ends at three quarters of the card, whatever
+is free, unless XLA_CLIENT_MEM_FRACTION says otherwise before jax's backend starts (CreateBFCAllocator in gpu_helpers.cc: the
+card's total times that; docs.jax.dev, "GPU memory allocation"). A budget above it could never be had, and under one below it
+other processes would lack what is not used: `set_share` has the pool end where the budget does.
 """
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from pathlib import Path, PurePosixPath
 
 GiB = 2**30
@@ -31,6 +37,13 @@ DEFAULT_POOL, PREALLOCATED_POOL = 64, 16  # GiB
 MOST_POOL = 2**33 - 1  # GiB: XLA counts the bytes in 64 bits, with a sign
 # of the machine's memory: what is pinned cannot be swapped out, and the process itself and the page cache need some
 POOL_SHARE = 4 / 5
+SHARE, OLD_SHARE = (
+    "XLA_CLIENT_MEM_FRACTION",
+    "XLA_PYTHON_CLIENT_MEM_FRACTION",
+)  # of a card's memory; the latter deprecated
+DEFAULT_SHARE = 0.75  # XLA's
+MOST_SHARE = 0.9  # without a budget, as vLLM's gpu_memory_utilization: a context, libraries and a screen need some
+BESIDE = 1.05  # of a budget: the allocator rounds sizes up and leaves gaps
 UNLIMITED = 2**62  # control groups of version 1 say "no limit" by the largest multiple of a page below 2**63
 
 ROOT = Path("/")
@@ -91,6 +104,45 @@ def set_pool(environ: MutableMapping[str, str], ram: int) -> str | None:
         return None
     environ[POOL] = str(limit)
     return f"{POOL}={limit} is set: pinned host memory may grow to {limit} GiB, where XLA stops at {DEFAULT_POOL} GiB"
+
+
+def set_share(environ: MutableMapping[str, str], memory: int | None = None, cards: Sequence[int] = ()) -> bool:
+    """Let XLA's pool of a card's memory hold a budget of `memory` bytes, and little more; without one (None) most of the card.
+
+    For a process that we start, before jax's backend does. cards: bytes of each card's memory, as `card_memories` has them; the
+    least counts. True where it was set: not where the environment says it already, nor for a budget where no card is known.
+    """
+    if SHARE in environ or OLD_SHARE in environ or (memory is not None and not cards):
+        return False
+    share = MOST_SHARE if memory is None else min(BESIDE * memory / min(cards), 1.0)
+    environ[SHARE] = f"{-(-share * 10_000 // 1) / 10_000:.4f}"
+    return True
+
+
+def pool_share(environ: Mapping[str, str] = os.environ) -> float:
+    """The part of a card's memory at which XLA's pool of it ends in a process with this environment."""
+    try:
+        return float(environ.get(SHARE) or environ.get(OLD_SHARE) or DEFAULT_SHARE)
+    except ValueError:  # jax refuses it
+        return DEFAULT_SHARE
+
+
+def card_memories(library: str = "libcuda.so.1") -> tuple[int, ...]:
+    """Bytes of memory of each card that CUDA shows this process, by its driver (`library`), without a context on any; () where
+    there is no driver or it does not answer."""
+    try:
+        cuda = ctypes.CDLL(library)
+        count, device, size = ctypes.c_int(), ctypes.c_int(), ctypes.c_size_t()
+        if cuda.cuInit(0) or cuda.cuDeviceGetCount(ctypes.byref(count)):
+            return ()
+        found = []
+        for i in range(count.value):
+            if cuda.cuDeviceGet(ctypes.byref(device), i) or cuda.cuDeviceTotalMem_v2(ctypes.byref(size), device):
+                return ()
+            found.append(size.value)
+        return tuple(found)
+    except (OSError, AttributeError):  # no driver, or one without these
+        return ()
 
 
 def ask_for_large_pages(environ: MutableMapping[str, str], root: Path = ROOT) -> bool:

@@ -15,8 +15,8 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -1015,6 +1015,66 @@ class Variant:
     barred: bool = False
 
 
+class Counted(Protocol):
+    """A Variant, or what else has a plan, its bytes, and why not."""
+
+    @property
+    def plan(self) -> Plan: ...
+    @property
+    def need(self) -> Need: ...
+    @property
+    def refused(self) -> str: ...
+
+
+C = TypeVar("C", bound=Counted)
+
+
+def tightened(counted: Need, memory: int, device: int) -> int:
+    """A budget under which what is counted like `counted`, and takes `device` bytes when it is compiled, takes `memory`."""
+    return int(memory * counted.device / device)
+
+
+def eased(again: Iterable[C], over: C) -> C | None:
+    """Of what was found under a tighter budget, that which differs from `over` by fewer resident layers alone; None: nothing."""
+
+    def of(plan: Plan) -> dict[str, Any]:
+        found = {f.name: getattr(plan, f.name) for f in dataclasses.fields(plan)}
+        return found | {"resident": 0, "kept": 0, "resident_form": ""}
+
+    fewer = (c for c in again if not c.refused and c.plan.resident < over.plan.resident)
+    return next((c for c in fewer if of(c.plan) == of(over.plan)), None)
+
+
+def settled(
+    found: Sequence[C],
+    under: Callable[[int], Sequence[C]],
+    compiled: Callable[[Plan], tuple[int, Sequence[str]]],
+    memory: int,
+    *,
+    tries: int = 3,
+) -> tuple[C | None, list[tuple[C, Sequence[str]]]]:
+    """(the first of `found` that holds when it is compiled, those before it with what was wrong). What takes more than `memory`
+    bytes is followed by itself with fewer resident layers.
+
+    under: what is found under another budget; compiled: the most bytes of the device that a plan's programs take, and problems,
+    those bytes among them. After so many tries, or if nothing is left, None.
+    """
+    left, refuted = [c for c in found if not c.refused], []
+    while left and len(refuted) < tries:
+        c = left.pop(0)
+        device, problems = compiled(c.plan)
+        if not problems:
+            return c, refuted
+        refuted.append((c, problems))
+        if (
+            device > memory
+            and c.plan.resident
+            and (e := eased(under(tightened(c.need, memory, device)), c)) is not None
+        ):
+            left.insert(0, e)
+    return None, refuted
+
+
 def variants(
     architecture: Architecture,
     plan: Plan,
@@ -1063,6 +1123,12 @@ def variants(
     return [*on_device, *split, *(of(home="host", form=f, chunk=c) for f in forms for c in chunks), *disk]
 
 
+def refuted_by_compiling(memory: str | int, refuted: Sequence[tuple[Counted, Sequence[str]]]) -> str:
+    """What to say where nothing that was compiled holds."""
+    homes = (f"home {c.plan.home!r}, {c.plan.resident} resident: {problems[0]}" for c, problems in refuted)
+    return f"memory={memory!r} holds these plans by what is counted, and not when they are compiled: {'; '.join(homes)}"
+
+
 def choose(
     architecture: Architecture,
     plan: Plan,
@@ -1073,20 +1139,27 @@ def choose(
     ram: int | None = None,
     form: str = "",
     wide: bool = False,
+    compiled: Callable[[Plan], tuple[int, Sequence[str]]] | None = None,
 ) -> Plan:
     """The nearest of a plan's `variants` that fits `memory` bytes of the device and `ram` bytes of the host (None: any),
     streamed in this form ('': the home's own).
 
     Counts parameters, streamed layers, the cache (`device_bytes`) and what reading a prompt of `length` tokens holds; wide:
-    see `activation_bytes`.
+    see `activation_bytes`. compiled: what holds a plan against its programs (see `settled`); None: what is counted decides.
     Raises ValueError, before anything is allocated, if nothing fits, with the bytes that are short and what would help.
     """
     budget, length = parse_bytes(memory), bucket(length, least=64)  # as a call pads it
     rows: Any = {"batch": batch, "context": length, "form": form, "wide": wide}
     found = variants(architecture, plan, memory=budget, ram=ram, **rows)
-    for variant in found:
-        if not variant.refused:
-            return variant.plan
+    fits = next((variant for variant in found if not variant.refused), None)
+    if fits is not None and compiled is None:
+        return fits.plan
+    if fits is not None and compiled is not None:
+        under = functools.partial(variants, architecture, plan, ram=ram, **rows)
+        holds, refuted = settled(found, lambda tight: under(memory=tight), compiled, budget)
+        if holds is not None:
+            return holds.plan
+        raise ValueError(refuted_by_compiling(memory, refuted))
     least = min(found, key=lambda v: v.need.device)
     if plan.stay:
         bare = dataclasses.replace(plan, stay=())

@@ -41,6 +41,7 @@ from jaxengine.plan import (
     check_formats,
     check_mesh,
     check_stay,
+    eased,
     gathered,
     lacking,
     lacks,
@@ -52,6 +53,7 @@ from jaxengine.plan import (
     shard_bytes,
     show_bytes,
     tier_bytes,
+    tightened,
     variants,
     weight_bytes,
     with_rules,
@@ -483,6 +485,12 @@ def traps(architecture: Architecture, candidate: Candidate, card: Card, task: Ta
             "attention 'cudnn' needs the cuDNN library where this runs ('jax[cuda13]' brings it); whether it is there was not"
             " looked at, and without it loading the model is refused"
         )
+    if candidate.need.device > (pool := int(machine.DEFAULT_SHARE * card.reported)):
+        share = -(-100 * candidate.need.device / card.reported // 1) / 100
+        said.append(
+            f"XLA's pool of a card's memory ends at three quarters of it, {show_bytes(pool)}, unless {machine.SHARE}={share:.2f}"
+            f" is set before jax starts; the `jaxengine` command sets what --memory asks for where it is not"
+        )
     pinned = -(-candidate.need.pinned // devices(candidate.plan))  # a pool is one card's
     if pinned > machine.pool_limit_bytes({}):
         said.append(
@@ -553,6 +561,8 @@ class Outcome:
     changes: tuple[tuple[str, Candidate], ...]
     task: Task | None = None
     remat: str = ""
+    plan: Plan = dataclasses.field(default_factory=Plan)  # as it was asked for
+    disk_rate: float = DISK_RATE
 
     @property
     def of_task(self) -> str:
@@ -566,13 +576,25 @@ class Outcome:
     def chosen(self) -> Candidate | None:
         return next((c for c in self.candidates if c.fits), None)
 
-    def refuted(self) -> Outcome:
-        """The same without the candidate that was chosen: compiled, it was not what it was to be."""
-        why = {"refused": "refuted by compiling it", "barred": True}
-        without = dataclasses.replace(self.chosen, **why) if self.chosen else None
-        return dataclasses.replace(
-            self, candidates=tuple(without if without and c is self.chosen else c for c in self.candidates)
-        )
+    def refuted(self, device: int = 0) -> Outcome:
+        """The same without the candidate that was chosen: compiled, it was not what it was to be, or took `device` bytes of the
+        device. Where those are more than there are, the same home with fewer resident layers comes after it."""
+        if (chosen := self.chosen) is None:
+            return self
+        found: list[Candidate] = []
+        for c in self.candidates:
+            if c is not chosen:
+                found.append(c)
+                continue
+            found.append(dataclasses.replace(c, refused="refuted by compiling it", barred=True))
+            if device > self.memory and c.plan.resident:
+                again = candidates(
+                    self.architecture, self.plan, self.card, memory=tightened(c.need, self.memory, device), ram=self.ram,
+                    batch=self.batch, context=self.context, disk_rate=self.disk_rate, task=self.task,
+                )  # fmt: skip
+                if (fewer := eased(again, c)) is not None:
+                    found.append(fewer)
+        return dataclasses.replace(self, candidates=tuple(found))
 
     @property
     def _nearest(self) -> Need | None:
@@ -707,7 +729,9 @@ def plan_for(
     found = tuple(candidates(architecture, plan, card, **how, **asked))
     fits = any(c.fits for c in found)
     others = () if fits else tuple(changes(architecture, plan, card, **how, **asked))
-    return Outcome(architecture, card, **asked, candidates=found, changes=others, remat=plan.remat)
+    return Outcome(
+        architecture, card, **asked, candidates=found, changes=others, remat=plan.remat, plan=plan, disk_rate=disk_rate
+    )
 
 
 def _of_adapter(

@@ -4,29 +4,82 @@ Nothing is allocated and no card is needed, only XLA's GPU compiler (pallas_kern
 `Model.generate` runs, on abstract parameters; the checker (pallas_kernels/audit.py) then reads the program for copies that
 are none, slices at wrong places and bytes over the plan. Where layers are programs of their own (form 'python'), each
 piece is compiled, and what stands on the device beside it is added to its bytes.
+
+On a GPU a budget (`memory=`) is held against what is compiled for that very card before anything is placed on it: `Here`. What
+came of it is kept in a file, so that the same plan is not compiled for it again.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import hashlib
+import json
+import logging
 import math
+import os
 import time
-from typing import Any, cast
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+import sharding
+from checkpoints.errors import CheckpointError
+from checkpoints.output import output_file
 from jaxengine import engine, outside, packing, placement, sampling
 from jaxengine.architecture import Architecture
 from jaxengine.engine import Engine
 from jaxengine.finetune import planning as tuning
 from jaxengine.finetune.settings import Task
 from jaxengine.homes.base import home
-from jaxengine.plan import Plan, brought_bytes, cache_bytes, likeness, mesh_of, resident_bytes, weight_bytes
+from jaxengine.plan import (
+    Plan,
+    brought_bytes,
+    cache_bytes,
+    likeness,
+    mesh_of,
+    resident_bytes,
+    show_bytes,
+    weight_bytes,
+)
 from pallas_kernels import aot
 from pallas_kernels.audit import Report, audit
 from pallas_kernels.cards import Card
 from sharding.rules import named_sharding
+
+log = logging.getLogger("jaxengine")
+
+
+class Compiles(Protocol):
+    """What programs are compiled for: a card that is not there (aot.Target), or this machine's devices (Here)."""
+
+    @property
+    def mesh(self) -> Any: ...
+    def place(self, tree: Any) -> Any: ...
+    def compile(self, jitted: Any, *args: Any) -> Any: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Here:
+    """This machine's own devices, as an aot.Target."""
+
+    mesh: Mesh
+
+    def place(self, tree: Any) -> Any:
+        def one(x: Any) -> Any:
+            if x.sharding is not None or jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+                return x
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(self.mesh, PartitionSpec()))
+
+        return jax.tree.map(one, tree)
+
+    def compile(self, jitted: Any, *args: Any) -> Any:
+        return jitted.trace(*args).lower().compile()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,20 +231,22 @@ def exposed(report: Report) -> list[str]:
 def prove(
     architecture: Architecture,
     plan: Plan,
-    card: Card,
+    card: Card | None,
     *,
     batch: int,
     length: int,
     memory: int | None = None,
     task: Task | None = None,
+    here: Mesh | None = None,
 ) -> tuple[Proof, ...]:
     """Compile what generating, or a step of fine-tuning, runs for one such card; a program over `memory` bytes has that
-    among its problems.
+    among its problems. here: devices of this machine to compile for, in the place of the card.
 
     Raises RuntimeError where XLA's GPU compiler is not installed."""
     proofs, mesh = [], mesh_of(plan)
     axes = {} if mesh is None else dict(mesh.shape)
-    if further := {a: n for a, n in axes.items() if a not in aot.AXES and n > 1}:
+    further = {} if here is not None else {a: n for a, n in axes.items() if a not in aot.AXES and n > 1}
+    if further:
         raise ValueError(
             f"mesh is {plan.mesh!r}; programs are compiled ahead for the axes {', '.join(aot.AXES)}, not {further}"
         )
@@ -199,8 +254,8 @@ def prove(
     if task is not None:
         kept = tuning.need(architecture, plan, task, batch=batch, context=length).host_kept
         waits = kept // (1 if mesh is None else mesh.size)
-    with aot.target(card, **axes) as target:
-        found = programs(architecture, plan, cast(Any, target.mesh), batch=batch, length=length, task=task)
+    with _compiler(card, axes, here) as target:
+        found = programs(architecture, plan, target.mesh, batch=batch, length=length, task=task)
         for name, called in found.items():
             start = time.perf_counter()
             compiled = target.compile(called.fitting(), *called.static, *target.place(called.abstract))
@@ -215,3 +270,80 @@ def prove(
             seconds = time.perf_counter() - start
             proofs.append(Proof(name, device, aot.host_bytes(compiled), temporaries, seconds, report))
     return tuple(proofs)
+
+
+@contextlib.contextmanager
+def _compiler(card: Card | None, axes: dict[str, int], here: Mesh | None) -> Iterator[Compiles]:
+    if here is not None:
+        yield Here(here)
+        return
+    assert card is not None
+    with aot.target(card, **axes) as target:
+        yield target
+
+
+def holds(
+    architecture: Architecture,
+    mesh: Mesh,
+    *,
+    batch: int,
+    length: int,
+    memory: int,
+    folder: Path,
+    task: Task | None = None,
+) -> Callable[[Plan], tuple[int, tuple[str, ...]]] | None:
+    """What compiles a plan for these devices, as `plan.settled` asks: the most bytes that a program takes of each, and what is
+    wrong, programs of more than `memory` bytes among it. None where they are no GPUs: of a CPU's programs XLA tells no bytes
+    that would stand for a card's.
+
+    What was found is kept in `folder`, for the same plan, sizes, device, jax and code. task: what is fine-tuned.
+    """
+    device = mesh.devices.flat[0]
+    if device.platform != "gpu":
+        return None
+
+    def compiled(plan: Plan) -> tuple[int, tuple[str, ...]]:
+        what = _asked(architecture, plan, device, batch=batch, length=length, memory=memory, task=task)
+        kept = folder / f"proof-{hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]}.json"
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            found = json.loads(kept.read_text(encoding="utf-8"))
+            if found["of"] == what:
+                return found["device"], tuple(found["problems"])
+        log.info("compiling what runs on this %s, to hold it against the budget", device.device_kind)
+        start = time.perf_counter()
+        proofs = prove(architecture, plan, None, batch=batch, length=length, memory=memory, task=task, here=mesh)
+        most, problems = max(p.device for p in proofs), tuple(x for p in proofs for x in p.report.problems)
+        took = time.perf_counter() - start
+        log.info("%s of %s by XLA's own bytes (%.0f s)", show_bytes(most), show_bytes(memory), took)
+        try:
+            with output_file(kept, overwrite=True) as path:
+                path.write_text(json.dumps({"of": what, "device": most, "problems": problems}), encoding="utf-8")
+        except (OSError, CheckpointError) as error:
+            log.info("what was found cannot be kept, and will be compiled again: %s", error)
+        return most, problems
+
+    return compiled
+
+
+def _asked(architecture: Architecture, plan: Plan, device: Any, **sizes: Any) -> dict[str, str]:
+    """What the bytes of compiled programs depend on."""
+    return {
+        "jax": version("jax"),
+        "jaxlib": version("jaxlib"),
+        "card": device.device_kind,
+        "platform": " ".join(device.client.platform_version.split()),
+        "flags": os.environ.get("XLA_FLAGS", ""),
+        "code": _code(),
+        "model": repr(architecture.config),
+        "plan": plan.to_json(),
+        "sizes": repr(sorted(sizes.items())),
+    }
+
+
+def _code() -> str:
+    """Of this package's own files, and those of the packages that it is of."""
+    found = hashlib.sha256()
+    for package in (Path(__file__).parent, Path(aot.__file__).parent, Path(sharding.__file__).parent):
+        for path in sorted(package.rglob("*.py")):
+            found.update(path.read_bytes())
+    return found.hexdigest()

@@ -521,7 +521,7 @@ def figures(headline: Headline, *, compiled: bool) -> Figures:
     if headline.baseline is not None:
         baseline = bytes_of(like, arch, headline.baseline, card, headline.batch, length).device
     if compiled:
-        asked = {"batch": headline.batch, "length": length}
+        asked: dict[str, Any] = {"batch": headline.batch, "length": length}
         proofs = prove(arch, headline.plan, card, task=tuning.asked(headline.task, tile=headline.tile), **asked)
         if headline.baseline is not None:
             baseline_proofs = prove(arch, headline.baseline, card, task=tuning.asked(like), **asked)

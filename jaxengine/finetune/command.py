@@ -203,9 +203,10 @@ def finetune(folder: str, data: tuple[Path, ...], out: Path | None, **given: Any
     the end adapter/ (PEFT), or model/ (Hugging Face) where all parameters were trained. After Ctrl-C or a kill the same
     command goes on as if nothing had been.
     """
-    from jaxengine.command import Reading, read_plan, reported, resolve
+    from jaxengine.command import Reading, read_plan, reported, resolve, within
 
     with reported():
+        within(given["memory"])
         folder = resolve(folder)
         given["plan"] = None if given["plan"] is None else read_plan(given["plan"])
         _finetune(folder, data, out, Reading, **given)
@@ -240,7 +241,7 @@ def _finetune(folder: str, data: tuple[Path, ...], out: Path | None, reading: An
     from jaxengine.paths import cache_folder
     from jaxengine.plan import parse_bytes
 
-    arch, plan, settings = chosen_plan(folder, given)
+    arch, plan, settings = chosen_plan(folder, given, proved=True)
     if out is None:
         model = Path(os.path.abspath(folder))  # as it is called here, links included
         out = Path(f"{model.stem if model.is_file() else model.name}-{data[0].stem}-{settings.train}")
@@ -346,14 +347,14 @@ class NothingFitsError(ValueError):
         self.settings, self.plan, self.enough = settings, plan, enough
 
 
-def chosen_plan(folder: str, given: dict[str, Any]) -> tuple[Architecture, Plan, Settings]:
+def chosen_plan(folder: str, given: dict[str, Any], *, proved: bool = False) -> tuple[Architecture, Plan, Settings]:
     """What these options make of a folder, checked against each other before anything is loaded.
 
-    With --memory: the nearest home in which a step fits, and what is kept for the way back unless --remat says it. Raises
-    ValueError where nothing fits, with what would.
+    With --memory: the nearest home in which a step fits, and what is kept for the way back unless --remat says it; proved: by
+    what is compiled, on a GPU. Raises ValueError where nothing fits, with what would.
     """
     try:
-        return _chosen_plan(folder, given)
+        return _chosen_plan(folder, given, proved=proved)
     except NothingFitsError as error:
         found = _would_fit(folder, given, error)
         near = (
@@ -408,9 +409,10 @@ def _as_options(changed: dict[str, Any]) -> str:
     return typed or f"without {', '.join(f'--{name}' for name in changed)}"
 
 
-def _chosen_plan(folder: str, given: dict[str, Any]) -> tuple[Architecture, Plan, Settings]:
+def _chosen_plan(folder: str, given: dict[str, Any], *, proved: bool = False) -> tuple[Architecture, Plan, Settings]:
     """`chosen_plan`, which says what would fit where nothing does."""
     import dataclasses
+    import functools
 
     from jaxengine.architecture import architecture
     from jaxengine.export import one_dtype
@@ -418,7 +420,17 @@ def _chosen_plan(folder: str, given: dict[str, Any]) -> tuple[Architecture, Plan
     from jaxengine.finetune.planning import variants
     from jaxengine.finetune.run import begun, check
     from jaxengine.finetune.settings import Settings
-    from jaxengine.plan import Plan, check_mesh, lacking, rounded_up, show_bytes, with_rules, with_table
+    from jaxengine.plan import (
+        Plan,
+        check_mesh,
+        lacking,
+        refuted_by_compiling,
+        rounded_up,
+        settled,
+        show_bytes,
+        with_rules,
+        with_table,
+    )
     from jaxengine.planning import worth_ahead
     from jaxengine.sources import open_source, read_config
     from sharding.mesh import make_mesh
@@ -475,7 +487,8 @@ def _chosen_plan(folder: str, given: dict[str, Any]) -> tuple[Architecture, Plan
     # as `jaxengine plan` asks of that card; of one that is not in its table, and on a CPU, nothing is known or gained
     ahead = card is not None and worth_ahead(arch, plan, settings.task, card, **rows)
     how: dict[str, Any] = {"ahead": ahead, "scanned": _scanned_remats(), **_on_card(card)}
-    found = variants(arch, plan, settings.task, memory=budget, ram=room, **how, **rows)
+    under = functools.partial(variants, arch, plan, settings.task, ram=room, **how, **rows)
+    found = under(memory=budget)
     fits = next((v for v in found if not v.refused), None)
     if fits is None:
         least = min(found, key=lambda v: (v.barred, v.need.device > budget, v.need.device))
@@ -488,23 +501,46 @@ def _chosen_plan(folder: str, given: dict[str, Any]) -> tuple[Architecture, Plan
             f" {least.plan.home!r}, remat {least.plan.remat!r}): {least.refused}",
             settings, plan, enough,
         )  # fmt: skip
+    if proved and (compiled := _holds(arch, settings, budget, mesh)) is not None:
+        fits, refuted = settled(found, lambda tight: under(memory=tight), compiled, budget)
+        if fits is None:
+            raise ValueError(refuted_by_compiling(memory, refuted))
     settings, plan = dataclasses.replace(settings, remat=fits.plan.remat), fits.plan
     plan = _with_loops(arch, plan, settings)
     check(settings, arch, plan, mesh)
     return arch, plan, settings
 
 
+def _holds(arch: Architecture, settings: Settings, memory: int, mesh: Any) -> Any:
+    """`proof.holds` of a step."""
+    from jaxengine.paths import cache_folder
+    from jaxengine.proof import holds
+
+    return holds(
+        arch,
+        mesh,
+        batch=settings.batch,
+        length=settings.context,
+        memory=memory,
+        folder=cache_folder(),
+        task=settings.task,
+    )
+
+
 def _limits(given: dict[str, Any]) -> tuple[int, int]:
     """Bytes of the device and of host memory that --memory and --ram, or what is free, leave to a run."""
     import jax
 
+    from jaxengine.loading import check_pool
     from jaxengine.machine import available_ram, pool_limit_bytes
     from jaxengine.plan import parse_bytes
 
     room = available_ram() if given["ram"] is None else parse_bytes(given["ram"], "ram")
     if jax.devices()[0].platform == "gpu":
         room = min(room, pool_limit_bytes())
-    return parse_bytes(given["memory"]), room
+    memory = parse_bytes(given["memory"])
+    check_pool(jax.devices()[0], memory)
+    return memory, room
 
 
 def _on_card(card: Card | None) -> dict[str, Any]:
@@ -562,10 +598,14 @@ def _check_fits(out: Path, arch: Architecture, plan: Plan, settings: Settings, g
     """Refuse to go on with a run whose plan is more than there is now."""
     from jaxengine.finetune.planning import need
     from jaxengine.plan import lacks, show_bytes
+    from sharding.mesh import make_mesh
 
     rows: dict[str, Any] = {"batch": settings.batch, "context": settings.context}
     n, (budget, room) = need(arch, plan, settings.task, **_on_card(_card()), **rows), _limits(given)
-    if lacking := lacks(n, budget, room):
+    lacking = lacks(n, budget, room)
+    if not lacking and (compiled := _holds(arch, settings, budget, make_mesh(plan.mesh or None))) is not None:
+        lacking = next(iter(compiled(plan)[1]), "")
+    if lacking:
         raise ValueError(
             f"{out} is of a run with home {plan.home!r} and remat {plan.remat!r}, which takes {show_bytes(n.device)} of the"
             f" device and {show_bytes(n.host)} of host memory: {lacking}. Another plan would not give the losses of an unbroken"
