@@ -80,7 +80,8 @@ def load(
 
     plan: every choice at once; the other arguments go before its fields. memory: a budget of device memory such as
     '16GB' (of each device of a mesh), which chooses the home for `batch` rows (1) of up to `context` tokens each (2048, or
-    what the model can at most); a call that would need more is refused. ram: host memory for layers that do not
+    what the model can at most); a call that would need more is refused. On a GPU what it chooses is compiled first, and
+    taken only if XLA's own bytes are within it (proof.py). ram: host memory for layers that do not
     fit there (what is free, if not given); what fits neither is read from disk in every pass. disk: the folder for such
     layers, packed once (~/.cache/jaxengine/layers); without it they are read from the checkpoint's own safetensors where
     these have them as the plan does: dense, in its dtype.
