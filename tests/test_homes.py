@@ -61,10 +61,11 @@ def test_the_same_form_gives_the_same_bits(case: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.in_thirds
 def test_driven_from_python_every_home_gives_the_same_bits(family: str) -> None:
-    """The form has a program for each piece, which is the same wherever its layer comes from."""
-    prompt = golden(family)[0][0]
-    host, disk = (load(family, home=name, form="python").logits(prompt) for name in ("host", "disk"))
+    """The form has a program for each piece, which is the same wherever its layer comes from; and they are the right bits."""
+    prompts, data = golden(family)
+    host, disk = (load(family, home=name, form="python").logits(prompts[0]) for name in ("host", "disk"))
     np.testing.assert_array_equal(disk, host)
+    np.testing.assert_allclose(disk[0], data["logits_0"], atol=ATOL, rtol=0)
 
 
 @pytest.mark.parametrize(("family", "place"), CASES, ids=[f"{f}-{'-'.join(map(str, p.values()))}" for f, p in CASES])
