@@ -9,14 +9,18 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import jaxengine
-from jaxengine import engine
+from jaxengine import engine, outside
 from jaxengine.model import Model
+from pallas_kernels import aot
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -89,6 +93,38 @@ def test_lengths_share_programs(model: Model) -> None:
     assert engine.prefill.on("cpu")._cache_size() == before[0] + 1  # the next bucket of prompt lengths
     model.generate([1, 2, 3], max_new_tokens=5, temperature=0.5, stop_ids=[7, 8, 9])
     assert engine.decode.on("cpu")._cache_size() == before[1]  # the cache is as long as before: the same loop
+
+
+def test_programs_for_a_gpu_carry_the_options_that_streaming_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that run, not only those that are compiled to be looked at, which pallas_kernels/aot.py gives the same."""
+    wanted = {
+        "xla_gpu_enable_latency_hiding_scheduler": True, "xla_gpu_experimental_parallel_async_compute_limit": 16,
+        "xla_gpu_dot_merger_threshold_mb": 0, "xla_gpu_enable_pipelined_host_offloading": False,
+        "xla_gpu_memory_limit_slop_factor": 100_000,
+    }  # fmt: skip
+    doubled = wanted | {"xla_gpu_enable_while_loop_double_buffering": True}
+    given: list[Any] = []
+
+    def jit(function: Any, *, compiler_options: Any, **how: Any) -> Any:
+        given.append(compiler_options)
+        return lambda *args: None
+
+    monkeypatch.setattr(jax, "jit", jit)
+    for program in (engine.score, engine.prefill, engine.decode, outside.enter, outside.layer, outside.next_tokens):
+        engine.Program.on.__wrapped__(program, "gpu")  # what is kept of it is of the platform that this runs on
+    assert given == [wanted] * 6
+    assert wanted == aot.OPTIONS
+    device = SimpleNamespace(platform="gpu")
+    how: Any = SimpleNamespace(mesh=SimpleNamespace(size=1, devices=np.array([device])))
+    ahead, plain = (engine.Bank((), ("a",), 4, "host", form) for form in ("ahead", "scan"))
+    for bank, doubles, options in ((ahead, True, doubled), (ahead, False, wanted), (plain, True, wanted)):
+        given.clear()
+        engine.Program(lambda how, bank: None, static=(0,), doubles=doubles)(how, bank)
+        assert given == [options]
+    given.clear()
+    device.platform = "cpu"
+    engine.Program(lambda how, bank: None, static=(0,), doubles=True)(how, ahead)
+    assert given == [None]
 
 
 def test_more_tokens_than_one_call_makes(model: Model) -> None:
