@@ -128,11 +128,22 @@ def steps_away(said: str, asked: Outcome) -> dict[str, float]:
     return found
 
 
+def milder_than(words: dict[str, str], again: Outcome) -> list[dict[str, Any]]:
+    """For each thing that a change names, the same with the next milder value of it."""
+    found: list[dict[str, Any]] = [{n: 2 * int(words[n])} for n in ("batch", "context") if n in words]
+    if "weights" in words:
+        found.append({"weights": {"int4": "int8", "int8": "dense"}[words["weights"]]})
+    # bytes are searched for to a hundredth, and rounded up to three digits
+    given = [n for n in ("memory", "ram") if n in words]
+    return found + [{n: getattr(again, n) * 97 // 100} for n in given if len(given) == 1]
+
+
 @pytest.mark.parametrize(("size", "card", "plan", "given"), TOO_MUCH, ids=lambda x: x if isinstance(x, str) else "")
 @pytest.mark.in_thirds
 def test_what_is_short_and_what_would_fit(size: str, card: str, plan: Plan, given: dict[str, Any]) -> None:
-    """With the bytes that are said to be lacking, of both tiers, it fits; so it does with each change, done as its words say;
-    none has all that another has and more; more memory is offered where the card has it."""
+    """With the bytes that are said to be lacking, of both tiers, it fits; so it does with each change, done as its words say,
+    and with nothing milder: not with the value before one that is named, nor with less memory; none has all that another
+    has and more; more memory is offered where the card has it."""
     raw = {"8B": LLAMA_3_8B, "70B": LLAMA_3_70B}[size]
     found = outcome(card, plan, raw, **given)
     assert found.chosen is None
@@ -167,6 +178,11 @@ def test_what_is_short_and_what_would_fit(size: str, card: str, plan: Plan, give
         again = outcome(words.get("card", card), dataclasses.replace(plan, **formats), raw, **(given | changed))
         assert again.chosen is not None, said
         assert again.chosen.need == c.need, said
+        for milder in milder_than(words, again):
+            budget = {n: milder.pop(n, getattr(again, n)) for n in ("memory", "ram", "batch", "context")}
+            nearer = dataclasses.replace(plan, **(formats | milder))
+            tried = candidates(found.architecture, nearer, again.card, task=again.task, **budget)
+            assert not any(c.fits for c in tried), (said, milder, budget)
 
 
 def test_nothing_holds_it(tmp_path: Path) -> None:
