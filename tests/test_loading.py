@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -20,14 +21,14 @@ import pytest
 import jaxengine
 from checkpoints.errors import CheckpointError
 from checkpoints.safetensors import Reader, write_file
-from jaxengine import loading, placement, technique
+from jaxengine import loading, machine, placement, technique
 from jaxengine.architecture import architecture
 from jaxengine.config import ConfigError
 from jaxengine.export import convert
 from jaxengine.homes.base import check_platform
 from jaxengine.loading import from_arrays
 from jaxengine.placement import stored
-from jaxengine.plan import Plan
+from jaxengine.plan import Plan, layer_bytes
 from jaxengine.sources import layer_of, read_config, stacked_name
 from jaxengine.weights.base import Weight
 from sharding.mesh import make_mesh
@@ -294,6 +295,43 @@ def test_more_pinned_memory_than_xla_gives_is_refused_first(
         ValueError, match=r"home='host' keeps .* in pinned host memory, and XLA's pool stops at 1 kB: set"
     ):
         way(home="host")
+
+
+@pytest.mark.parametrize("way", [by_load, by_arrays])
+def test_a_pool_that_was_made_larger_is_said_where_it_is_used(
+    way: Callable[..., Any], card: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By whoever loads what XLA's own pool would not hold, and by nobody else."""
+    monkeypatch.setattr(loading, "check_streaming", lambda device, folder: None)
+    for own, said in ((1000, 1), (10**12, 0)):
+        caplog.clear()
+        monkeypatch.setattr(
+            loading, "pool_limit_bytes", lambda environ=None, own=own: 10**12 if environ is None else own
+        )
+        with (
+            caplog.at_level(logging.INFO, logger="jaxengine"),
+            pytest.raises(RuntimeError, match="it went on to place"),
+        ):
+            way(home="host")
+        lines = [
+            r.getMessage() for r in caplog.records if "XLA's pool of pinned memory may grow to 1 TB" in r.getMessage()
+        ]
+        assert len(lines) == said
+        assert all(f"({machine.POOL})" in line for line in lines)
+
+
+@pytest.mark.parametrize("kept", [0, 1])
+def test_the_layer_on_its_way_from_disk_is_in_the_pool_too(
+    kept: int, card: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside those that are kept there; a pool that holds them and not it is refused."""
+    monkeypatch.setattr(loading, "check_streaming", lambda device, folder: None)
+    arch = architecture(read_config(GOLDEN / "llama"))
+    (layer,) = {*layer_bytes(arch, Plan(dtype="float32"))}
+    for limit, said in ((2 * layer, "it went on to place"), (2 * layer - 5000, "stops at" if kept else "went on")):
+        monkeypatch.setattr(loading, "pool_limit_bytes", lambda *given, limit=limit: limit)
+        with pytest.raises((ValueError, RuntimeError), match=said):
+            by_arrays(home="disk", kept=kept)
 
 
 @pytest.mark.parametrize("way", [by_load, by_arrays])

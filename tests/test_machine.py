@@ -8,11 +8,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 
 from jaxengine import machine
+from jaxengine.command import start_jax
 from jaxengine.machine import GiB, available_ram, free_disk, pool_limit_bytes, ram_limits, set_pool
 
 V1_NONE = "9223372036854771712"  # what version 1 says where there is no limit
@@ -273,3 +275,20 @@ def test_large_pages_are_asked_for_once_where_it_helps(
     assert not machine.ask_for_large_pages(environ, tmp_path)  # or a process would begin for ever
     monkeypatch.setattr(os, "confstr", {"CS_GNU_LIBC_VERSION": "glibc 2.34"}.get)
     assert not machine.ask_for_large_pages({}, tmp_path)
+
+
+def test_processes_that_we_start_have_a_larger_pool(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Set before jax starts, and left as the user has it; what is no number is told at once."""
+    monkeypatch.setattr(machine, "available_ram", lambda: 128 * GiB)
+    stand_in = types.SimpleNamespace(config=types.SimpleNamespace(update=lambda name, value: None))
+    for given, found, said in (({}, "102", 0), ({machine.POOL: "8"}, "8", 0), ({machine.POOL: "8GB"}, "8GB", 1)):
+        environ = {"XDG_CACHE_HOME": "/cache", **given}
+        caplog.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "environ", environ)
+            patch.setitem(sys.modules, "jax", stand_in)
+            start_jax()
+        assert environ[machine.POOL] == found
+        assert [f"{machine.POOL} is '8GB'" in r.getMessage() for r in caplog.records] == [True] * said
