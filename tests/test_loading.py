@@ -320,6 +320,22 @@ def test_a_pool_that_was_made_larger_is_said_where_it_is_used(
         assert all(f"({machine.POOL})" in line for line in lines)
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"memory": "100KB"}, r"needs 231 kB: .* 131 kB short\. Nearest: "),
+        ({"memory": "150KB", "ram": "1KB"}, r"kB of device memory and .* of host memory short\. Nearest: "),
+    ],
+)  # fmt: skip
+def test_what_fits_no_budget_is_refused_before_a_weight_is_read(
+    given: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(placement, "place", lambda *given: pytest.fail("it was placed"))
+    monkeypatch.setattr(Reader, "read", lambda *given, **options: pytest.fail("it was read"))
+    with pytest.raises(ValueError, match=said):
+        by_load(**given)
+
+
 @pytest.mark.parametrize("kept", [0, 1])
 def test_the_layer_on_its_way_from_disk_is_in_the_pool_too(
     kept: int, card: SimpleNamespace, monkeypatch: pytest.MonkeyPatch

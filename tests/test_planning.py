@@ -9,6 +9,10 @@ import dataclasses
 import itertools
 import json
 import math
+import os
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +187,40 @@ def test_what_is_short_and_what_would_fit(size: str, card: str, plan: Plan, give
             nearer = dataclasses.replace(plan, **(formats | milder))
             tried = candidates(found.architecture, nearer, again.card, task=again.task, **budget)
             assert not any(c.fits for c in tried), (said, milder, budget)
+
+
+NOTHING = """
+    import json, resource, sys
+    import jax
+    import jaxengine.planning, jaxengine.proof, jaxengine.finetune.planning
+    from click.testing import CliRunner
+    from jaxengine.command import app
+    jax.numpy.zeros(8)
+    def used():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    before = used()
+    held = {l.split(":")[0]: int(l.split()[1]) * 1024 for l in open("/proc/self/status") if l.startswith("VmData")}["VmData"]
+    resource.setrlimit(resource.RLIMIT_DATA, (held + 2**30, held + 2**30))
+    done = CliRunner().invoke(app, ["plan", sys.argv[1], "--gpu", "rtx4090", "--no-compile", "--json", "--ram", "64GB"])
+    assert done.exit_code == 0, (done.output, done.exception)
+    assert json.loads(done.stdout)["chosen"]["plan"]["home"] == "disk"
+    print(used() - before, sum(a.nbytes for a in jax.live_arrays()))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of a process's memory are Linux's")
+def test_planning_70b_allocates_none_of_it(tmp_path: Path) -> None:
+    """A config.json alone, 140 GB of weights: no array comes of it, and no memory, which there is a GiB of."""
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_3_70B))
+    environ = {n: v for n, v in os.environ.items() if n != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(NOTHING), str(tmp_path)], env=environ, cwd=Path(__file__).parent.parent,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    grown, arrays = map(int, done.stdout.split())
+    assert grown < 100 * 2**20
+    assert arrays < 2**20
 
 
 def test_nothing_holds_it(tmp_path: Path) -> None:
