@@ -26,6 +26,7 @@ from click.testing import CliRunner, Result
 
 import jaxengine
 from checkpoints.errors import CheckpointError
+from checkpoints.safetensors import Reader
 from jaxengine import command, export
 from jaxengine.config import ConfigError
 from jaxengine.plan import Plan
@@ -361,6 +362,38 @@ def test_bad_options_are_refused_before_anything_is_loaded(tmp_path: Path, monke
     done = invoke("generate", "demo", "-", stdin=b"\xff\xfe")
     assert done.exit_code == 2
     assert "standard input is not utf-8 text" in done.output
+
+
+SIZE = "write a size such as '16GB' (10^9 bytes), '15.5GiB' (2^30), or a number of bytes"
+
+
+def test_the_last_line_says_what_was_given_and_the_rule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of sizes that are none, whichever command they are given to, and of a card that is not known."""
+    monkeypatch.setattr(Reader, "read", lambda *given, **options: pytest.fail("it was read"))
+    (tmp_path / "data.jsonl").write_text('{"text": "ab"}\n')
+    llama, out = str(GOLDEN / "llama"), tmp_path / "out"
+    plan, generate = ["plan", llama, "--gpu", "h200", "--no-compile"], ["generate", llama, "a"]
+    finetune = ["finetune", llama, str(tmp_path / "data.jsonl"), "--out", str(out)]
+    for words, said in (
+        *(
+            ([*words, option, value], f"Error: Invalid value for '{option}': {value} is not in the range x>=1.")
+            for words in (plan, generate, finetune)
+            for option, value in (("--context", "-1"), ("--batch", "0"))
+        ),
+        *(([*words, "--memory", "-1GB"], f"error: memory is '-1GB'; {SIZE}") for words in (plan, generate, finetune)),
+        ([*plan, "--ram", "-2GB"], f"error: ram is '-2GB'; {SIZE}"),
+        ([*generate, "--memory", "1GB", "--ram", "-2GB"], f"error: ram is '-2GB'; {SIZE}"),
+        ([*finetune, "--memory", "1GB", "--ram", "-2GB"], f"error: ram is '-2GB'; {SIZE}"),
+        (
+            ["plan", llama, "--gpu", "rtx409", "--no-compile"],
+            "error: no card is known as 'rtx409'; the nearest are RTX 4090, L40S, RTX 3090; or give the card by numbers, such as"
+            " 'sm_89,memory=24GB,bandwidth=1008GB/s,link=25GB/s,cores=128'",
+        ),
+    ):
+        done = invoke(*words)
+        assert (done.exit_code, done.stdout) == (2, ""), (words, done.exception)
+        assert done.stderr.splitlines()[-1] == said
+    assert not out.exists()
 
 
 RAISED = {

@@ -371,6 +371,17 @@ def test_files_that_are_not_read(
         jaxengine.load(tmp_path / "m")
 
 
+def test_a_file_that_is_cut_after_opening(tmp_path: Path) -> None:
+    path = gguf(tmp_path / "m" / "a.gguf", FIELDS, model("Q4_0")[0])
+    with Gguf(path) as file:
+        last = max(file.names, key=lambda name: file.info(name).start)
+        os.truncate(path, path.stat().st_size // 2)
+        with pytest.raises(CheckpointError, match=f"ended inside '{last}': it became shorter") as refused:
+            file.read(last)
+    assert str(refused.value).startswith(f"{path} ")
+    assert "\n" not in str(refused.value)
+
+
 def test_damage(tmp_path: Path) -> None:
     tensors, _, _ = model("Q4_0")
     path = gguf(tmp_path / "m" / "a.gguf", FIELDS, tensors)

@@ -5,6 +5,7 @@ L layers, N query heads, H head dim, D model, V vocab.
 """
 
 import asyncio
+import os
 import shutil
 import weakref
 from collections.abc import Mapping
@@ -352,6 +353,18 @@ def test_missing_data(copy: Path) -> None:
     holding.unlink()
     with OrbaxReader.open(copy) as reader, pytest.raises(CheckpointError, match=r"'layers\.attention\.q', layer 2"):
         reader.read("layers.attention.q", 2)
+
+
+def test_files_that_are_cut_after_opening(copy: Path) -> None:
+    with OrbaxReader.open(copy) as reader:
+        files = [p for p in copy.rglob("*") if p.is_file() and "d" in p.parts and p.stat().st_size > 1000]
+        assert files
+        for file in files:
+            os.truncate(file, file.stat().st_size // 2)
+        with pytest.raises(CheckpointError, match=r"array 'layers\.attention\.q', layer 3, is damaged: ") as refused:
+            reader.read("layers.attention.q", 3)
+    assert str(refused.value).startswith(f"{copy}: ")
+    assert "\n" not in str(refused.value)
 
 
 def test_a_flipped_bit_is_found(copy: Path) -> None:
