@@ -22,6 +22,7 @@ import bisect
 import dataclasses
 import difflib
 import json
+import math
 import os
 import platform
 import sys
@@ -188,7 +189,9 @@ HEADLINES = (
         plan=Plan(dtype="float16", home="disk", kept=22),
         ram=256 * 10**9,
         note="The card holds two layers of {layer} at a time; {kept} of {layers} are kept in RAM beside the buffers that the"
-        " others, {disk}, are read into in every pass.",
+        " others, {disk}, are read into in every pass. GPU-only, weights alone, the card holds {alone} parameters in"
+        " {dtype}, and this model is {times} times as large; in whole layers of this width it holds {alone_whole}, and this"
+        " model is {times_whole} times as large (the paper: 20 B).",
     ),
     Headline(
         name="mom",
@@ -468,6 +471,13 @@ def bytes_of(task: str, arch: Architecture, plan: Plan, card: Card, batch: int, 
     return tuning.need(arch, plan, tuning.task(task, tile=tile), batch=batch, context=length)
 
 
+def held_alone(arch: Architecture, plan: Plan, card: Card) -> tuple[float, float]:
+    """Parameters whose weights fill a card: any; those of embeddings, head and as many whole layers as it holds."""
+    weights, size = weight_bytes(arch, plan), jnp.dtype(plan.dtype).itemsize
+    layers = max(0, card.usable - weights["outer"]) // weights["largest_layer"]
+    return card.usable / size, (weights["outer"] + layers * weights["largest_layer"]) / size
+
+
 def quantities(headline: Headline, arch: Architecture, needed: Need, length: int) -> dict[str, str]:
     """The fields of a note: bytes of its parts, as they are shown."""
     plan, batch = headline.plan, headline.batch
@@ -486,7 +496,11 @@ def quantities(headline: Headline, arch: Architecture, needed: Need, length: int
         "activations": needed.activations, "gradients": needed.gradients, "optimizer": needed.optimizer,
         "trained": needed.trained,
     }  # fmt: skip
+    count = sum(math.prod(s.shape) for s in arch.specs().values())
+    alone, whole = held_alone(arch, dataclasses.replace(plan, weights="dense"), find(headline.card))
     return {n: show_bytes(b) for n, b in found.items()} | {
+        "dtype": plan.dtype, "alone": f"{alone / 1e9:.1f} B", "times": f"{count / alone:.1f}",
+        "alone_whole": f"{whole / 1e9:.1f} B", "times_whole": f"{count / whole:.1f}",
         "chunk": str(tokens), "length": str(length),
         "resident": str(plan.resident), "kept": str(plan.kept), "layers": str(arch.num_layers),
     }  # fmt: skip
