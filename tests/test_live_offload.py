@@ -6,6 +6,7 @@ the same greedy tokens, from layers that are read from disk in every pass on bot
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -66,3 +67,37 @@ def test_accelerate(way: str, ours: Found, tmp_path: Path) -> None:
         assert list(tmp_path.glob("*.dat"))
     assert {p.device.type for p in reference.parameters()} == {"meta"}  # none of it is in memory
     check(ours, reference)
+
+
+def test_the_script_that_compares_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All sides, one after another in this process, on the smallest model that is made: the lines that it counts are those
+    that run, all say the same, and budgets that are too small are refused by us alone."""
+    pytest.importorskip("accelerate")
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "scripts")
+    compare = importlib.import_module("compare_offload")
+    monkeypatch.setattr(compare.Peak, "_look", lambda self: None)  # for as long as the process lasts
+
+    def run(side: Any, scratch: Path, given: dict[str, Any], **how: Any) -> dict[str, Any]:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(scratch))
+        return compare.measure(side, given, **how) if how else compare.ask(side, given)
+
+    monkeypatch.setattr(compare, "run", run)
+    found = compare.compare(tmp_path, compare.shape(5_700_000), 3, 1)
+    assert all(
+        r["same_tokens"] and r["pass_s"] > 0 and len(r["rounds"][0]["tokens"]) == 3 for r in found["sides"].values()
+    )
+    written = {name: r["written"] for name, r in found["sides"].items()}
+    assert written["jaxengine, disk"] == written["accelerate, all on disk"] == 0 < written["accelerate, disk_offload"]
+    refused = {name for name, r in found["too_small"].items() if r["refused"]}
+    assert refused == {"jaxengine, load(memory=)", "jaxengine plan (of config.json alone)"}
+    lines = {name: len(r["lines"]) for name, r in (found["sides"] | found["too_small"]).items()}
+    assert lines["jaxengine, disk"] == lines["jaxengine, load(memory=)"] == 3
+    assert (lines["accelerate, all on disk"], lines["accelerate, disk_offload"]) == (4, 6)
+    monkeypatch.setenv("COLUMNS", "160")
+    compare.show(found)
+    shown = capsys.readouterr().out
+    for name, r in (found["sides"] | found["too_small"]).items():
+        assert f" {name} " in shown
+        assert f"{name}:\n    " + "\n    ".join(r["lines"]) in shown
