@@ -652,6 +652,48 @@ def test_the_last_checkpoints_and_the_best_one_stay(tmp_path: Path, monkeypatch:
     run.close()
 
 
+@pytest.mark.parametrize("at", [2, 4])  # on the way, and the last step
+@pytest.mark.parametrize("where", ["step", "evaluation"])
+def test_a_held_out_loss_that_ctrl_c_was_before_is_taken_when_the_run_goes_on(
+    at: int, where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def opened(name: str) -> Run:
+        return Run(
+            llama(), dataclasses.replace(HOW, steps=4), rows(), rows(4, 60), out=tmp_path / name, save_every=2, keep=4
+        )
+
+    def scores(name: str) -> dict[int, float]:
+        files = sorted((tmp_path / name / "events").iterdir())
+        return {step: n["eval/loss"] for file in files for step, n in read_events(file) if "eval/loss" in n}
+
+    def stopped(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with opened("whole") as whole:
+        whole.run()
+    with opened("cut") as run:
+        if where == "evaluation":
+            evaluate = run.evaluate
+            monkeypatch.setattr(run, "evaluate", lambda: (stopped if run.step == at else evaluate)())
+        else:  # as where a Ctrl-C waits for the step's end
+            tell = run._tell
+            monkeypatch.setattr(run, "_tell", lambda record: (stopped if record.step == at else tell)(record))
+        with pytest.raises(KeyboardInterrupt):
+            run.run()
+        assert run._manager.all_steps() == list(range(2, at + 1, 2))
+        assert run._manager.metrics(at) == {"eval_loss": math.inf}
+    with opened("cut") as run:
+        assert run.step == at
+        run.run()
+    assert run.best == whole.best
+    assert {i: run._manager.metrics(i) for i in (2, 4)} == {i: whole._manager.metrics(i) for i in (2, 4)}
+    assert scores("cut") == scores("whole")
+    (tmp_path / "cut" / "checkpoints" / "4" / "metrics" / "metrics").unlink()  # as of a run without held-out rows
+    with opened("cut") as run:
+        assert list(run) == []
+        assert run.best == whole.best
+
+
 def test_events(tmp_path: Path, resident: dict[str, list[float]]) -> None:
     with Run(llama(), HOW, rows(), rows(4, 60), out=tmp_path / "out", eval_every=3) as run:
         records = run.run()

@@ -16,7 +16,8 @@ same machine and versions. Other settings are refused.
 beside the next steps. A checkpoint appears under its name when it is whole. The last `keep` stay, and the one with the
 lowest held-out loss. The trade-off is host memory for one more copy of the state while it is written.
 
-**Ctrl-C** waits for the step in hand, whose state would be half written over otherwise.
+**Ctrl-C** waits for the step in hand, whose state would be half written over otherwise. A held-out loss that was due then is
+taken when the run goes on.
 
 A accumulated parts, B rows of a part, T tokens of a row.
 """
@@ -450,6 +451,8 @@ class Run:
         return self
 
     def __next__(self) -> Record:
+        if self.step == self._first - 1:
+            self._score_again()
         if self.step >= self.steps:
             raise StopIteration
         with interrupts_deferred():
@@ -474,7 +477,7 @@ class Run:
                 f" {self.settings.learning_rate:g}), more warmup, or compute='float32', in another folder"
             )
         last = self.step == self.steps
-        if self.held_out is not None and (self.step % self.eval_every == 0 or last):
+        if self._is_scored:
             record = dataclasses.replace(record, eval_loss=self.evaluate())
         if self.step % self.save_every == 0 or last:
             self.save()
@@ -559,6 +562,28 @@ class Run:
         if self.out is not None:
             self._writer().scalars(self.step, {"eval/loss": loss})
         return loss
+
+    @property
+    def _is_scored(self) -> bool:
+        """Whether this step's held-out loss is due."""
+        return self.held_out is not None and (self.step % self.eval_every == 0 or self.step == self.steps)
+
+    def _score_again(self) -> None:
+        """Take the held-out loss that is due at the step of the checkpoint that the run goes on from, and is not beside it: the
+        run was stopped before it was there."""
+        if self._manager is None or not self.step or not self._is_scored:
+            return
+        if math.isfinite((self._manager.metrics(self.step) or {}).get(EVAL_LOSS, math.inf)):
+            return
+        step, loss = self._eval_loss
+        loss = loss if step == self.step else self.evaluate()
+        if not math.isfinite(loss):
+            return
+        # orbax has no call for it; the file is replaced in one go, and orbax reads it anew
+        with output_file(self._folder / str(self.step) / "metrics" / "metrics", overwrite=True) as path:
+            path.write_text(json.dumps({EVAL_LOSS: loss}), encoding="utf-8")
+        self._manager.reload()
+        log.info("%s: the held-out loss after step %d, before which it was stopped, is %.4f", self.out, self.step, loss)
 
     def _tell(self, record: Record) -> None:
         if self.out is None:
