@@ -292,6 +292,63 @@ def stored(architecture: Architecture, plan: Plan, params: Mapping[str, Any]) ->
     return found
 
 
+def few_numbers(architecture: Architecture, plan: Plan, params: Mapping[str, Any]) -> dict[str, list[np.ndarray]]:
+    """Of each parameter of each layer, by name, some numbers of each array that it is stored in: `FEW`, of each of its shards.
+    What else there is stays where it is."""
+    found: dict[str, list[np.ndarray]] = {}
+    for part, bank in zip(plan.parts(architecture), params["banks"], strict=True):
+        seen: dict[tuple[int, str, str], list[Any]] = {}  # of a stack the numbers of all its layers
+        for i, kind in enumerate(part.kinds * part.repeats):
+            turn, j = divmod(i, len(bank.kinds))
+            place, at = place_in(bank.form, bank.repeats, j, turn)
+            number = j if bank.stacked else i
+            held = bank.weights[number][place] if place else bank.weights[number]
+            for name in architecture.block(kind)[1]:
+                key = (number, place, name)
+                if key not in seen:
+                    seen[key] = _few_of(held[name], stacked=at is not None)
+                found[f"layers.{part.start + i}.{name}"] = [
+                    x if at is None else x[at - first]
+                    for first, x in seen[key]
+                    if at is None or first <= at < first + len(x)
+                ]
+    return found
+
+
+FEW = (4, 2**14)  # rows, and elements of each
+
+
+def _few_of(leaf: Any, *, stacked: bool) -> list[tuple[int, np.ndarray]]:
+    """(the first layer of a stack that a shard has, some numbers of each of its layers), shard after shard."""
+    found = []
+    for array in jax.tree.leaves(leaf):
+        shards = sorted(
+            (s for s in array.addressable_shards if s.replica_id == 0), key=lambda s: [d.start or 0 for d in s.index]
+        )
+        for shard in shards:
+            first = (shard.index[0].start or 0) if stacked else 0
+            found.append((first, _first_rows(shard.data, stacked)))
+    return [(first, np.asarray(x)) for first, x in found]
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _first_rows(array: jax.Array, stacked: bool) -> jax.Array:
+    """The first rows of an array, or of each in a stack, on the device: of a stack in host memory a loop takes them one by one,
+    as of no other slice XLA copies that alone."""
+    lead = 1 if stacked else 0
+    sizes = [1] * (array.ndim - 2) + [*map(min, array.shape[-2:], FEW[max(0, 2 - array.ndim) :])]
+    if jax.typeof(array).memory_space == jax.memory.Space.Device:
+        return array[(slice(None),) * lead + tuple(slice(n) for n in sizes[lead:])]
+    sizes[:lead] = [1] * lead
+    zero = jnp.uint32(0)
+
+    def of(*i: jax.Array) -> jax.Array:
+        part = lax.dynamic_slice(array, [*i, *[zero] * (array.ndim - lead)], sizes)
+        return jax.device_put(part, jax.memory.Space.Device)
+
+    return lax.map(lambda i: of(i)[0], jnp.arange(len(array), dtype=jnp.uint32)) if stacked else of()
+
+
 def _fetch(bank: Bank, i: int, name: str) -> Any:
     """One parameter of the bank's layer i, out of whatever it stands in."""
     if bank.source is not None:

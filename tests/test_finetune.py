@@ -527,6 +527,15 @@ def test_other_settings_models_and_data_are_refused(tmp_path: Path) -> None:
     other.params = other.params | {"outer": outer}
     with pytest.raises(ValueError, match=r"model\.weights was"):
         run_of(other, out=out)
+    merged = with_another_q(llama())
+    with pytest.raises(ValueError, match=r"is of another run, .*: model\.layers was '\w+' and is '\w+'\. Say"):
+        run_of(merged, out=out)
+    settings = json.loads((out / "settings.json").read_text())
+    del settings["model"]["layers"]  # as an older version wrote it
+    (out / "settings.json").write_text(json.dumps(settings))
+    run_of(llama(), out=out).close()
+    with pytest.raises(ValueError, match=r"model\.layers was"):
+        run_of(merged, out=out)
     with pytest.raises(DataError, match="data was"):
         Run(llama(), HOW, rows(first=3), out=out)
     with pytest.raises(ValueError, match="steps was 6 and is 8"):
@@ -540,6 +549,57 @@ def test_other_settings_models_and_data_are_refused(tmp_path: Path) -> None:
     (tmp_path / "mine" / "thesis.txt").write_text("precious")
     with pytest.raises(ValueError, match="no run's folder"):
         run_of(llama(), out=tmp_path / "mine")
+
+
+def with_another_q(model: Model, layer: int = 1) -> Model:
+    """The model with one layer's q changed by a little in all its arrays, wherever they stand."""
+
+    def changed(w: Any) -> Any:
+        return jax.device_put((np.asarray(w) + np.ones((), w.dtype)).astype(w.dtype), w.sharding)
+
+    def of_stack(w: Any, i: int) -> Any:
+        made = np.asarray(w).copy()
+        made[i] += np.ones((), made.dtype)
+        return jax.device_put(made, w.sharding)
+
+    banks, first = [], 0
+    for bank in model.params["banks"]:
+        weights, at = [dict(w) for w in bank.weights], layer - first
+        if 0 <= at < len(bank.kinds) * bank.repeats:
+            if bank.form == "ahead":  # two layers
+                weights[0]["rest"] = weights[0]["rest"] | {
+                    "q": jax.tree.map(lambda w, i=at - 1: of_stack(w, i), weights[0]["rest"]["q"])
+                }
+            elif bank.stacked:
+                weights[0]["q"] = jax.tree.map(lambda w, i=at: of_stack(w, i), weights[0]["q"])
+            else:
+                weights[at]["q"] = jax.tree.map(changed, weights[at]["q"])
+        banks.append(dataclasses.replace(bank, weights=tuple(weights)))
+        first += len(bank.kinds) * bank.repeats
+    model.params = model.params | {"banks": tuple(banks)}
+    return model
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"form": "scan"}, {"home": "host"}, {"home": "host", "form": "ahead"}, {"home": "split", "resident": 1},
+        {"weights": "int8"}, {"weights": "nf4", "home": "host"}, {"weights": "lossless", "dtype": "bfloat16"},
+        {"mesh": "fsdp=8"}, {"mesh": "fsdp=2,data=4", "home": "host"},
+    ],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.in_thirds
+def test_a_layer_that_differs_is_seen_in_every_home_and_format(how: dict[str, Any]) -> None:
+    first = runs._layers_digest(llama(**how))
+    assert runs._layers_digest(llama(**how)) == first
+    for layer in (1,) if how.get("form") == "ahead" else (0, 1):
+        assert runs._layers_digest(with_another_q(llama(**how), layer)) != first
+
+
+def test_layers_are_told_apart_by_their_numbers_and_not_by_where_they_stand() -> None:
+    found = {runs._layers_digest(llama(**how)) for how in ({}, {"form": "scan"}, {"home": "host", "form": "ahead"})}
+    assert len(found) == 1
 
 
 def test_killed_while_its_settings_are_first_written_a_run_begins_anew(tmp_path: Path) -> None:

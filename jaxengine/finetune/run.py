@@ -178,7 +178,11 @@ def check_out(out: str | os.PathLike[str], wanted: Mapping[str, Any]) -> None:
     # a constant rate, after a warmup of so many steps, does not ask how long the run will be
     longer = was.get("schedule") == "constant" and was.get("steps") and (now["warmup"] == 0 or now["warmup"] >= 1)
     grown = {"steps"} if longer else set()
-    known = (was.keys() | now.keys()) - ({"model.weights"} - now.keys())  # the command asks before it loads them
+    elsewhere = any(was.get(n) != now[n] for n in ("jax.version", "jax.device"))
+    unsaid = {"model.weights", "model.layers"} - now.keys()  # the command asks before it loads them
+    if "model.layers" not in was or (elsewhere and (now["plan.weights"] != "dense" or now["plan.weight_rules"])):
+        unsaid.add("model.layers")  # of an older version; and in a format, codes may round differently there
+    known = (was.keys() | now.keys()) - unsaid
     odd = [n for n in sorted(known) if n not in grown and not n.startswith("jax.") and was.get(n) != now.get(n)]
     if odd:
         listed = ", ".join(f"{n.removeprefix('plan.')} was {was.get(n)!r} and is {now.get(n)!r}" for n in odd)
@@ -221,6 +225,14 @@ def _weights_digest(params: Any) -> str:
     made = hashlib.sha256()
     for leaf in jax.tree.leaves(params["outer"]):
         made.update(np.asarray(jax.device_get(leaf[:64] if leaf.ndim else leaf)).tobytes())
+    return made.hexdigest()[:16]
+
+
+def _layers_digest(model: Model) -> str:
+    """Sixteen hex digits of some rows of each matrix of each layer: those of a model that has something merged into it differ."""
+    made = hashlib.sha256()
+    for name, few in sorted(placement.few_numbers(model.architecture, model.plan, model.params).items()):
+        made.update(name.encode() + b"".join(x.tobytes() for x in few))
     return made.hexdigest()[:16]
 
 
@@ -391,7 +403,7 @@ class Run:
         if self.out is not None:
             wanted = said(self.settings, model.architecture, model.plan, self._begun)
             if not self._every:
-                wanted["model"]["weights"] = _weights_digest(model.params)
+                wanted["model"] |= {"weights": _weights_digest(model.params), "layers": _layers_digest(model)}
             check_out(self.out, wanted)
             self.out.mkdir(parents=True, exist_ok=True)
             with output_file(self.out / SETTINGS, overwrite=True) as path:
