@@ -349,6 +349,27 @@ def _first_rows(array: jax.Array, stacked: bool) -> jax.Array:
     return lax.map(lambda i: of(i)[0], jnp.arange(len(array), dtype=jnp.uint32)) if stacked else of()
 
 
+def is_finite(tree: Any) -> bool:
+    """Whether all numbers of a tree's arrays are. What is in host memory comes to the device a layer's matrix at a time."""
+    shards = [
+        shard.data
+        for array in jax.tree.leaves(tree)
+        if jnp.issubdtype(array.dtype, jnp.floating)
+        for shard in array.addressable_shards
+        if shard.replica_id == 0
+    ]
+    return all(jax.device_get([_is_finite(x) for x in shards]))
+
+
+@jax.jit
+def _is_finite(array: jax.Array) -> jax.Array:
+    def of(x: jax.Array) -> jax.Array:
+        return jnp.isfinite(jax.device_put(x, jax.memory.Space.Device)).all()
+
+    streamed = jax.typeof(array).memory_space != jax.memory.Space.Device and array.ndim > 2
+    return lax.map(of, array).all() if streamed else of(array)
+
+
 def _fetch(bank: Bank, i: int, name: str) -> Any:
     """One parameter of the bank's layer i, out of whatever it stands in."""
     if bank.source is not None:

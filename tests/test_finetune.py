@@ -124,6 +124,9 @@ def test_settings_go_to_json_and_back() -> None:
         ({"clip": math.inf}, "clip is inf"),
         ({"targets": "q"}, "targets is 'q'"),
         ({"b2": 1.0}, "below 1"),
+        ({"eps": 0.0}, "eps is 0.0, and 'adamw' divides by it where a gradient is 0: at least 1.2e-38"),
+        ({"eps": 1e-50, "optimizer": "muon"}, "eps is 1e-50, and 'muon' divides by it"),
+        ({"eps": -1e-8}, "eps is -1e-08; it is a number, at least 0"),
         ({"steps": 5, "warmup": 5}, "at most 4 steps of warmup, or schedule='constant'"),
         ({"train": "all", "rank": 4}, "rank is 4, and train is 'all'.* goes with lora, dora"),
         ({"train": "lisa", "targets": ("q",)}, "targets is .*, and train is 'lisa'"),
@@ -358,19 +361,58 @@ def test_all_leaves_the_trained_parameters_in_the_model(tmp_path: Path) -> None:
     run.close()
 
 
-def test_a_loss_that_is_no_number_ends_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("what", "said"), [("loss", "loss"), ("gradient_norm", "gradient's norm")])
+def test_a_loss_or_gradient_that_is_no_number_ends_the_run(
+    what: str, said: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     run = run_of(llama(), out=tmp_path / "out", save_every=1)
     advance = run._advance
 
     def lost(batch: Any) -> Any:
         state, measured = advance(batch)
-        return state, measured | {"loss": jnp.float32(jnp.nan)} if run.step else measured
+        return state, measured | {what: jnp.float32(jnp.nan)} if run.step else measured
 
     monkeypatch.setattr(run, "_advance", lost)
-    with pytest.raises(ValueError, match="loss of step 2 is nan"):
+    with pytest.raises(ValueError, match=f"the {said} of step 2 is nan: a smaller learning_rate"):
         run.run()
     run.wait()
     assert run._manager.latest_step() == 1
+    run.close()
+
+
+@pytest.mark.parametrize(
+    ("train", "how"), [("lora", {}), ("all", {}), ("all", {"home": "host"}), ("all", {"mesh": "fsdp=8"})], ids=str
+)
+def test_what_the_last_step_has_lost_is_not_written(
+    train: str, how: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A step's loss and gradient are from before its change."""
+    settings = dataclasses.replace(HOW, train=train, steps=2, batch=8 if how.get("mesh") else 2)
+    run = run_of(llama(**how), settings, out=tmp_path / "out", save_every=1)
+    advance = run._advance
+
+    def infinite(x: jax.Array) -> jax.Array:
+        made = np.asarray(x).copy()
+        made.flat[-1] = np.inf  # one number of the last layer's last matrix
+        return jax.device_put(made, x.sharding)
+
+    def lost(batch: Any) -> Any:
+        state, measured = advance(batch)
+        if not run.step:
+            return state, measured
+        *others, last = jax.tree.leaves(state.trained)
+        trained = jax.tree.unflatten(jax.tree.structure(state.trained), [*others, infinite(last)])
+        return dataclasses.replace(state, trained=trained), measured
+
+    monkeypatch.setattr(run, "_advance", lost)
+    with pytest.raises(ValueError, match="is trained is nan or infinite after step 2: a smaller learning_rate"):
+        run.run()
+    run.wait()
+    assert run._manager.latest_step() == 1
+    with pytest.raises(ValueError, match="nan or infinite after step 2"):
+        run.export(tmp_path / "elsewhere")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
+    assert not {"adapter", "model"} & {p.name for p in (tmp_path / "out").iterdir()}
     run.close()
 
 

@@ -339,7 +339,7 @@ class Run:
     step's change, which `tuned`, `evaluate`, `export` and the end of the run make).
 
     Raises ValueError, before anything is allocated, for settings that do not fit the model, and for an `out` of another
-    run; and when a loss is no number any more.
+    run; and when a loss, a gradient or what is trained is no number any more, which is then neither saved nor written.
     """
 
     def __init__(
@@ -483,11 +483,9 @@ class Run:
                 int(numbers["tokens"]), seen / seconds, seconds,
             )  # fmt: skip
             self._tell(record)
-        if not math.isfinite(record.loss):
-            raise ValueError(
-                f"the loss of step {record.step} is {record.loss}: a smaller learning_rate (it is"
-                f" {self.settings.learning_rate:g}), more warmup, or compute='float32', in another folder"
-            )
+        for what, number in (("loss", record.loss), ("gradient's norm", record.gradient_norm)):
+            if not math.isfinite(number):
+                raise self._lost(f"the {what} of step {record.step} is {number}")
         last = self.step == self.steps
         if self._is_scored:
             record = dataclasses.replace(record, eval_loss=self.evaluate())
@@ -497,6 +495,18 @@ class Run:
             self._settle()
             self.wait()
         return record
+
+    def _lost(self, said: str) -> ValueError:
+        """What to do about numbers that are none any more."""
+        rate = self.settings.learning_rate
+        return ValueError(
+            f"{said}: a smaller learning_rate (it is {rate:g}), more warmup, or compute='float32', in another folder"
+        )
+
+    def _check_finite(self) -> None:
+        """Refuse to write what is no number any more: a step's loss and gradient are from before its change."""
+        if not placement.is_finite(self._state.trained):
+            raise self._lost(f"some of what is trained is nan or infinite after step {self.step}")
 
     def run(self, progress: Callable[[Record], None] | None = None) -> list[Record]:
         """Make all steps that are left, save, and write what came out (`export`); the Records of these steps.
@@ -632,6 +642,7 @@ class Run:
             return
         import orbax.checkpoint as ocp
 
+        self._check_finite()
         self._check_room()
         step, loss = self._eval_loss
         parts = {"state": ocp.args.StandardSave(_named(self._state)), "position": ocp.args.JsonSave(self._position)}
@@ -755,6 +766,7 @@ class Run:
         target = own if folder is None else Path(folder)
         assert target is not None
         self._settle()
+        self._check_finite()
         if self._every:
             merge(self.model, target, overwrite=target == own)
         else:

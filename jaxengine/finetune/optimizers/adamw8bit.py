@@ -24,6 +24,7 @@ from jaxengine.finetune.optimizers.base import Matrix, Optimizer
 
 ORDER = 1
 TOGETHER = True  # XLA makes the moments of all parameters before it rounds any
+DIVIDES = True
 BLOCK = 256  # elements with a scale of their own
 ROWS = BLOCK
 LEAST = 4096  # elements: what has fewer stays in float32

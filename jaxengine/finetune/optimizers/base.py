@@ -7,6 +7,7 @@ A file has
     TOGETHER     whether those of all parameters stand at a time, where all are changed in one go
     ROWS         so many elements of a parameter outside the layers, or a multiple, may be changed apart from the others (1:
                  each by its own gradient); 0: what one changes by depends on all
+    DIVIDES      whether it divides by what eps alone keeps from being 0
 where `decayed` is optax's mask of the leaves that weight decay acts on: matrices, not norms and biases; and matrices(tree)
 says of each leaf how it is a matrix or vector inside a layer (Matrix), or None (both may be None: everything that has two
 dims). A stack of layers' changes as each layer alone would.
@@ -21,6 +22,7 @@ from types import ModuleType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from jaxengine import technique
@@ -66,6 +68,11 @@ class Optimizer:
             given = getattr(self, field)
             if not (math.isfinite(given) and given >= 0):
                 raise ValueError(f"optimizer: {field} is {given}; it is a number of at least 0")
+        if optimizer(self.name).DIVIDES and self.eps < (least := float(jnp.finfo(jnp.float32).tiny)):
+            raise ValueError(
+                f"optimizer: eps is {self.eps}, and {self.name!r} divides by it where a gradient is 0: at least {least:.2g}, such"
+                f" as 1e-8"
+            )
         if max(self.b1, self.b2) >= 1:
             raise ValueError(f"optimizer: b1 and b2 are {self.b1} and {self.b2}; they are below 1")
         if self.schedule not in SCHEDULES:

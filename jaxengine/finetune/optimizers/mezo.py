@@ -15,6 +15,7 @@ from jaxengine.finetune.optimizers.base import Matrix, Optimizer
 ORDER = 0
 ROWS = 0
 TOGETHER = False
+DIVIDES = False
 
 
 def temporaries(shape: tuple[int, ...], matrix: Matrix | None) -> int:

@@ -27,6 +27,7 @@ from jaxengine.finetune.optimizers.base import Matrix, Optimizer
 ORDER = 1
 ROWS = 1
 TOGETHER = False
+DIVIDES = True
 TURNS, POLYNOMIAL = 5, (3.4445, -4.7750, 2.0315)
 AT_ONCE = 2**25  # elements of matrices whose factors are made together, at least one matrix
 SIZE = 0.2  # the root mean square of AdamW's changes, as measured by Liu et al.

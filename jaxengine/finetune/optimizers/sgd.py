@@ -11,6 +11,7 @@ from jaxengine.finetune.optimizers.base import Matrix, Optimizer
 ORDER = 1
 ROWS = 1
 TOGETHER = False
+DIVIDES = False
 
 
 def temporaries(shape: tuple[int, ...], matrix: Matrix | None) -> int:
