@@ -380,17 +380,19 @@ def test_the_cache_gives_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_bad_rows_are_named_by_file_and_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     rows = Rows(byte_level(tmp_path / "model"))
     file = tmp_path / "a.jsonl"
-    file.write_bytes(b'{"text": "ab"}\n\n{"text": 3}\n{"text": "a\xff"}\n{"text": \n["x"]\n')
+    long = b'{"text": "ab", "id": ' + b"7" * 5000 + b"}\n"
+    file.write_bytes(b'{"text": "ab"}\n\n{"text": 3}\n{"text": "a\xff"}\n{"text": \n["x"]\n' + long)
     with pytest.raises(DataError) as caught:
         read(file, rows)
     said = str(caught.value).splitlines()
-    assert said[0].startswith("4 rows cannot be trained on; skip_bad leaves them out")
-    assert [line.strip().partition(": ")[0] for line in said[1:]] == [f"{file}:{n}" for n in (3, 4, 5, 6)]
-    for line, words in zip(said[1:], ("JSON number", "not UTF-8", "not JSON", "a JSON list"), strict=True):
+    assert said[0].startswith("5 rows cannot be trained on; skip_bad leaves them out")
+    assert [line.strip().partition(": ")[0] for line in said[1:]] == [f"{file}:{n}" for n in (3, 4, 5, 6, 7)]
+    why = ("JSON number", "not UTF-8", "not JSON", "a JSON list", "a whole number in it has more than 4300 digits")
+    for line, words in zip(said[1:], why, strict=True):
         assert words in line
     with caplog.at_level(logging.WARNING, "jaxengine"):
         assert len(read(file, rows, skip_bad=True)) == 1
-    assert [r.getMessage().splitlines()[0] for r in caplog.records] == ["4 rows cannot be trained on left out of 5:"]
+    assert [r.getMessage().splitlines()[0] for r in caplog.records] == ["5 rows cannot be trained on left out of 6:"]
 
 
 def test_reading_ends_after_many_bad_rows(tmp_path: Path) -> None:

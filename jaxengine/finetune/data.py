@@ -36,6 +36,7 @@ import itertools
 import json
 import logging
 import re
+import sys
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -560,6 +561,11 @@ def _parsed(content: str | DataError, line: int) -> Any:
     except (json.JSONDecodeError, RecursionError) as error:
         said = "one list over several lines; " if content.lstrip().startswith("[") else ""
         raise DataError(f"it is not JSON ({error}); {said}write one object on each line") from None
+    except ValueError:  # JSON it is, and Python reads no whole number that is so long
+        most = sys.get_int_max_str_digits()
+        raise DataError(
+            f"a whole number in it has more than {most} digits: leave it out, or write it as text"
+        ) from None
 
 
 def _key(files: list[Path], rows: Rows, *, skip_bad: bool) -> str:
