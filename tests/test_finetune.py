@@ -1424,6 +1424,11 @@ def test_rules_of_frozen_weights_are_the_plans(sums: str, tmp_path: Path, monkey
         (("--memory", "1GB", "--home", "host"), "leave --home out"),
         (("--mesh", "data=8", "--sharding", "data"), "say batch=8"),
         (("--merge", "."), "--merge: . is not empty"),
+        (("--merge", "OUT"), "out is where the run in "),
+        (("--merge", "OUT/../new/../out/adapter"), "adapter is where the run in "),
+        (("--merge", "OUT/checkpoints/x"), "x is where the run in "),
+        (("--merge", "OUT/events"), "events is where the run in "),
+        (("--merge", "OUT/.."), ".. is where the run in "),
         (("--train", "all", "--adapter", "."), "--adapter starts from lora or dora"),
         (("--adapter", "."), "adapter_config.json"),
     ],
@@ -1432,6 +1437,7 @@ def test_bad_options_are_refused_before_anything_is_loaded(
     words: tuple[str, ...], why: str, sums: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(jaxengine, "load", None)
+    words = tuple(word.replace("OUT", "TMP/out").replace("TMP", str(tmp_path)) for word in words)
     done = invoke("demo", sums, "--out", str(tmp_path / "out"), *words)
     assert done.exit_code == 2, (done.output, done.exception)
     assert why in done.output

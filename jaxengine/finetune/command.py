@@ -256,6 +256,8 @@ def _finetune(folder: str, data: tuple[Path, ...], out: Path | None, reading: An
             plan = dataclasses.replace(plan, form=held.form)
         if like and not (given["plan"] is not None and given["plan"].resident_form):
             plan = dataclasses.replace(plan, resident_form=held.resident_form)
+    if merge_into is not None:
+        _check_apart(merge_into, out)
     check_out(out, said(settings, arch, plan, None if adapter is None else begun(adapter, arch)))
     if given["memory"] is not None and (plan, settings) != planned:
         _check_fits(out, arch, plan, settings, given)
@@ -312,6 +314,16 @@ def _finetune(folder: str, data: tuple[Path, ...], out: Path | None, reading: An
         if merge_into is not None:
             merge(run.tuned(), merge_into)
             print(f"wrote {merge_into}", flush=True)
+
+
+def _check_apart(merge_into: Path, out: Path) -> None:
+    """Refuse to merge into what the run itself writes, which is found out only after it."""
+    from jaxengine.finetune.run import ADAPTER, CHECKPOINTS, EVENTS, SETTINGS
+
+    into, own = merge_into.expanduser().resolve(), out.expanduser().resolve()
+    taken = [own / name for name in (ADAPTER, CHECKPOINTS, EVENTS, SETTINGS)]
+    if into == own or into in own.parents or any(path == into or path in into.parents for path in taken):
+        raise click.UsageError(f"--merge: {merge_into} is where the run in {out} is written: give another folder.")
 
 
 def typed() -> str:
