@@ -198,7 +198,8 @@ def _refuse(sizes: Mapping[str, int], devices: int, fixed: int) -> NoReturn:
         others = math.prod(size for other, size in sizes.items() if other != name and size != -1)
         if devices % others == 0:
             n = devices // others if -1 not in sizes.values() else _divisor(devices // others, sizes[name])
-            fits.append(",".join(f"{axis}={n if axis == name else size}" for axis, size in sizes.items()))
+            if n > 1 or name in AXES:
+                fits.append(",".join(f"{axis}={n if axis == name else size}" for axis, size in sizes.items()))
     if devices % fixed == 0:
         other = next((axis for axis in AXES if axis not in sizes), None)
         if other is not None:
@@ -207,8 +208,12 @@ def _refuse(sizes: Mapping[str, int], devices: int, fixed: int) -> NoReturn:
         fits.append(f"data={devices}")
     fewer = f", or pass devices= with the {fixed} to use" if fixed < devices else ""
     needs = f"{'a multiple of ' * (-1 in sizes.values())}{fixed} device{'s' * (fixed > 1)}"
+    if own := [name for name in sizes if name not in AXES]:
+        said_of = f"; there is no axis {own[0]!r} but for rules of your own that name it: there are {', '.join(AXES)}"
+    else:
+        said_of = ""
     raise ValueError(
-        f"mesh {said!r} needs {needs} and there are {devices}. "
+        f"mesh {said!r} needs {needs} and there are {devices}{said_of}. "
         f"What fits: {' or '.join(repr(fit) for fit in dict.fromkeys(fits))}{fewer}"
     )
 

@@ -644,6 +644,20 @@ def test_layers_are_told_apart_by_their_numbers_and_not_by_where_they_stand() ->
     assert len(found) == 1
 
 
+def test_a_checkpoint_of_which_a_part_is_gone_is_refused(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with run_of(llama(), out=out, save_every=2) as run:
+        losses(run, 4)
+    (out / "checkpoints" / "4" / "state").rename(tmp_path / "state")
+    with pytest.raises(
+        ValueError, match=r"checkpoints/4 is a checkpoint without its state, .* to go on from step 2, or give"
+    ):
+        run_of(llama(), out=out)
+    (out / "checkpoints" / "4").rename(tmp_path / "4")
+    with run_of(llama(), out=out) as run:
+        assert run.step == 2
+
+
 def test_killed_while_its_settings_are_first_written_a_run_begins_anew(tmp_path: Path) -> None:
     """What a killed process leaves in the folder is no other's work; and nothing else is taken for it."""
     out = tmp_path / "out"
@@ -1429,6 +1443,11 @@ def test_rules_of_frozen_weights_are_the_plans(sums: str, tmp_path: Path, monkey
         (("--merge", "OUT/checkpoints/x"), "x is where the run in "),
         (("--merge", "OUT/events"), "events is where the run in "),
         (("--merge", "OUT/.."), ".. is where the run in "),
+        (("--plan", "TMP/int8.json"), "kv_codec is 'int8'; fine-tuning keeps no cache: leave it out of the plan"),
+        (
+            ("--mesh", "foo=2"),
+            "there is no axis 'foo' but for rules of your own that name it: there are data, fsdp, tensor",
+        ),
         (("--train", "all", "--adapter", "."), "--adapter starts from lora or dora"),
         (("--adapter", "."), "adapter_config.json"),
     ],
@@ -1437,6 +1456,7 @@ def test_bad_options_are_refused_before_anything_is_loaded(
     words: tuple[str, ...], why: str, sums: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(jaxengine, "load", None)
+    (tmp_path / "int8.json").write_text(Plan(kv_codec="int8").to_json())
     words = tuple(word.replace("OUT", "TMP/out").replace("TMP", str(tmp_path)) for word in words)
     done = invoke("demo", sums, "--out", str(tmp_path / "out"), *words)
     assert done.exit_code == 2, (done.output, done.exception)

@@ -473,6 +473,8 @@ def _chosen_plan(folder: str, given: dict[str, Any], *, proved: bool = False) ->
             said["resident_form"] = ""
         plan = with_table(dataclasses.replace(plan, **said), mesh=given["mesh"], sharding=given["sharding"])
         plan = with_rules(arch, plan, given["weight_rules"])
+        if plan.kv_codec != "raw":
+            raise ValueError(f"kv_codec is {plan.kv_codec!r}; fine-tuning keeps no cache: leave it out of the plan")
         if not plan.dtype:
             own = "float32" if settings.train == "all" and settings.backward else one_dtype(arch, source.dtype, raw)
             plan = dataclasses.replace(plan, dtype=own)

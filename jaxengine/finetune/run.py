@@ -419,6 +419,8 @@ class Run:
             except OSError:
                 self._manager.close()  # its threads would tell of the end of the process
                 raise
+        if latest is not None:
+            self._check_whole(latest)
         self._feed = self._batches(state=None if latest is None else self._saved_position(latest))
         self._position = self._feed.state
         if latest is None:
@@ -676,6 +678,17 @@ class Run:
                 + "Make room there, and go on with the same again, or give another folder",
                 str(self._folder),
             )  # fmt: skip
+
+    def _check_whole(self, step: int) -> None:
+        """Refuse a checkpoint of which a part was taken away."""
+        folder = self._folder / str(step)
+        if lacks := next((name for name in ("state", "position") if not (folder / name).is_dir()), None):
+            before = max((s for s in self._manager.all_steps() if s < step), default=0)
+            self._manager.close()
+            raise ValueError(
+                f"{folder} is a checkpoint without its {lacks}, and nothing goes on from it: put that back, or remove the folder"
+                f" to {f'go on from step {before}' if before else 'begin anew'}, or give another folder"
+            )
 
     def _saved_position(self, step: int) -> dict[str, Any]:
         """A checkpoint's position in the data."""
