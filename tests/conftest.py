@@ -6,6 +6,7 @@ where only a CPU is there. With XLA's GPU compiler beside it, programs are made 
 
 import importlib.util
 import os
+import signal
 import zlib
 from collections.abc import Iterator
 
@@ -67,6 +68,14 @@ def programs_are_let_go() -> Iterator[None]:
     """Each compiled program is some mappings of memory, of which a process may have 65,530; the next one then ends it."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Ctrl-C as where a shell waits for a command: what it starts in the background ignores it, and what that starts does too."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="module")

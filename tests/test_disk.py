@@ -415,6 +415,7 @@ def packing(folder: Path, tmp_path: Path, how: str) -> subprocess.Popen[str]:
 
 
 @pytest.mark.parametrize("how", ["kill", "interrupt"])
+@pytest.mark.usefixtures("ctrl_c")
 def test_packing_goes_on_after_an_interrupt(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = copied(tmp_path)
     ended = packing(folder, tmp_path, how)

@@ -679,6 +679,7 @@ def test_killed_while_its_settings_are_first_written_a_run_begins_anew(tmp_path:
         run_of(llama(), out=tmp_path / "mine")
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_waits_for_the_step_saves_and_the_run_goes_on(
     resident: dict[str, list[float]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1021,6 +1022,7 @@ def test_a_run_without_a_folder_is_told_where_it_is(sums: str, tmp_path: Path, m
     assert "wrote Demo-0.1B-sums-lora/adapter" in done.stdout
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_the_demo_learns_goes_on_after_ctrl_c_and_is_merged(
     sums: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -435,6 +435,7 @@ def whole(tmp_path: Path) -> bytes:
 
 
 @pytest.mark.parametrize("how", ["kill", "interrupt"])
+@pytest.mark.usefixtures("ctrl_c")
 def test_an_interrupted_writer_is_gone_on_with(tmp_path: Path, whole: bytes, how: str) -> None:
     for at, begins in ((2, 0), (4, 2)):
         process = writer(tmp_path, how, at)
@@ -511,6 +512,7 @@ def test_of_two_writers_one_waits(tmp_path: Path, whole: bytes, first: str) -> N
     assert [p.name for p in (tmp_path / "stores").iterdir()] == ["store"]
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_a_wait_can_be_interrupted(tmp_path: Path) -> None:
     one = writer(tmp_path, "wait", 3)
     until_it_waits(tmp_path, one)
@@ -1196,6 +1198,7 @@ def test_a_read_under_way_ends_before_its_buffer_is_used_again(path: Path, monke
         timer.join()
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_an_interrupt_while_waiting(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gate = Gate(monkeypatch)
     with PackedReader(path) as reader:
