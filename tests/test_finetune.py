@@ -310,6 +310,71 @@ def test_layers_fetched_ahead_are_refused_where_they_have_no_way_back(given: dic
         run_of(model, dataclasses.replace(HOW, **given))
 
 
+@pytest.mark.parametrize("train", ["lora", "all"])
+@pytest.mark.parametrize("remat", ["none", "dots", "offload"])
+@pytest.mark.in_thirds
+def test_what_is_kept_for_the_way_back_changes_no_loss(
+    train: str, remat: str, resident: dict[str, list[float]]
+) -> None:
+    found, wanted = losses(run_of(llama(), dataclasses.replace(HOW, train=train, remat=remat))), resident[train]
+    assert moved_by(wanted) > 1000 * CLOSE * max(wanted)
+    np.testing.assert_allclose(found, wanted, rtol=CLOSE)
+
+
+U = 2.0**-8  # the unit roundoff of bfloat16
+
+
+@pytest.mark.parametrize(("train", "how"), [("lora", {}), ("all", {}), ("all", {"home": "host"})], ids=str)
+def test_arithmetic_in_bfloat16_follows_float32(
+    train: str, how: dict[str, Any], resident: dict[str, list[float]]
+) -> None:
+    """Some 30 roundings of u each, of random sign: a root of 30 u. Training moves the loss by several times of that."""
+    found, wanted = (
+        losses(run_of(llama(**how), dataclasses.replace(HOW, train=train, compute="bfloat16"))),
+        resident[train],
+    )
+    close = math.sqrt(30) * U
+    assert moved_by(wanted) > 4 * close * max(wanted)
+    np.testing.assert_allclose(found, wanted, rtol=close)
+    assert max(abs(a - b) for a, b in zip(found, wanted, strict=True)) > 100 * CLOSE  # in bfloat16 indeed
+
+
+@pytest.mark.parametrize("how", [{}, {"home": "host"}], ids=str)
+def test_under_arithmetic_in_bfloat16_float32_parameters_take_changes_that_bfloat16_would_lose(
+    how: dict[str, Any],
+) -> None:
+    """A step changes nearly every parameter by less than half of what is between two numbers of bfloat16. All steps' changes are
+    those of float32 but for 64 roundings; of parameters rounded after each step most never change."""
+    settings = dataclasses.replace(HOW, train="all", learning_rate=1e-4, schedule="constant")
+
+    def narrow(tree: Any) -> Any:
+        return jax.tree.map(
+            lambda x: jax.device_put(np.asarray(x).astype(jnp.bfloat16).astype(np.float32), x.sharding), tree
+        )
+
+    def change(compute: str, after: Any = None) -> np.ndarray:
+        model = llama(**how)
+        model.params = narrow(model.params)
+        run = run_of(model, dataclasses.replace(settings, compute=compute))
+
+        def numbers() -> np.ndarray:
+            return np.concatenate([np.asarray(x, np.float64).ravel() for x in jax.tree.leaves(run._state.trained)])
+
+        before = numbers()
+        for _ in run:
+            if after is not None:
+                run._take(dataclasses.replace(run._state, trained=after(run._state.trained)))
+        return numbers() - before
+
+    def off(found: np.ndarray) -> float:
+        return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
+
+    wanted, rounded = change("float32"), change("bfloat16", narrow)
+    assert off(change("bfloat16")) < 64 * U
+    assert (rounded == 0).mean() > 0.9
+    assert off(rounded) > 3 * 64 * U
+
+
 def test_parts_of_a_batch_are_one_batch(resident: dict[str, list[float]]) -> None:
     found = losses(run_of(llama(), dataclasses.replace(HOW, batch=1, accumulate=2)))
     np.testing.assert_allclose(found, resident["lora"], rtol=CLOSE)
