@@ -9,6 +9,10 @@ AdamW's has, so that its learning rates and decay serve (Liu et al., arXiv:2502.
 
 It is for matrices inside layers, and for A and B beside them; embedding, head, norms and biases change by AdamW with the same
 b1 and b2. A parameter [out..., in...] counts as one matrix: all heads of q together.
+
+optax.contrib.muon makes the factors of all layers of a stack at a time, and nothing orders those of several parameters: what
+they are made of would stand beside a model that hardly fits. Here so many are made together as `AT_ONCE` says, and one
+parameter's after another's.
 """
 
 from __future__ import annotations
