@@ -92,6 +92,7 @@ XLA, HALF, WIDENED = {"attention": "xla"}, {"dtype": "float16"}, {"compute": "fl
 Row = tuple[str, str, str, dict[str, Any], int, int, dict[str, Any]]
 RANK_64 = {"options": LowRank(rank=64)}
 ADAFACTOR = Optimizer("adafactor")
+TWO_CARDS = {"mesh": "data=2", "sharding": "data"}
 EIGHT_BITS, MEZO = Optimizer("adamw8bit"), Optimizer("mezo", 1e-6, eps=1e-3)
 ROWS: list[Row] = [
     ("small", "RTX 4090", "lora", AHEAD, 4, 1024, {}),
@@ -391,6 +392,10 @@ def test_models_of_real_size_and_what_compiles_long(
         ("small", "H200", "full", {}, {}, ""),
         ("small", "H200", "full", HOST, {"accumulate": 2}, ""),
         ("gemma2", "H200", "lora", HOST, {"optimizer": MEZO, "clip": 0.0}, ""),
+        ("small", "RTX 4090", "lora", HOST | TWO_CARDS, {}, "of about a thousand tokens on each card"),
+        ("small", "RTX 4090", "lora", HOST | TWO_CARDS | {"remat": "dots"}, {}, ""),
+        ("wide", "RTX 4090", "hift", HOST, {"optimizer": ADAFACTOR}, "in which adafactor changes some layers"),
+        ("wide", "RTX 4090", "hift", HOST, {}, ""),
     ],
     ids=str,
 )
