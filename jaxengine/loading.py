@@ -33,7 +33,6 @@ from jaxengine.plan import (
     check_rules,
     check_stay,
     choose,
-    layer_bytes,
     parameter_bytes,
     parse_bytes,
     show_bytes,
@@ -277,8 +276,6 @@ def _check_host(arch: Architecture, plan: Plan, mesh: Mesh) -> None:
         )  # fmt: skip
     if device.platform != "gpu":
         return
-    if plan.home == "disk":
-        pinned += max(layer_bytes(arch, plan))  # one on its way to the device
     if pinned > (limit := pool_limit_bytes()):
         raise ValueError(
             f"home={plan.home!r} keeps {show_bytes(pinned)} of layers in pinned host memory, and XLA's pool stops at"

@@ -103,23 +103,10 @@ def arrays_of(layer: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class Layers:
-    """The layers on disk, from layer `first` on, taken in order, pass after pass.
+    """The layers on disk, from layer `first` on, taken in order, pass after pass."""
 
-    through: the kind of memory that a layer is copied into on its way from the ring to the device. A GPU's copy engine reads
-    pinned memory alone: what it is to copy from elsewhere its driver moves piece by piece, at a tenth of the link's rate
-    (jax-ml/jax#21438, #20209).
-    """
-
-    def __init__(
-        self,
-        reader: PackedReader,
-        architecture: Architecture,
-        plan: Plan,
-        first: int,
-        shardings: Any,
-        through: str | None = None,
-    ):
-        self._reader, self._first, self._shardings, self._through = reader, first, shardings, through
+    def __init__(self, reader: PackedReader, architecture: Architecture, plan: Plan, first: int, shardings: Any):
+        self._reader, self._first, self._shardings = reader, first, shardings
         self._abstract = [abstract_layer(architecture, plan, i) for i in range(reader.layers)]
         self._trees = [jax.tree.structure(layer) for layer in self._abstract]
         self._names = [list(arrays_of(layer)) for layer in self._abstract]
@@ -136,16 +123,12 @@ class Layers:
             with self._told(), contextlib.ExitStack() as taken:
                 with jax.profiler.TraceAnnotation("wait for the disk"):
                     arrays = taken.enter_context(self._reader.layer())
-                there = self._shardings(i)
-                weights = jax.tree.unflatten(self._trees[i], [arrays[name] for name in self._names[i]])
+                leaves = [arrays[name] for name in self._names[i]]
                 with jax.profiler.TraceAnnotation("copy to the device"):
-                    if self._through is not None:
-                        between = jax.tree.map(lambda s: s.with_memory_kind(self._through), there)
-                        weights = jax.block_until_ready(jax.device_put(weights, between))
-                        taken.close()  # the buffer is filled anew while its layer is copied on
-                    copied = jax.block_until_ready(jax.device_put(weights, there))  # the buffer is filled anew
+                    weights = jax.device_put(jax.tree.unflatten(self._trees[i], leaves), self._shardings(i))
+                    jax.block_until_ready(weights)  # the buffer is filled anew
             self._following = i + 1 if i + 1 < self._reader.layers else self._first
-            return copied
+            return weights
 
     @property
     def stats(self) -> ReaderStats:
@@ -220,18 +203,15 @@ def open_layers(
     wanted = fingerprint(architecture, plan, place.checkpoint)
     path = place.folder / f"{_family(place.checkpoint)}-{wanted[:32]}{SUFFIX}"
 
-    # on CPU jax takes an aligned array as it is, and the ring would be written over what it computes with; elsewhere the layer
-    # that stands in pinned memory takes the place of one of the ring's
+    # on CPU jax takes an aligned array as it is, and the ring would be written over what it computes with
     on_cpu = mesh.devices.flat[0].platform == "cpu"
-    how: dict[str, Any] = {"depth": RING, "copy_out": True} if on_cpu else {"depth": RING - 1}
-    through = None if on_cpu else "pinned_host"
     if (found := _in_place(architecture, plan, place.where)) is not None:
-        reader = PackedReader(found, **how)
+        reader = PackedReader(found, depth=RING, copy_out=on_cpu)
         log.info("layers are read from the checkpoint's own files: %s", reader.path)
-        return Layers(reader, architecture, plan, first, shardings, through)
+        return Layers(reader, architecture, plan, first, shardings)
 
     def opened() -> PackedReader:
-        return PackedReader(path, fingerprint=wanted, **how)
+        return PackedReader(path, fingerprint=wanted, depth=RING, copy_out=on_cpu)
 
     try:
         reader = opened()
@@ -240,7 +220,7 @@ def open_layers(
             log.warning("%s; it is written anew", error)
         _pack(architecture, plan, path, wanted, encoded, place)
         reader = opened()
-    return Layers(reader, architecture, plan, first, shardings, through)
+    return Layers(reader, architecture, plan, first, shardings)
 
 
 def _in_place(

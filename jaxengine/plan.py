@@ -40,7 +40,7 @@ from pallas_kernels.quant_matmul.xla import chunk_bytes, forward_chunk
 from sharding.mesh import abstract_mesh
 from sharding.rules import RULES, Rules, check, named_sharding
 
-RING = 3  # layers from disk that host memory holds: one is being copied to the device, two are read or being read
+RING = 3  # buffers that layers are read into from disk: one is used, one is copied, one is being filled
 PADDED = 8  # numbers in 16 bits that tensor cores below sm_80 take at a time
 WORKSPACE = 2**22  # bytes that a product by cuBLAS has for itself below sm_90
 SCORES = 2**27  # bytes of attention's scores and weights that stand at a time where it runs in XLA
@@ -962,13 +962,12 @@ class Need:
 
     @property
     def pinned(self) -> int:
-        """Of host memory, what a GPU's copies go to and from, in XLA's pool: all but what a disk is read into; of those buffers
-        one is a layer's on its way to the device."""
-        return self.host_weights + self.host_optimizer + self.host_kept + self.host_buffers // RING
+        """Of host memory, what a GPU's copies go to and from: all but what a disk is read into, which is not XLA's."""
+        return self.host_weights + self.host_optimizer + self.host_kept
 
     @property
     def host(self) -> int:
-        return self.host_weights + self.host_optimizer + self.host_kept + self.host_buffers
+        return self.pinned + self.host_buffers
 
 
 def need(architecture: Architecture, plan: Plan, *, batch: int, context: int, wide: bool = False) -> Need:

@@ -108,30 +108,6 @@ def test_streamed_layers_are_in_pinned_memory(family: str) -> None:
         assert streamed == ({"host"} if place["home"] in ("host", "split") else set())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_layers_from_disk_come_through_pinned_memory(
-    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """And right, though the buffers that they were read into are filled anew meanwhile; between calls none of it stays."""
-    prompts, data = golden(family)
-    real, kinds = jax.device_put, []
-
-    def put(x: Any, where: Any) -> Any:
-        kinds.extend(s.memory_kind for s in jax.tree.leaves(where))
-        return real(x, where)
-
-    with load(family, home="disk", disk=tmp_path) as model:
-        monkeypatch.setattr(jax, "device_put", put)
-        taken = model.params["banks"][-1].source.layers.take(0)
-        assert kinds == ["pinned_host"] * (len(kinds) // 2) + ["device"] * (len(kinds) // 2)
-        assert {a.sharding.memory_kind for a in jax.tree.leaves(taken)} == {"device"}
-        monkeypatch.undo()
-        del taken
-        np.testing.assert_allclose(model.logits(prompts[0])[0], data["logits_0"], atol=ATOL, rtol=0)
-        found = [c.tokens for c in model.generate(prompts, max_new_tokens=16, stop_ids=())]
-        assert found == [data[f"generated_{i}"].tolist() for i in range(len(prompts))]
-
-
 def test_pinned_memory_takes_none_of_the_cards() -> None:
     device, size = jax.devices()[0], 64 * 2**20
     before = device.memory_stats()["bytes_in_use"]
