@@ -73,14 +73,16 @@ OURS: set[str] = set()  # of the environment, what this process set for itself
 
 
 def within(memory: str | int | None) -> None:
-    """Before jax's backend starts: XLA's pool of a card's memory ends at what --memory says, and a little beside, where nobody
+    """Before jax's backend starts: XLA's pool of a card's memory ends at what --memory says and some for compiling, where nobody
     else says where. A process that we did not start is left alone."""
     from jaxengine.plan import parse_bytes
+    from pallas_kernels.cards import context_bytes
 
     if memory is None or machine.SHARE not in OURS or os.environ.get("JAX_PLATFORMS") == "cpu":
         return
-    ours = os.environ.pop(machine.SHARE)
-    if not machine.set_share(os.environ, parse_bytes(memory), machine.card_memories()):
+    size, ours = parse_bytes(memory), os.environ.pop(machine.SHARE)
+    cards = [(total, total - context_bytes(cores)) for total, cores in machine.card_memories()]
+    if not machine.set_share(os.environ, size, cards):
         os.environ[machine.SHARE] = ours  # no card, or a driver that does not answer
 
 
@@ -570,12 +572,12 @@ def plan(
 
 
 def _proved(outcome: Any) -> tuple[Any, Any, list[tuple[Any, list[str]]]]:
-    """The nearest candidate that fits compiled too, of the first three: (outcome, its proofs, those refuted before it and by
+    """The nearest candidate that fits compiled too, of the first four: (outcome, its proofs, those refuted before it and by
     what). If there is none, the first of them as it is."""
     from jaxengine.proof import prove
 
     first, refuted = None, []
-    for _ in range(3):
+    for _ in range(4):
         proofs = prove(
             outcome.architecture, outcome.chosen.plan, outcome.card, batch=outcome.batch, length=outcome.context,
             memory=outcome.memory, task=outcome.task,

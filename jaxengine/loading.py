@@ -81,10 +81,10 @@ def load(
     plan: every choice at once; the other arguments go before its fields. memory: a budget of device memory such as
     '16GB' (of each device of a mesh), which chooses the home for `batch` rows (1) of up to `context` tokens each (2048, or
     what the model can at most); a call that would need more is refused. On a GPU what it chooses is compiled first, and
-    taken only if XLA's own bytes are within it (proof.py). ram: host memory for layers that do not
-    fit there (what is free, if not given); what fits neither is read from disk in every pass. disk: the folder for such
-    layers, packed once (~/.cache/jaxengine/layers); without it they are read from the checkpoint's own safetensors where
-    these have them as the plan does: dense, in its dtype.
+    taken only if XLA's own bytes are within it (proof.py); of an adapter beside it the bytes are set aside. ram: host memory
+    for layers that do not fit there (what is free, if not given); what fits neither is read from disk in every pass. disk:
+    the folder for such layers, packed once (~/.cache/jaxengine/layers); without it they are read from the checkpoint's own
+    safetensors where these have them as the plan does: dense, in its dtype.
     weights: the format of matrices ('dense', 'int8', ...); weight_rules: of
     some by the pattern of their names, {'lm_head': 'int8', 'layers.*.down': 'dense'}, the first that matches, before the
     plan's own. dtype: 'float32', 'bfloat16' or 'float16' (the checkpoint's own if not given). mesh: e.g. 'data=2,tensor=4'
@@ -135,6 +135,11 @@ def load(
                 f"stay is {chosen.stay!r} and home is {chosen.home!r}, where every layer stands on the device: say home='host',"
                 f" home='split' with resident=, or memory="
             )
+        begun = chosen
+        _check_attention(arch, chosen)
+        check_rules(arch, chosen.weight_rules)
+        check_formats(arch, orders.as_chosen(arch, source.plan, chosen), chosen)
+        check_numbers(source, chosen)
         beside = 0 if adapter is None else _adapter_bytes(arch, adapter)
         budget = None if memory is None else parse_bytes(memory) - beside
         if memory is not None and budget is not None:
@@ -180,11 +185,9 @@ def load(
             )
         if chosen.dtype == "bfloat16" and below_ampere():
             log.warning("this GPU multiplies no bfloat16: XLA widens each matrix to float32 first. Say dtype='float16'")
-        _check_attention(arch, chosen)
+        if chosen.chunk != begun.chunk:
+            _check_attention(arch, chosen)
         _check_host(arch, chosen, over)
-        check_rules(arch, chosen.weight_rules)
-        check_formats(arch, orders.as_chosen(arch, source.plan, chosen), chosen)
-        check_numbers(source, chosen)
         done, total = 0, source.nbytes - _left_on_disk(arch, chosen, source)
 
         def track(name: str, size: int) -> None:

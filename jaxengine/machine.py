@@ -37,13 +37,13 @@ DEFAULT_POOL, PREALLOCATED_POOL = 64, 16  # GiB
 MOST_POOL = 2**33 - 1  # GiB: XLA counts the bytes in 64 bits, with a sign
 # of the machine's memory: what is pinned cannot be swapped out, and the process itself and the page cache need some
 POOL_SHARE = 4 / 5
-SHARE, OLD_SHARE = (
-    "XLA_CLIENT_MEM_FRACTION",
-    "XLA_PYTHON_CLIENT_MEM_FRACTION",
-)  # of a card's memory; the latter deprecated
+# of a card's memory; the latter is deprecated
+SHARE, OLD_SHARE = "XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"
 DEFAULT_SHARE = 0.75  # XLA's
 MOST_SHARE = 0.9  # without a budget, as vLLM's gpu_memory_utilization: a context, libraries and a screen need some
 BESIDE = 1.05  # of a budget: the allocator rounds sizes up and leaves gaps
+TUNING = 2 * GiB  # and what XLA tries kernels on while it compiles, a head's operands at most
+CORES = 16  # CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT, in cuda.h
 UNLIMITED = 2**62  # control groups of version 1 say "no limit" by the largest multiple of a page below 2**63
 
 ROOT = Path("/")
@@ -106,16 +106,23 @@ def set_pool(environ: MutableMapping[str, str], ram: int) -> str | None:
     return f"{POOL}={limit} is set: pinned host memory may grow to {limit} GiB, where XLA stops at {DEFAULT_POOL} GiB"
 
 
-def set_share(environ: MutableMapping[str, str], memory: int | None = None, cards: Sequence[int] = ()) -> bool:
-    """Let XLA's pool of a card's memory hold a budget of `memory` bytes, and little more; without one (None) most of the card.
+def set_share(
+    environ: MutableMapping[str, str], memory: int | None = None, cards: Sequence[tuple[int, int]] = ()
+) -> bool:
+    """Let XLA's pool of a card's memory hold a budget of `memory` bytes, and what compiling takes beside it; without one (None)
+    most of the card.
 
-    For a process that we start, before jax's backend does. cards: bytes of each card's memory, as `card_memories` has them; the
-    least counts. True where it was set: not where the environment says it already, nor for a budget where no card is known.
+    For a process that we start, before jax's backend does. cards: (bytes of memory, bytes that a process can have of them) of
+    each card; what holds for the least of them is set. True where it was set: not where the environment says it already, nor
+    for a budget where no card is known.
     """
     if SHARE in environ or OLD_SHARE in environ or (memory is not None and not cards):
         return False
-    share = MOST_SHARE if memory is None else min(BESIDE * memory / min(cards), 1.0)
-    environ[SHARE] = f"{-(-share * 10_000 // 1) / 10_000:.4f}"
+    share = MOST_SHARE
+    if memory is not None:
+        wanted = (BESIDE * memory + TUNING) / min(total for total, _ in cards)
+        share = min(wanted, *(usable / total for total, usable in cards))
+    environ[SHARE] = f"{share * 10_000 // 1 / 10_000:.4f}"
     return True
 
 
@@ -127,19 +134,23 @@ def pool_share(environ: Mapping[str, str] = os.environ) -> float:
         return DEFAULT_SHARE
 
 
-def card_memories(library: str = "libcuda.so.1") -> tuple[int, ...]:
-    """Bytes of memory of each card that CUDA shows this process, by its driver (`library`), without a context on any; () where
-    there is no driver or it does not answer."""
+def card_memories(library: str = "libcuda.so.1") -> tuple[tuple[int, int], ...]:
+    """(bytes of memory, streaming multiprocessors) of each card that CUDA shows this process, by its driver (`library`), without
+    a context on any; () where there is no driver or it does not answer."""
     try:
         cuda = ctypes.CDLL(library)
-        count, device, size = ctypes.c_int(), ctypes.c_int(), ctypes.c_size_t()
+        count, device, cores, size = ctypes.c_int(), ctypes.c_int(), ctypes.c_int(), ctypes.c_size_t()
         if cuda.cuInit(0) or cuda.cuDeviceGetCount(ctypes.byref(count)):
             return ()
         found = []
         for i in range(count.value):
-            if cuda.cuDeviceGet(ctypes.byref(device), i) or cuda.cuDeviceTotalMem_v2(ctypes.byref(size), device):
+            if (
+                cuda.cuDeviceGet(ctypes.byref(device), i)
+                or cuda.cuDeviceTotalMem_v2(ctypes.byref(size), device)
+                or cuda.cuDeviceGetAttribute(ctypes.byref(cores), CORES, device)
+            ):
                 return ()
-            found.append(size.value)
+            found.append((size.value, cores.value))
         return tuple(found)
     except (OSError, AttributeError):  # no driver, or one without these
         return ()

@@ -1045,16 +1045,21 @@ def eased(again: Iterable[C], over: C) -> C | None:
     return next((c for c in fewer if of(c.plan) == of(over.plan)), None)
 
 
+def shares_form(plan: Plan, refuted: Plan) -> bool:
+    """Whether it streams layers in the same form, where that is not the plain one."""
+    return bool(refuted.form) and plan.form == refuted.form
+
+
 def settled(
     found: Sequence[C],
     under: Callable[[int], Sequence[C]],
     compiled: Callable[[Plan], tuple[int, Sequence[str]]],
     memory: int,
     *,
-    tries: int = 3,
+    tries: int = 4,
 ) -> tuple[C | None, list[tuple[C, Sequence[str]]]]:
     """(the first of `found` that holds when it is compiled, those before it with what was wrong). What takes more than `memory`
-    bytes is followed by itself with fewer resident layers.
+    bytes is followed by itself with fewer resident layers; what is wrong with a form otherwise is so in another home too.
 
     under: what is found under another budget; compiled: the most bytes of the device that a plan's programs take, and problems,
     those bytes among them. After so many tries, or if nothing is left, None.
@@ -1066,11 +1071,9 @@ def settled(
         if not problems:
             return c, refuted
         refuted.append((c, problems))
-        if (
-            device > memory
-            and c.plan.resident
-            and (e := eased(under(tightened(c.need, memory, device)), c)) is not None
-        ):
+        if device <= memory:
+            left = [other for other in left if not shares_form(other.plan, c.plan)]
+        elif c.plan.resident and (e := eased(under(tightened(c.need, memory, device)), c)) is not None:
             left.insert(0, e)
     return None, refuted
 

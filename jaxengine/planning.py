@@ -51,6 +51,7 @@ from jaxengine.plan import (
     parse_bytes,
     rounded_up,
     shard_bytes,
+    shares_form,
     show_bytes,
     tier_bytes,
     tightened,
@@ -578,15 +579,19 @@ class Outcome:
 
     def refuted(self, device: int = 0) -> Outcome:
         """The same without the candidate that was chosen: compiled, it was not what it was to be, or took `device` bytes of the
-        device. Where those are more than there are, the same home with fewer resident layers comes after it."""
+        device. Where those are more than there are, the same home with fewer resident layers comes after it; else no other with
+        its form is left (as `plan.settled` does for a run)."""
         if (chosen := self.chosen) is None:
             return self
         found: list[Candidate] = []
         for c in self.candidates:
-            if c is not chosen:
+            alike = device <= self.memory and c.fits and shares_form(c.plan, chosen.plan)
+            if c is not chosen and not alike:
                 found.append(c)
                 continue
             found.append(dataclasses.replace(c, refused="refuted by compiling it", barred=True))
+            if c is not chosen:
+                continue
             if device > self.memory and c.plan.resident:
                 again = candidates(
                     self.architecture, self.plan, self.card, memory=tightened(c.need, self.memory, device), ram=self.ram,

@@ -20,7 +20,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -50,6 +50,7 @@ from jaxengine.plan import (
 from pallas_kernels import aot
 from pallas_kernels.audit import Report, audit
 from pallas_kernels.cards import Card
+from pallas_kernels.dispatch import table_file
 from sharding.rules import named_sharding
 
 log = logging.getLogger("jaxengine")
@@ -81,7 +82,7 @@ class Here:
     def compile(self, jitted: Any, *args: Any) -> Any:
         compiled = jitted.trace(*args).lower().compile()
         if compiled.memory_analysis() is None:
-            raise UntoldError
+            raise UntoldError("XLA tells no bytes of them")
         return compiled
 
 
@@ -320,9 +321,11 @@ def holds(
         start = time.perf_counter()
         try:
             proofs = prove(architecture, plan, None, batch=batch, length=length, memory=memory, task=task, here=mesh)
-        except UntoldError:
-            log.warning("XLA does not say what these programs take of the device: what is counted decides")
+        except (UntoldError, ValueError) as error:  # nor, of a text that is not as it was, what they do
+            log.warning("what these programs take of the device cannot be read, and what is counted decides. %s", error)
             return 0, ()
+        except jax.errors.JaxRuntimeError as error:
+            return 0, (f"it does not compile: {str(error).partition(chr(10))[0]}",)
         most, problems = max(p.device for p in proofs), tuple(x for p in proofs for x in p.report.problems)
         took = time.perf_counter() - start
         log.info("%s of %s by XLA's own bytes (%.0f s)", show_bytes(most), show_bytes(memory), took)
@@ -336,19 +339,31 @@ def holds(
     return compiled
 
 
-def _asked(architecture: Architecture, plan: Plan, device: Any, **sizes: Any) -> dict[str, str]:
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "jax-cuda13-plugin", "jax-cuda13-pjrt", "nvidia-cudnn-cu13", "tokamax")
+
+
+def _asked(architecture: Architecture, plan: Plan, device: Any, **sizes: Any) -> dict[str, Any]:
     """What the bytes of compiled programs depend on."""
+    measured = table_file(device.device_kind)  # by which kernels are chosen
     return {
-        "jax": version("jax"),
-        "jaxlib": version("jaxlib"),
+        "packages": {name: version(name) for name in PACKAGES if _installed(name)},
         "card": device.device_kind,
         "platform": " ".join(device.client.platform_version.split()),
         "flags": os.environ.get("XLA_FLAGS", ""),
+        "precision": str(jax.config.jax_default_matmul_precision),
+        "measured": hashlib.sha256(measured.read_bytes()).hexdigest() if measured.is_file() else "",
         "code": _code(),
         "model": repr(architecture.config),
         "plan": plan.to_json(),
         "sizes": repr(sorted(sizes.items())),
     }
+
+
+def _installed(name: str) -> bool:
+    try:
+        return bool(version(name))
+    except PackageNotFoundError:
+        return False
 
 
 def _code() -> str:

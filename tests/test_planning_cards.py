@@ -274,7 +274,7 @@ def test_a_plan_that_compiling_refutes(all_of_them: bool, tmp_path: Path, monkey
     words = ["plan", str(tmp_path), "--gpu", "4090", "--memory", "8GB"]
     shown = CliRunner().invoke(app, words)
     said = " ".join(shown.output.split())
-    assert len(tried) == (3 if all_of_them else 2)
+    assert len(tried) == (4 if all_of_them else 2)
     assert len(set(tried)) == len(tried)
     assert shown.exit_code == (1 if all_of_them else 0)
     found = outcome(memory=8 * 10**9)

@@ -43,9 +43,10 @@ def quantize(folder: str, text: tuple[Path, ...], out: Path, **given: Any) -> No
     compressed-tensors' form, which jaxengine, transformers and vLLM load; it appears whole or not at all. After Ctrl-C or a
     kill the same command goes on after the last finished layer.
     """
-    from jaxengine.command import reported, resolve
+    from jaxengine.command import reported, resolve, within
 
     with reported():
+        within(given["memory"])
         from jaxengine.calibration import run
 
         with Layers() as shown:

@@ -236,12 +236,12 @@ def _finetune(folder: str, data: tuple[Path, ...], out: Path | None, reading: An
 
     import jaxengine
     from jaxengine.finetune.data import Packed, Rows, pack, read
-    from jaxengine.finetune.run import Run, begun, check_out, merge, said
+    from jaxengine.finetune.run import SETTINGS, Run, begun, check_out, merge, said
     from jaxengine.loading import tokenizer
     from jaxengine.paths import cache_folder
     from jaxengine.plan import parse_bytes
 
-    arch, plan, settings = chosen_plan(folder, given, proved=True)
+    arch, plan, settings = chosen_plan(folder, given)
     if out is None:
         model = Path(os.path.abspath(folder))  # as it is called here, links included
         out = Path(f"{model.stem if model.is_file() else model.name}-{data[0].stem}-{settings.train}")
@@ -259,13 +259,16 @@ def _finetune(folder: str, data: tuple[Path, ...], out: Path | None, reading: An
     if merge_into is not None:
         _check_apart(merge_into, out)
     check_out(out, said(settings, arch, plan, None if adapter is None else begun(adapter, arch)))
-    if given["memory"] is not None and (plan, settings) != planned:
+    if given["memory"] is not None and (out / SETTINGS).exists():
         _check_fits(out, arch, plan, settings, given)
-        print(
-            f"{out} goes on as it began, {_homes(plan)}; --memory would choose {_homes(planned[0])} now",
-            file=sys.stderr,
-            flush=True,
-        )
+        if (plan, settings) != planned:
+            print(
+                f"{out} goes on as it began, {_homes(plan)}; --memory counts on {_homes(planned[0])} now",
+                file=sys.stderr,
+                flush=True,
+            )
+    elif given["memory"] is not None:  # only now that nothing else is to be refused, as it may take a minute
+        arch, plan, settings = chosen_plan(folder, given, proved=True)
     words = tokenizer(Path(folder))
     if words is None:
         raise click.UsageError(f"{folder} has no tokenizer: add the tokenizer.json that the model was made with.")
@@ -618,7 +621,8 @@ def _check_fits(out: Path, arch: Architecture, plan: Plan, settings: Settings, g
     n, (budget, room) = need(arch, plan, settings.task, **_on_card(_card()), **rows), _limits(given)
     lacking = lacks(n, budget, room)
     if not lacking and (compiled := _holds(arch, settings, budget, make_mesh(plan.mesh or None))) is not None:
-        lacking = next(iter(compiled(plan)[1]), "")
+        device, _ = compiled(plan)
+        lacking = "" if device <= budget else f"{show_bytes(device - budget)} over on the device, compiled"
     if lacking:
         raise ValueError(
             f"{out} is of a run with home {plan.home!r} and remat {plan.remat!r}, which takes {show_bytes(n.device)} of the"
