@@ -643,6 +643,80 @@ class TestBad:
         assert told(audit(compiled(card, doubled)), "host compute")
 
 
+def written_one_on(stack: jax.Array, x: jax.Array) -> jax.Array:
+    """The last turn writes behind the stack, where jax says that it is clamped."""
+    return lax.fori_loop(
+        0, L, lambda i, s: lax.dynamic_update_slice(s, on_host((x + i.astype(x.dtype))[None]), (i + 1, 0, 0)), stack
+    )
+
+
+def gathered(W: Any, h: jax.Array) -> jax.Array:
+    return layer(h, jax.tree.map(lambda a: a[jnp.asarray([1])][0], W))
+
+
+def gathered_there(W: Any, h: jax.Array) -> jax.Array:
+    return layer(h, on_device(jax.tree.map(lambda a: a[on_host(jnp.asarray([1]))][0], W)))
+
+
+def scattered_there(stack: jax.Array, x: jax.Array) -> jax.Array:
+    return stack.at[on_host(jnp.asarray([1]))].set(on_host(x)[None])
+
+
+def added(stack: jax.Array, x: jax.Array) -> jax.Array:
+    return stack[0] + x
+
+
+class TestTraps:
+    """What else was found of arrays in host memory, on one card."""
+
+    pytestmark = compiles
+    CARD = "RTX 4090"
+
+    def test_a_write_behind_its_stack(self) -> None:
+        """A copy's addresses are not clamped (openxla/xla#49120 is of constant ones)."""
+        program = compiled(self.CARD, written_one_on, donate=0)
+        (copy,) = audit(program).copies
+        assert copy.dma
+        assert told(
+            audit(program), f"writes at byte {L * MATRIX} of its stack in turn {L - 1}, and its index there says byte"
+        )
+
+    @pytest.mark.parametrize("form", [gathered, added])
+    def test_spaces_that_are_mixed(self, form: Callable[..., Any]) -> None:
+        with pytest.raises(ValueError, match=r"memory_space of all inputs passed to .* must be the same"):
+            compiled(self.CARD, form)
+
+    @pytest.mark.parametrize(("form", "donate"), [(gathered_there, None), (scattered_there, 0)])
+    def test_gathers_and_scatters(self, form: Callable[..., Any], donate: int | None) -> None:
+        """openxla/xla#34565."""
+        problems = audit(compiled(self.CARD, form, donate=donate)).problems
+        assert any("host compute" in p for p in problems)
+
+    def test_xla_warns_of_what_it_computes_on_the_host(self, capfd: pytest.CaptureFixture[str]) -> None:
+        compiled(self.CARD, sliced_outside, rows=3)
+        assert "host compute" in capfd.readouterr().err
+        for form in (scan, carried):
+            compiled(self.CARD, form, rows=3, donate=0 if form is carried else None)
+        compiled_decode("H200", Plan(dtype="bfloat16", home="host"))
+        assert "host_offloader" not in capfd.readouterr().err
+
+    def test_few_copies_at_a_time_leave_some_without_compute(self) -> None:
+        """Of a list in order, with the two that XLA allows by itself."""
+        beside = {}
+        for limit in (2, 16):
+            options = (("xla_gpu_experimental_parallel_async_compute_limit", limit),)
+            beside[limit] = sum(c.matmuls for c in audit(compiled(self.CARD, ordered, options=options)).copies)
+        assert beside[2] < beside[16]
+        assert aot.OPTIONS["xla_gpu_experimental_parallel_async_compute_limit"] == 16
+
+    def test_host_arguments_alone_choose_no_compiler(self) -> None:
+        with aot.target(aot.CARDS[self.CARD]) as target:
+            host = NamedSharding(target.mesh, P(), memory_kind="pinned_host")
+            stack = jax.ShapeDtypeStruct((L, D, F), jnp.bfloat16, sharding=host)
+            with pytest.raises(RuntimeError, match="device_assignment"):
+                target.compile(jax.jit(lambda s: on_device(s).sum()), stack)
+
+
 SMALL = {
     "model_type": "llama", "vocab_size": 512, "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 4,
     "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 4096,

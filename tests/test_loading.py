@@ -496,3 +496,29 @@ def test_host_memory_while_loading(given: dict, half_a_gigabyte: tuple[Path, int
     done = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ | {"XLA_FLAGS": flags})
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["peak"] <= found["placed"] + 2 * largest, found
+
+
+@pytest.mark.parametrize(
+    ("given", "streamed"),
+    [
+        ({}, False),
+        ({"home": "host"}, True),
+        ({"home": "host", "form": "ahead"}, True),
+        ({"home": "split", "resident": 1}, True),
+    ],
+    ids=str,
+)
+def test_types_say_in_which_memory_a_layer_is(given: dict[str, Any], streamed: bool) -> None:
+    """As a program that is traced with it reads them, on any backend; vectors of streamed layers stay on the device."""
+    model = jaxengine.load(GOLDEN / "llama", dtype="float32", **given)
+    assert model.architecture.num_layers == 2
+    found = False
+    for bank in model.params["banks"]:
+        for path, x in jax.tree.leaves_with_path(bank.weights):
+            there = jax.typeof(x).memory_space == jax.memory.Space.Host
+            first = "'one'" in jax.tree_util.keystr(path)  # of the form 'ahead', whose first layer enters by itself
+            matrix = x.ndim - (bank.stacked and not first) >= 2
+            assert there == (bank.home == "host" and matrix), (jax.tree_util.keystr(path), jax.typeof(x))
+            found |= there
+    assert found == streamed
+    assert all(jax.typeof(x).memory_space == jax.memory.Space.Device for x in jax.tree.leaves(model.params["outer"]))
