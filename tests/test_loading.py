@@ -28,7 +28,7 @@ from jaxengine.export import convert
 from jaxengine.homes.base import check_platform
 from jaxengine.loading import from_arrays
 from jaxengine.placement import stored
-from jaxengine.plan import Plan, layer_bytes
+from jaxengine.plan import Plan
 from jaxengine.sources import layer_of, read_config, stacked_name
 from jaxengine.weights.base import Weight
 from sharding.mesh import make_mesh
@@ -334,20 +334,6 @@ def test_what_fits_no_budget_is_refused_before_a_weight_is_read(
     monkeypatch.setattr(Reader, "read", lambda *given, **options: pytest.fail("it was read"))
     with pytest.raises(ValueError, match=said):
         by_load(**given)
-
-
-@pytest.mark.parametrize("kept", [0, 1])
-def test_the_layer_on_its_way_from_disk_is_in_the_pool_too(
-    kept: int, card: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Beside those that are kept there; a pool that holds them and not it is refused."""
-    monkeypatch.setattr(loading, "check_streaming", lambda device, folder: None)
-    arch = architecture(read_config(GOLDEN / "llama"))
-    (layer,) = {*layer_bytes(arch, Plan(dtype="float32"))}
-    for limit, said in ((2 * layer, "it went on to place"), (2 * layer - 5000, "stops at" if kept else "went on")):
-        monkeypatch.setattr(loading, "pool_limit_bytes", lambda *given, limit=limit: limit)
-        with pytest.raises((ValueError, RuntimeError), match=said):
-            by_arrays(home="disk", kept=kept)
 
 
 @pytest.mark.parametrize("way", [by_load, by_arrays])
