@@ -376,6 +376,12 @@ def test_finetune_takes_the_next_plan_that_holds(monkeypatch: pytest.MonkeyPatch
     stand_in(monkeypatch, proof, [(0, ("wrong",))] * 4)
     with pytest.raises(ValueError, match=r"memory='64MB' holds these plans by what is counted, .*: wrong"):
         chosen_plan(str(LLAMA), given, proved=True)
+    # of this process the pool is asked once; more memory, which another would have, is still what would fit
+    pools: list[int] = []
+    monkeypatch.setattr(loading, "check_pool", lambda device, memory: pools.append(memory))
+    with pytest.raises(ValueError, match=r"Nearest: .*--memory"):
+        chosen_plan(str(LLAMA), given | {"memory": "100kB"}, proved=True)
+    assert pools == [100_000]
 
 
 def test_programs_are_compiled_for_the_devices_that_are_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -368,6 +368,13 @@ def chosen_plan(folder: str, given: dict[str, Any], *, proved: bool = False) -> 
     With --memory: the nearest home in which a step fits, and what is kept for the way back unless --remat says it; proved: by
     what is compiled, on a GPU. Raises ValueError where nothing fits, with what would.
     """
+    if given["memory"] is not None:  # of this process; what would fit may ask for more of another
+        import jax
+
+        from jaxengine.loading import check_pool
+        from jaxengine.plan import parse_bytes
+
+        check_pool(jax.devices()[0], parse_bytes(given["memory"]))
     try:
         return _chosen_plan(folder, given, proved=proved)
     except NothingFitsError as error:
@@ -548,16 +555,13 @@ def _limits(given: dict[str, Any]) -> tuple[int, int]:
     """Bytes of the device and of host memory that --memory and --ram, or what is free, leave to a run."""
     import jax
 
-    from jaxengine.loading import check_pool
     from jaxengine.machine import available_ram, pool_limit_bytes
     from jaxengine.plan import parse_bytes
 
     room = available_ram() if given["ram"] is None else parse_bytes(given["ram"], "ram")
     if jax.devices()[0].platform == "gpu":
         room = min(room, pool_limit_bytes())
-    memory = parse_bytes(given["memory"])
-    check_pool(jax.devices()[0], memory)
-    return memory, room
+    return parse_bytes(given["memory"]), room
 
 
 def _on_card(card: Card | None) -> dict[str, Any]:
