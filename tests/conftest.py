@@ -41,8 +41,8 @@ BY_FAMILY, FURTHER = ("test_homes.py", "test_models.py"), ("gemma3_text", "gpt2"
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Mark what CI's second leg leaves out, as it has XLA's GPU compiler to ask as well (`thorough`), and, where no test is named
-    or picked, two of three rows of tests that take long and have many (`rest`): without that compiler not the same ones as
-    with it."""
+    or picked, two of three rows of tests that take long and have many (`rest`), or with that compiler, of what needs it not, all
+    but one."""
 
     def marked(item: pytest.Item, name: str) -> bool:
         return item.get_closest_marker(name) is not None
@@ -57,9 +57,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             rows.setdefault(item.nodeid.partition("[")[0], []).append(item)
     for name, each in rows.items():
         # by the name, so that what stands third in one test's rows (a family, a format) comes first in another's
-        start = zlib.crc32(name.encode()) + int(COMPILER and not marked(each[0], "aot"))
+        again = COMPILER and not marked(each[0], "aot")  # in the first leg a third of them
+        step, start = len(each) if again else min(3, len(each)), zlib.crc32(name.encode()) + int(again)
         for i, item in enumerate(each):
-            if i % 3 != start % min(3, len(each)):
+            if i % step != start % step:
                 item.add_marker(pytest.mark.rest)
 
 
