@@ -393,7 +393,6 @@ def test_models_of_real_size_and_what_compiles_long(
         ("small", "H200", "full", HOST, {"accumulate": 2}, ""),
         ("gemma2", "H200", "lora", HOST, {"optimizer": MEZO, "clip": 0.0}, ""),
         ("small", "RTX 4090", "lora", HOST | TWO_CARDS, {}, "of about a thousand tokens on each card"),
-        ("small", "RTX 4090", "lora", HOST | TWO_CARDS | {"remat": "dots"}, {}, ""),
         ("wide", "RTX 4090", "hift", HOST, {"optimizer": ADAFACTOR}, "in which adafactor changes some layers"),
         ("wide", "RTX 4090", "hift", HOST, {}, ""),
     ],
