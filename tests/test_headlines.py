@@ -236,18 +236,18 @@ def compiled(name: str) -> dict[str, Any]:
 )
 @pytest.mark.in_thirds
 def test_a_claim_that_fits_does_by_xlas_bytes(name: str) -> None:
-    fits_by_xla(name)
+    """Within the words of the paper, and not by the arithmetic alone."""
+    claim = compiled(name)
+    assert claim["fits"]
+    assert claim["most"] <= BOUNDS[name]
+    assert abs(claim["off"]) <= 0.05
 
 
 @pytest.mark.aot
 @pytest.mark.skipif(aot.missing() is not None, reason=str(aot.missing()))
 @pytest.mark.parametrize("name", ["flexgen", "mom"])
 def test_a_claim_on_generating_that_fits_does_by_xlas_bytes(name: str) -> None:
-    fits_by_xla(name)
-
-
-def fits_by_xla(name: str) -> None:
-    """Within the words of the paper, and not by the arithmetic alone."""
+    """As above, in every run: what the papers on streaming are known for."""
     claim = compiled(name)
     assert claim["fits"]
     assert claim["most"] <= BOUNDS[name]
