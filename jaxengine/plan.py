@@ -1129,7 +1129,10 @@ def variants(
 def refuted_by_compiling(memory: str | int, refuted: Sequence[tuple[Counted, Sequence[str]]]) -> str:
     """What to say where nothing that was compiled holds."""
     homes = (f"home {c.plan.home!r}, {c.plan.resident} resident: {problems[0]}" for c, problems in refuted)
-    return f"memory={memory!r} holds these plans by what is counted, and not when they are compiled: {'; '.join(homes)}"
+    return (
+        f"memory={memory!r} holds these plans by what is counted, and not when they are compiled: {'; '.join(homes)}. Give more"
+        f" memory, or fewer rows or tokens; a home that is named is not compiled first"
+    )
 
 
 def choose(

@@ -181,7 +181,7 @@ def _policy(remat: str, streamed: bool) -> Callable[..., Any] | None:
 
 
 def _scanned(body: Body, carry: Any, bank: Bank, states: Any, remat: str) -> tuple[Any, Any]:
-    fetch, last, streamed = home(bank.home).fetch, len(bank.kinds) - 1, home(bank.home).TIER != "device"
+    fetch, last = home(bank.home).fetch, len(bank.kinds) - 1
 
     def period(loop: Any, slices: Any) -> tuple[Any, None]:
         i, carry, states = loop
@@ -196,6 +196,7 @@ def _scanned(body: Body, carry: Any, bank: Bank, states: Any, remat: str) -> tup
             here = ahead
         return (i + 1, carry, tuple(new)), None
 
+    streamed = home(bank.home).TIER != "device"
     if streamed and last and remat != "dots":
         form = _Alternating(bank.home, bank.kinds, bank.repeats, remat == "offload")
         return _with_way_back(form, body, bank.weights, states, carry)

@@ -359,7 +359,9 @@ def test_load_places_nothing_where_none_holds(monkeypatch: pytest.MonkeyPatch) -
         raise AssertionError("placed")
 
     monkeypatch.setattr(placement, "place", place)
-    with pytest.raises(ValueError, match=r"memory='64MB' holds these plans by what is counted, .*: wrong"):
+    with pytest.raises(
+        ValueError, match=r"memory='64MB' holds these plans by what is counted, .*: wrong\. Give more memory"
+    ):
         jaxengine.load(LLAMA, memory="64MB", dtype="float32")
 
 
@@ -374,7 +376,9 @@ def test_finetune_takes_the_next_plan_that_holds(monkeypatch: pytest.MonkeyPatch
     assert (plan.home, plan.remat) == (tried[1].home, tried[1].remat)
     assert settings.remat == plan.remat
     stand_in(monkeypatch, proof, [(0, ("wrong",))] * 4)
-    with pytest.raises(ValueError, match=r"memory='64MB' holds these plans by what is counted, .*: wrong"):
+    with pytest.raises(
+        ValueError, match=r"memory='64MB' holds these plans by what is counted, .*: wrong\. Give more memory"
+    ):
         chosen_plan(str(LLAMA), given, proved=True)
     # of this process the pool is asked once; more memory, which another would have, is still what would fit
     pools: list[int] = []
