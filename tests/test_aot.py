@@ -103,7 +103,7 @@ def test_streamed_decode_holds_about_one_layer(card: str) -> None:
     ],
     ids=str,
 )  # fmt: skip
-@pytest.mark.in_thirds
+@pytest.mark.some_rows
 def test_a_gradient_brings_each_layer_again(card: str, place: dict, of: str) -> None:
     """Forwards and backwards by DMA from the right places, about two layers on the device; kept from the forward pass they
     would be all eight. Gradients of the layers go to host memory one by one."""
@@ -253,7 +253,7 @@ SPLIT_AHEAD = dataclasses.replace(AHEAD, home="split", resident=2)
     ],
     ids=["4090-7", "H200-6", "5090-4", "3090-8-split", "H200-9-split"],
 )  # fmt: skip
-@pytest.mark.in_thirds
+@pytest.mark.some_rows
 def test_a_layer_that_was_fetched_ahead_stays_where_it_was_put(card: str, layers: int, plan: Plan) -> None:
     """In a loop of even length, in one of odd length, of which XLA takes one turn out, and in one of which no loop is left;
     after resident layers too: each layer once, by DMA, from its own place, beside products; two layers on the device, as
@@ -325,7 +325,7 @@ ALTERNATING.pop("sliding_window_pattern")
     ],
     ids=["windows-3090", "windows-H200", "ahead-3090", "windows-ahead-H200"],
 )  # fmt: skip
-@pytest.mark.in_thirds
+@pytest.mark.some_rows
 def test_unlike_layers_and_those_ahead_are_brought_again(card: str, raw: dict, form: str, of: str) -> None:
     """Forwards and backwards every layer of either kind by DMA, from the right places, and about two on the device."""
     arch, plan = architecture(raw), Plan(dtype="bfloat16", home="host", form=form)

@@ -446,7 +446,7 @@ def test_the_oracle_is_the_loops_and_its_gradients_are_differences() -> None:
     ("N", "K", "dtype"),
     [(3, 3, "float32"), (4, 1, "bfloat16"), (7, 1, "float32"), (8, 1, "float16"), (14, 2, "bfloat16")],
 )
-@pytest.mark.in_thirds
+@pytest.mark.some_rows
 def test_gradients_of_grouped_queries(N: int, K: int, dtype: str) -> None:
     x = case(2, 5, 7, N, K, 8, rows(5, 2, width=5), rows(7, 3, width=7), dtype=dtype)
     compare(x, "reference", "few", "small blocks", scale=0.35)
@@ -713,7 +713,7 @@ def test_layers_on_the_way_back_share_their_gradients() -> None:
     [("T4", {}, True), ("H200", {"implementation": "xla"}, False), ("H200", {"implementation": "xla"}, True)],
     ids=["T4-gradient", "H200", "H200-gradient"],
 )
-@pytest.mark.in_thirds
+@pytest.mark.some_rows
 def test_memory_is_linear_on_a_card(card: str, how: dict[str, Any], gradient: bool) -> None:
     """The chunked form, which is what serves a T4 (no kernel of ours does), in float16."""
     T = 32768

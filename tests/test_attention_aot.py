@@ -97,7 +97,7 @@ def held_to_the_card(program: Any, card: str, H: int, tiles: Tiles, *, masks: bo
 
 
 @pytest.mark.parametrize(("card", "H"), CASES)
-@pytest.mark.in_thirds
+@pytest.mark.some_rows
 def test_kernels_fit_the_card(card: str, H: int) -> None:
     """Forward and backward: within the closed form of shared memory and the card's, and in registers."""
     spec = aot.CARDS[card]
@@ -169,7 +169,7 @@ MASKS = [
 
 
 @pytest.mark.parametrize(("card", "H"), MASKS)
-@pytest.mark.in_thirds
+@pytest.mark.some_rows
 def test_every_kind_of_mask_fits_the_card(card: str, H: int) -> None:
     """Window, cap, sinks and segments at once, on a length that no tile divides, forward and backward: what passes when
     interpreted need not lower, and masks take registers and shared memory."""

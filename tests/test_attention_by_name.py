@@ -74,7 +74,7 @@ def loops(counted: Counter[str]) -> int:
 
 
 @pytest.mark.parametrize("what", ["prefill", "decode", *TASKS])
-@pytest.mark.in_thirds
+@pytest.mark.some_rows
 def test_what_is_named_is_what_runs(what: str) -> None:
     """On a CPU 'auto' writes out the few scores of this program; 'xla' has loops of its own in each layer."""
     auto, xla, reference = (

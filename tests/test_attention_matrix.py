@@ -81,7 +81,7 @@ def named(c: Any) -> str:
 
 
 @pytest.mark.parametrize("combination", SAMPLE, ids=named)
-@pytest.mark.in_thirds
+@pytest.mark.some_rows
 def test_flash_attention(combination: Any) -> None:
     dtype, heads, local, causal, H, (T, S), softcap = combination
     N = 6 if softcap is None else 4
@@ -118,7 +118,7 @@ def in_tiles(combination: Any, by: int = 1) -> tuple[tiled.Case, Any]:
     "combination",
     [pytest.param(c, marks=[] if i in QUICK else pytest.mark.thorough, id=named(c)) for i, c in enumerate(SAMPLE)],
 )
-@pytest.mark.in_thirds
+@pytest.mark.some_rows
 def test_flash_attention_in_tiles(combination: Any) -> None:
     """The kernels as they are written, forwards and backwards."""
     c, x = in_tiles(combination, 8)

@@ -52,7 +52,7 @@ def run(case: Case, x: Any) -> Any:
 
 @new_jax
 @pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.in_thirds
+@pytest.mark.some_rows
 def test_forward(case: Case) -> None:
     x = inputs(case)
     found = jax.jit(run(case, x))(x.q, x.k, x.v, x.sinks)
@@ -141,7 +141,7 @@ with aot.target(aot.CARDS["H200"]) as target:
 @pytest.mark.aot
 @pytest.mark.skipif(aot.missing() is not None, reason=str(aot.missing()))
 @pytest.mark.parametrize("H", [128, pytest.param(64, marks=pytest.mark.thorough), 256])
-@pytest.mark.in_thirds
+@pytest.mark.some_rows
 def test_compiled_for_an_h200(H: int, tmp_path: Path) -> None:
     """Bare, and with every kind of mask: on wgmma, nothing spilled; at launch a thread has its third of the registers, and
     then the computing ones take 232; shared memory within the closed form but for alignment and barriers."""

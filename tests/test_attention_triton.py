@@ -263,7 +263,7 @@ def arrays(x: Inputs) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("case", GRADIENTS, ids=str)
-@pytest.mark.in_thirds
+@pytest.mark.some_rows
 def test_forward_and_gradients(case: Case) -> None:
     """What sees nothing (an empty row, a query at -1, one before all keys) is zero, and its gradients, exactly."""
     x = inputs(case)
@@ -383,7 +383,7 @@ def within(blocks: np.ndarray, T: int, S: int, size: int) -> np.ndarray:
     [("float32", {}), ("float32", {"sinks": True}), ("float16", {"segments": True, "softcap": 2.0}), ("bfloat16", {})],
     ids=["", "sinks", "float16-segments-cap", "bfloat16"],
 )
-@pytest.mark.in_thirds
+@pytest.mark.some_rows
 def test_sparse(dtype: str, how: dict[str, Any], by: str) -> None:
     """Lists with a block twice, none, and one that is no block; a last block that S and T do not fill; tiles below both."""
     case = Case(dtype, (2, 70, 90, 4, 2, 48), "last", window=60, **how)
@@ -511,7 +511,7 @@ MESHES = {
 
 
 @pytest.mark.parametrize("name", MESHES)
-@pytest.mark.in_thirds
+@pytest.mark.some_rows
 def test_split_over_a_mesh(name: str) -> None:
     """Nothing is sent but the sum of the sinks' gradient over the batch; what cannot be split is gathered."""
     K, q, k, collectives = MESHES[name]

@@ -128,7 +128,7 @@ class Rows:
 
 
 @pytest.mark.parametrize(("caching", "window"), products, ids=IDS)
-@pytest.mark.in_thirds
+@pytest.mark.some_rows
 def test_attends_to_what_was_told(caching: Caching, window: int | None) -> None:
     attention = attending(window)
     rows, spelled_rows = Rows(), Rows()

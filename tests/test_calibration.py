@@ -101,7 +101,7 @@ GRIDS = [
 
 
 @pytest.mark.parametrize("text", GRIDS)
-@pytest.mark.in_thirds
+@pytest.mark.some_rows
 def test_gptq_chooses_the_codes_of_the_paper(text: str) -> None:
     grid = Grid.of(text, I)
     for seed in range(20):
@@ -193,7 +193,7 @@ FOLDS: dict[str, dict[tuple[str, ...], tuple[str, bool] | None]] = {
 
 
 @pytest.mark.parametrize("case", FOLDS)
-@pytest.mark.in_thirds
+@pytest.mark.some_rows
 def test_folding_changes_nothing_before_rounding(case: str) -> None:
     """The logits, to float32's rounding, with scales from 1/4 to 4 in every place that takes them."""
     arch = arch_of(case)

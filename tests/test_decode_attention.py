@@ -203,7 +203,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.in_thirds
+@pytest.mark.some_rows
 def test_the_meaning_and_the_form_in_blocks(case: Case) -> None:
     """Both against float64; blocks of a few slots, which do not divide, so that rows are summed over several."""
     x = inputs(case)

@@ -53,7 +53,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("case", "splits"), CASES, ids=str)
-@pytest.mark.in_thirds
+@pytest.mark.some_rows
 def test_interpreted(case: Case, splits: int) -> None:
     x = inputs(case)
     found = served(x, triton.decode_attention, interpret=True, config=SMALL, splits=splits)
@@ -306,7 +306,7 @@ def compiled(card: str, function: Any, given: Any) -> Any:
 @pytest.mark.parametrize(
     ("card", "i", "kind", "page", "B", "T"), ALL if os.environ.get("DECODE_AOT") == "all" else SOME
 )
-@pytest.mark.in_thirds
+@pytest.mark.some_rows
 def test_the_kernel_fits_the_card(card: str, i: int, kind: str, page: int | None, B: int, T: int) -> None:
     fits(card, i, kind, page, B, T, jnp.bfloat16)
 

@@ -58,7 +58,7 @@ def numbers(card: str, plan: Plan) -> int:
         ("nf4:double=false", "A100"),
     ],
 )
-@pytest.mark.in_thirds
+@pytest.mark.some_rows
 def test_no_matrix_is_unpacked_as_a_whole(weights: str, card: str, home: str) -> None:
     assert numbers(card, Plan(dtype="bfloat16", weights=weights, home=home, form="scan")) < LEAST // 2
 
@@ -77,7 +77,7 @@ OURS = 'custom_call_target="__gpu$xla.gpu.triton"'  # a Pallas kernel
 @pytest.mark.parametrize(
     ("weights", "card"), [("nf4", "H200"), ("int4", "A100"), ("fp8:scale=block128", "RTX 4090"), ("mxfp4", "B200")]
 )
-@pytest.mark.in_thirds
+@pytest.mark.some_rows
 def test_many_rows_are_dequantised_for_xlas_matmul(weights: str, card: str) -> None:
     """A prompt of 2,048 tokens. On a card XLA measures cuBLAS and its own Triton kernel and takes the faster; here, where nothing
     can be measured, it takes Triton, and told to leave that out, cuBLAS. Either way no kernel of ours multiplies: the one left

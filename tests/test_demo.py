@@ -198,7 +198,7 @@ def tail(count: int, n: int, rate: float) -> float:
 
 
 @pytest.mark.parametrize("task", ["recall, 256 tokens", "copy, 16 letters", "addition", "chat"])
-@pytest.mark.in_thirds
+@pytest.mark.some_rows
 def test_task_figures_reproduce(model, tokenizer, task):
     value, _, n = readme_figures()[task]
     rate = (value * n + 1) / (n + 2)  # Laplace's: n right of n is not a rate of 1

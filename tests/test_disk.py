@@ -180,7 +180,7 @@ def test_a_trace_names_fetch_and_layer(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "place", [{"home": "disk"}, {"home": "host", "form": "python"}, {"home": "disk", "kept": 1, "resident": 1}]
 )
-@pytest.mark.in_thirds
+@pytest.mark.some_rows
 def test_over_a_mesh(place: dict[str, Any], tmp_path: Path) -> None:
     prompts, data = golden("gemma2")
     whole = Plan(rules=(("vocab", None),))  # 103 tokens
@@ -462,7 +462,7 @@ def test_old_stores_are_told_and_removed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("case", ["gemma2", "llama_sharded", "phi3", "opt", "qwen2", "llama_tied_f16"])
-@pytest.mark.in_thirds
+@pytest.mark.some_rows
 def test_layers_as_the_checkpoint_has_them_are_not_packed(
     case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -112,7 +112,7 @@ def test_a_head_equal_to_the_embedding_is_tied_and_written_again(
 
 
 @pytest.mark.parametrize("case", TIED)
-@pytest.mark.in_thirds
+@pytest.mark.some_rows
 def test_a_head_that_differs_is_loaded_untied(case: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     source = folder_of(case, tmp_path / "in", other_head(TIED[case]))
     truth = folder_of(case, tmp_path / "truth", other_head(TIED[case]), tie_word_embeddings=False)
@@ -254,7 +254,7 @@ ENCODED += ["int4:group_size=16,affine=true,act_order=true", "int8:outliers=8"]
 
 
 @pytest.mark.parametrize("text", ENCODED)
-@pytest.mark.in_thirds
+@pytest.mark.some_rows
 def test_orbax_in_a_format_has_the_codes_of_load(text: str, tmp_path: Path) -> None:
     """convert encodes what it reads as `load` does, bit for bit; what it wrote is loaded so, and converted once more."""
     made, how = tmp_path / "made", {"weights": text, "dtype": "bfloat16"}

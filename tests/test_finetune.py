@@ -183,7 +183,7 @@ def test_streamed_layers_give_the_losses_of_resident_ones(
     ],
     ids=str,
 )
-@pytest.mark.in_thirds
+@pytest.mark.some_rows
 def test_streamed_layers_beside_adapters_give_the_bits_of_resident_ones(how: dict[str, Any], weights: str) -> None:
     """The same program form: a scan."""
     settings = dataclasses.replace(HOW, **how)
@@ -277,7 +277,7 @@ def longer(**how: Any) -> Model:
     ],
     ids=str,
 )
-@pytest.mark.in_thirds
+@pytest.mark.some_rows
 def test_layers_fetched_ahead_give_the_losses_of_the_others(given: dict[str, Any], how: dict[str, Any]) -> None:
     """Of a plain scan, and of layers on the device."""
     settings, found = dataclasses.replace(HOW, steps=3, **given), {}
@@ -312,7 +312,7 @@ def test_layers_fetched_ahead_are_refused_where_they_have_no_way_back(given: dic
 
 @pytest.mark.parametrize("train", ["lora", "all"])
 @pytest.mark.parametrize("remat", ["none", "dots", "offload"])
-@pytest.mark.in_thirds
+@pytest.mark.some_rows
 def test_what_is_kept_for_the_way_back_changes_no_loss(
     train: str, remat: str, resident: dict[str, list[float]]
 ) -> None:
@@ -536,7 +536,7 @@ def test_a_save_returns_before_the_checkpoint_is_there(tmp_path: Path, monkeypat
 
 
 @pytest.mark.parametrize(("train", "how"), [("lora", {}), SPLIT, ("all", {}), ("all", {"home": "host"})])
-@pytest.mark.in_thirds
+@pytest.mark.some_rows
 def test_a_run_goes_on_from_its_folder_bit_for_bit(train: str, how: dict[str, Any], tmp_path: Path) -> None:
     """After ends at different places: the losses, the state and what is written are those of an unbroken run."""
     settings = dataclasses.replace(HOW, train=train)
@@ -696,7 +696,7 @@ def with_another_q(model: Model, layer: int = 1) -> Model:
     ],
     ids=str,
 )  # fmt: skip
-@pytest.mark.in_thirds
+@pytest.mark.some_rows
 def test_a_layer_that_differs_is_seen_in_every_home_and_format(how: dict[str, Any]) -> None:
     first = runs._layers_digest(llama(**how))
     assert runs._layers_digest(llama(**how)) == first
@@ -896,7 +896,7 @@ def test_events(tmp_path: Path, resident: dict[str, list[float]]) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.in_thirds
+@pytest.mark.some_rows
 def test_pefts_adapters_beside_and_merged(case: str, tmp_path: Path) -> None:
     """Logits that peft gave, from the adapter beside the matrices, and from a folder that it was merged into."""
     base = case.partition("_")[0]
@@ -985,7 +985,7 @@ def loss_of(model: Model, rows: dict[str, np.ndarray]) -> float:
 
 @pytest.mark.parametrize("how", [{}, {"home": "host"}], ids=str)
 @pytest.mark.parametrize("case", [c for c in CASES if c != "llama_rslora"])
-@pytest.mark.in_thirds
+@pytest.mark.some_rows
 def test_a_run_starts_from_pefts_adapter(case: str, how: dict[str, Any]) -> None:
     """The first loss is that of the model with the adapter beside it, whose logits are peft's (above)."""
     base = GOLDEN / case.partition("_")[0]

@@ -339,7 +339,7 @@ def test_what_a_loop_over_resident_layers_makes_again(remat: str, attention: str
 
 
 @pytest.mark.parametrize(("name", "card", "task", "plan", "batch", "context", "how"), ROWS, ids=str)
-@pytest.mark.in_thirds
+@pytest.mark.some_rows
 def test_more_shapes(
     name: str, card: str, task: str, plan: dict[str, Any], batch: int, context: int, how: dict[str, Any]
 ) -> None:

@@ -76,7 +76,7 @@ def assert_merged(merged: Model, tuned: Model) -> None:
 
 
 @each_format
-@pytest.mark.in_thirds
+@pytest.mark.some_rows
 def test_an_adapter_is_merged_into_the_format_of_its_matrix(name: str, tmp_path: Path) -> None:
     how: dict[str, Any] = {"dtype": dtype_for(name), "weights": name, "home": "host"}
     tuned = with_adapter(llama(**how), ADAPTERS / ("llama_dora" if name in ("nf4", "int8") else "llama_lora"))
@@ -87,7 +87,7 @@ def test_an_adapter_is_merged_into_the_format_of_its_matrix(name: str, tmp_path:
 
 
 @each_format
-@pytest.mark.in_thirds
+@pytest.mark.some_rows
 def test_an_adapter_is_merged_into_packed_integers(name: str, tmp_path: Path) -> None:
     """The same codes as without packing; down has 88 inputs, which no group divides, and is dense."""
     text = "int2:group_size=16" if name == "int2" else name  # q has 48 inputs
@@ -111,7 +111,7 @@ def test_an_adapter_is_merged_into_packed_integers(name: str, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("case", ["llama_lora", "llama_dora", "llama_rslora"])
-@pytest.mark.in_thirds
+@pytest.mark.some_rows
 def test_an_adapter_is_merged_while_a_folder_is_converted(case: str, tmp_path: Path) -> None:
     """Into plain files, orbax, packed integers, and what is quantised already; as a model with it beside is saved."""
 
@@ -160,7 +160,7 @@ SGD = dataclasses.replace(HOW, steps=3, remat="none", targets=("q", "down"))
         for n in FORMATS
     ],
 )
-@pytest.mark.in_thirds
+@pytest.mark.some_rows
 def test_losses_over_a_format_are_those_over_its_numbers(name: str, train: str) -> None:
     """A base in a format is the decoded one without it: as another form of one program, whose products are summed in another
     order (test_finetune.py)."""

@@ -36,7 +36,7 @@ CASES = {"all": ("all", False), "lora": ("lora", False), "rslora": ("lora", True
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.in_thirds
+@pytest.mark.some_rows
 def test_twenty_steps_are_torchs(case: str) -> None:
     with np.load(GOLDEN.parent / "golden_finetune" / f"{case}.npz") as file:
         held = dict(file)

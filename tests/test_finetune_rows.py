@@ -122,7 +122,7 @@ def test_a_gradient_is_the_sum_of_its_parts() -> None:
     ],
     ids=str,
 )
-@pytest.mark.in_thirds
+@pytest.mark.some_rows
 def test_a_run_by_rows_is_one_that_changes_them_whole(
     tied: bool, given: dict[str, Any], monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:

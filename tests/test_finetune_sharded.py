@@ -95,7 +95,7 @@ def split_of(x: jax.Array) -> int:
 
 
 @pytest.mark.parametrize(("sharding", "given", "how", "bound"), CASES)
-@pytest.mark.in_thirds
+@pytest.mark.some_rows
 def test_eight_devices_are_one(
     sharding: str, given: dict[str, Any], how: dict[str, Any], bound: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -114,7 +114,7 @@ def test_eight_devices_are_one(
 
 
 @pytest.mark.parametrize("sharding", ["data", "fsdp", pytest.param("fsdp+tensor", marks=pytest.mark.thorough)])
-@pytest.mark.in_thirds
+@pytest.mark.some_rows
 def test_rows_of_eight_devices_are_those_of_one(
     sharding: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
@@ -262,7 +262,7 @@ BELOW = [
 @pytest.mark.parametrize(("name", "card", "plan", "batch", "context", "mesh", "accumulate"), BELOW, ids=str)
 @pytest.mark.aot
 @pytest.mark.skipif(aot.missing() is not None, reason=str(aot.missing()))
-@pytest.mark.in_thirds
+@pytest.mark.some_rows
 def test_bytes_of_adapters_above_formats_in_parts_and_over_two_axes(
     name: str, card: str, plan: dict[str, Any], batch: int, context: int, mesh: str, accumulate: int
 ) -> None:

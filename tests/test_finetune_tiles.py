@@ -27,7 +27,7 @@ TILE = 6  # of 16: the last tile is not full
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.in_thirds
+@pytest.mark.some_rows
 def test_a_layer_of_every_family(family: str) -> None:
     """Two documents and padding in a row, and a row of one document."""
     model = jaxengine.load(GOLDEN / family, dtype="float32", form="unrolled")

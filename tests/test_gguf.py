@@ -198,7 +198,7 @@ def q4_k_m(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, np.ndarray]:
     ],
     ids=str,
 )  # fmt: skip
-@pytest.mark.in_thirds
+@pytest.mark.some_rows
 def test_types_that_differ_over_layers(given: dict[str, Any], q4_k_m: tuple[Path, np.ndarray], tmp_path: Path) -> None:
     path, expected = q4_k_m
     disk = {"disk": tmp_path} if given.get("home") == "disk" else {}

@@ -234,7 +234,7 @@ def compiled(name: str) -> dict[str, Any]:
         ),
     ],
 )
-@pytest.mark.in_thirds
+@pytest.mark.some_rows
 def test_a_claim_that_fits_does_by_xlas_bytes(name: str) -> None:
     """Within the words of the paper, and not by the arithmetic alone."""
     claim = compiled(name)

@@ -49,7 +49,7 @@ def test_families_are_all_of_them() -> None:
 
 
 @pytest.mark.parametrize("case", FAMILIES)
-@pytest.mark.in_thirds
+@pytest.mark.some_rows
 def test_the_same_form_gives_the_same_bits(case: str) -> None:
     prompts, data = golden(case)
     one, other = load(case, form="scan"), load(case, home="host", form="scan")
@@ -59,7 +59,7 @@ def test_the_same_form_gives_the_same_bits(case: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.in_thirds
+@pytest.mark.some_rows
 def test_driven_from_python_every_home_gives_the_same_bits(family: str) -> None:
     """The form has a program for each piece, which is the same wherever its layer comes from; and they are the right bits."""
     prompts, data = golden(family)
@@ -69,7 +69,7 @@ def test_driven_from_python_every_home_gives_the_same_bits(family: str) -> None:
 
 
 @pytest.mark.parametrize(("family", "place"), CASES, ids=[f"{f}-{'-'.join(map(str, p.values()))}" for f, p in CASES])
-@pytest.mark.in_thirds
+@pytest.mark.some_rows
 def test_tokens_and_logits(family: str, place: dict[str, Any]) -> None:
     prompts, data = golden(family)
     model = load(family, **place)
@@ -135,7 +135,7 @@ def resident_gradients(family: str) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize(
     ("family", "place"), GRADIENTS, ids=lambda x: x if isinstance(x, str) else "-".join(map(str, x.values()))
 )
-@pytest.mark.in_thirds
+@pytest.mark.some_rows
 def test_gradients(family: str, place: dict[str, Any]) -> None:
     """Of every parameter, through streamed layers in both forms, against the resident, unrolled layers."""
     wanted, found = resident_gradients(family), gradients(load(family, **place), golden(family)[0][0][:6])
@@ -170,7 +170,7 @@ def test_as_many_resident_layers_as_there_are_is_told() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("given", [{}, {"kv_layout": "full", "home": "host"}], ids=["window", "full"])
-@pytest.mark.in_thirds
+@pytest.mark.some_rows
 def test_a_prompt_read_in_chunks(family: str, given: dict[str, Any]) -> None:
     """Longer than a chunk and than the windows, ragged: the logits after it and the tokens, as read in one piece."""
     rng = np.random.default_rng(3)

@@ -398,7 +398,7 @@ contract_jit = jax.jit(contract, static_argnums=0)
 
 
 @pytest.mark.parametrize("text", DOTS)
-@pytest.mark.in_thirds
+@pytest.mark.some_rows
 def test_contract_and_take_over_several_groups(text: str) -> None:
     w = matrix(4 * 6).reshape(4, 6, 8, 25)
     leaf = encode(text, w, out=2)

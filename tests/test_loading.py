@@ -55,14 +55,14 @@ def same_files(a: Path, b: Path) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.in_thirds
+@pytest.mark.some_rows
 def test_import_export_is_byte_identical(case: str, tmp_path: Path) -> None:
     jaxengine.load(GOLDEN / case).save(tmp_path / "out")
     same_files(GOLDEN / case, tmp_path / "out")
 
 
 @pytest.mark.parametrize("case", ["gemma3_text", "phi3", "gpt2"])
-@pytest.mark.in_thirds
+@pytest.mark.some_rows
 def test_streamed_layers_export_the_same(case: str, tmp_path: Path) -> None:
     jaxengine.load(GOLDEN / case, home="host").save(tmp_path / "out")
     same_files(GOLDEN / case, tmp_path / "out")
@@ -473,7 +473,7 @@ MEASURED = [
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
 @pytest.mark.parametrize("given", MEASURED, ids=str)
-@pytest.mark.in_thirds
+@pytest.mark.some_rows
 def test_host_memory_while_loading(given: dict, half_a_gigabyte: tuple[Path, int]) -> None:
     """At most the placed parameters and twice the largest tensor, in a process of its own."""
     folder, largest = half_a_gigabyte

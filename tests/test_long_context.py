@@ -122,7 +122,7 @@ STEP = 2.5 if jax.__version_info__ >= (0, 11) else 3.5  # XLA:CPU over arithmeti
 
 @pytest.mark.parametrize("what", ["prefill", "decode", "step"])
 @pytest.mark.parametrize("family", EACH)
-@pytest.mark.in_thirds
+@pytest.mark.some_rows
 def test_on_a_cpu(family: str, what: str) -> None:
     compiled, counted = on_cpu(family, what)
     assert widest(compiled.as_text()) <= WIDEST * T
@@ -139,7 +139,7 @@ def test_twice_the_tokens_twice_the_temporaries(family: str, what: str) -> None:
 @pytest.mark.skipif(aot.missing() is not None, reason=str(aot.missing()))
 @pytest.mark.parametrize("what", ["prefill", "step"])
 @pytest.mark.parametrize("family", FEW)
-@pytest.mark.in_thirds
+@pytest.mark.some_rows
 def test_on_a_card(family: str, what: str) -> None:
     with aot.target(aot.CARDS["RTX 4090"]) as target:
         program, static, abstract, counted = called(family, what, Plan(dtype="bfloat16"), target.mesh)

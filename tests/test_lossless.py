@@ -107,7 +107,7 @@ def test_zeros_take_no_room(text: str) -> None:
 
 @pytest.mark.parametrize("text", CODES)
 @pytest.mark.parametrize(("shape", "out"), [((16, 1000), 1), ((3, 5, 8, 24), 2), ((7, 1), 1), ((4, 6, 50), 1)])
-@pytest.mark.in_thirds
+@pytest.mark.some_rows
 def test_any_shape_comes_back(text: str, shape: tuple[int, ...], out: int) -> None:
     w = normal(*shape)
     leaf = formats.find(text).encode(jnp.asarray(w), out=out)

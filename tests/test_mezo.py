@@ -231,7 +231,7 @@ def moved_to_the_device(model: Model) -> Model:
     ],
     ids=str,
 )  # fmt: skip
-@pytest.mark.in_thirds
+@pytest.mark.some_rows
 def test_streamed_layers_give_the_bits_of_resident_ones(how: dict[str, Any]) -> None:
     streamed = run_of(load(**how), HASHED)
     assert any(b.home == "host" for b in streamed.model.params["banks"])

@@ -40,7 +40,7 @@ def test_prefill_logits(case: str) -> None:
 
 @pytest.mark.parametrize("kv_layout", ["window", "full"])
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.in_thirds
+@pytest.mark.some_rows
 def test_greedy_tokens(case: str, kv_layout: str) -> None:
     prompts, data = golden(case)
     model = jaxengine.load(GOLDEN / case, dtype="float32", kv_layout=kv_layout)

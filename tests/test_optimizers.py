@@ -58,7 +58,7 @@ def test_contract(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.in_thirds
+@pytest.mark.some_rows
 def test_each_layer_alone_in_host_memory_is_all_of_them_on_the_device(name: str) -> None:
     """And a stack of them. Closer than a parameter whose gradient is all rounding could move the loss
     (tests/test_live_finetune.py)."""
@@ -93,7 +93,7 @@ def test_unlike_layers_in_host_memory_are_those_on_the_device(family: str) -> No
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.in_thirds
+@pytest.mark.some_rows
 def test_a_stack_changes_as_its_layers_alone(name: str) -> None:
     """Matrices large enough for every way of keeping state (of 8 bits in whole blocks), heads, vectors; gradients of unlike
     sizes, so that what is taken over all of a stack would be another number."""

@@ -72,7 +72,7 @@ def test_unknown_field_is_refused() -> None:
 @pytest.mark.parametrize(
     "given", [{}, {"weights": "int8"}, {"home": "host", "dtype": "bfloat16"}, {"kv_codec": "int8"}]
 )
-@pytest.mark.in_thirds
+@pytest.mark.some_rows
 def test_bytes_are_those_of_the_arrays(case: str, given: dict) -> None:
     """The arithmetic on abstract parameters against the nbytes of what is then allocated, weights and cache."""
     raw = read_config(GOLDEN / case)
@@ -96,7 +96,7 @@ def test_bytes_are_those_of_the_arrays(case: str, given: dict) -> None:
     [("data", "data=8"), ("fsdp", "fsdp=8"), ("tensor", "data=4,tensor=2"), ("fsdp+tensor", "data=2,fsdp=2,tensor=2")],
 )
 @pytest.mark.parametrize("given", [{}, {"weights": "int8", "home": "host"}, {"weights": "int4:group_size=16"}])
-@pytest.mark.in_thirds
+@pytest.mark.some_rows
 def test_bytes_of_a_mesh_are_those_that_one_device_has(sharding: str, mesh: str, given: dict) -> None:
     plan = Plan(sharding=sharding, mesh=mesh, rules=(("vocab", None),), **given)
     model = jaxengine.load(GOLDEN / "llama", plan=plan)

@@ -143,7 +143,7 @@ def milder_than(words: dict[str, str], again: Outcome) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(("size", "card", "plan", "given"), TOO_MUCH, ids=lambda x: x if isinstance(x, str) else "")
-@pytest.mark.in_thirds
+@pytest.mark.some_rows
 def test_what_is_short_and_what_would_fit(size: str, card: str, plan: Plan, given: dict[str, Any]) -> None:
     """With the bytes that are said to be lacking, of both tiers, it fits; so it does with each change, done as its words say,
     and with nothing milder: not with the value before one that is named, nor with less memory; none has all that another
@@ -441,7 +441,7 @@ def test_wide_heads_and_short_prompts(raw: dict[str, Any], card: str, batch: int
      {"stay": ("down",), "home": "split", "resident": 2}],
     ids=str,
 )  # fmt: skip
-@pytest.mark.in_thirds
+@pytest.mark.some_rows
 def test_large_matrices_that_stay(given: dict[str, Any], card: str) -> None:
     from jaxengine.plan import need
     from jaxengine.proof import prove
@@ -461,7 +461,7 @@ def test_large_matrices_that_stay(given: dict[str, Any], card: str) -> None:
     [(12, "rtx4090", {}), (6, "h200", {}), (6, "rtx4090", {"home": "host"})],
     ids=str,
 )
-@pytest.mark.in_thirds
+@pytest.mark.some_rows
 def test_layers_that_are_brought_together(layers: int, card: str, given: dict[str, Any]) -> None:
     """Over several cards (fsdp): one after another, not all of them; and shards that XLA turns once are counted."""
     from jaxengine.plan import layer_bytes, need
@@ -576,7 +576,7 @@ def test_prompts_of_more_rows_than_a_kernel_takes(
     ],
     ids=["gpt2", "llama"],
 )  # fmt: skip
-@pytest.mark.in_thirds
+@pytest.mark.some_rows
 def test_a_head_that_tensor_cores_below_sm_80_take_in_a_copy(raw: dict[str, Any], batch: int) -> None:
     """Of a vocabulary that is no multiple of 8: for several rows XLA pads the whole matrix."""
     from jaxengine.plan import need, width
@@ -625,7 +625,7 @@ def test_one_ahead_brings_the_first_layer_of_a_bank_beside_the_layers_before_it(
     ],
     ids=str,
 )  # fmt: skip
-@pytest.mark.in_thirds
+@pytest.mark.some_rows
 def test_over_several_cards(raw: dict[str, Any], card: str, mesh: str, given: dict[str, Any]) -> None:
     from jaxengine.plan import need
     from jaxengine.proof import prove

@@ -49,7 +49,7 @@ F16 = dataclasses.replace(BF16, dtype="float16")
     ],
     ids=str,
 )  # fmt: skip
-@pytest.mark.in_thirds
+@pytest.mark.some_rows
 def test_bytes_on_a_t4(given: dict[str, Any], batch: int, context: int) -> None:
     """Products of float16 are written in float32 before they are narrowed; of one row nothing is widened."""
     from jaxengine.proof import prove

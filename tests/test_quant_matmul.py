@@ -195,7 +195,7 @@ def test_nf4_is_the_normal_float_of_four_bits() -> None:
 
 
 @pytest.mark.parametrize("i", range(len(CASES)), ids=[c.name for c in CASES])
-@pytest.mark.in_thirds
+@pytest.mark.some_rows
 def test_every_form(i: int) -> None:
     """One row, rows in one reduction, rows in chunks; the dtypes in turn. The first output's bound is zero."""
     case, dtype = CASES[i], ("float32", "bfloat16", "float16")[i % 3]

@@ -112,7 +112,7 @@ FEWEST_ROWS = {1: 2.1, 16: 2.4, 64: 5.0}  # rows: instructions a weight of 4 bit
 
 @pytest.mark.parametrize("M", list(FEWEST_ROWS))
 @pytest.mark.parametrize("card", GENERATIONS)
-@pytest.mark.in_thirds
+@pytest.mark.some_rows
 def test_four_bits_on_every_generation(card: str, M: int) -> None:
     N, K = SIZES[(GENERATIONS.index(card) + list(FEWEST_ROWS).index(M)) % 3]
     compiled, kernel, tiles = compiled_on(card, "int4", M, N, K, 128)
@@ -145,7 +145,7 @@ OTHERS = [
 
 
 @pytest.mark.parametrize(("kind", "group_size", "affine", "M", "card", "dtype", "most"), OTHERS, ids=str)
-@pytest.mark.in_thirds
+@pytest.mark.some_rows
 def test_other_kinds(kind: str, group_size: int, affine: bool, M: int, card: str, dtype: Any, most: float) -> None:
     N, K = 4096, 4096
     compiled, kernel, tiles = compiled_on(card, kind, M, N, K, group_size, affine, dtype)
@@ -214,14 +214,14 @@ def most(recorded: Any, kind: str, card: str, M: int) -> float:
 
 
 @pytest.mark.parametrize(("kind", "card", "M"), of_kinds(RECORDED))
-@pytest.mark.in_thirds
+@pytest.mark.some_rows
 def test_every_kind_on_every_generation(kind: str, card: str, M: int) -> None:
     found = compiled_kind(kind, card, M, "triton")
     assert found is None or found <= most(RECORDED, kind, card, M)
 
 
 @pytest.mark.parametrize(("kind", "card", "M"), [(k, GENERATIONS[i], ROWS[i % 3]) for i, k in enumerate(PLAIN)])
-@pytest.mark.in_thirds
+@pytest.mark.some_rows
 def test_the_plain_unpack_stands_beside_the_packed_one(
     kind: str, card: str, M: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -208,7 +208,7 @@ def of_real_models() -> list[Any]:
 
 
 @pytest.mark.parametrize("case", of_real_models())
-@pytest.mark.in_thirds
+@pytest.mark.some_rows
 def test_real_models_matrices(case: Case) -> None:
     """With the tiles, turns and splits that these shapes have; held against the formula are the first outputs, the last, and
     some between (no tile is wider than 128), whatever they are."""

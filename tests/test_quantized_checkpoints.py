@@ -347,7 +347,7 @@ def sources(packed_folder: Path, plain_folder: Path) -> tuple[Any, Any]:
         "mxfp4",
     ],
 )
-@pytest.mark.in_thirds
+@pytest.mark.some_rows
 def test_the_logits_are_those_of_the_matrices_that_the_layout_means(case: str, tmp_path: Path) -> None:
     """Of each method, layers in stacks."""
     theirs, plain = folders(CASES[case][0], tmp_path)
@@ -366,7 +366,7 @@ def orders_of(folder: Path) -> dict[str, np.ndarray]:
 
 
 @each_case
-@pytest.mark.in_thirds
+@pytest.mark.some_rows
 def test_every_matrix_is_the_layouts_own(case: str, tmp_path: Path) -> None:
     """In float32, of what the layout means in float64: roundings of scale and product alone."""
     this, wanted = CASES[case]

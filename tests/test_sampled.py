@@ -154,7 +154,7 @@ def begun(model: Model, tuning: Tuning) -> tuple[tuple[Bank, ...], Any]:
     ],
     ids=str,
 )
-@pytest.mark.in_thirds
+@pytest.mark.some_rows
 def test_whole_model_autodiff_and_an_adamw_a_layer(name: str, how: dict[str, Any], parts: int) -> None:
     """Losses and parameters after switches, frozen ones to the bit; one program for every choice of layers."""
     family, options = CASES[name]

@@ -35,7 +35,7 @@ def single() -> tuple[np.ndarray, list[list[int]]]:
     ids=["device", "host", "split", "int8kv"],
 )
 @pytest.mark.parametrize(("sharding", "mesh"), TABLES)
-@pytest.mark.in_thirds
+@pytest.mark.some_rows
 def test_equal_to_one_device(sharding: str, mesh: str, given: dict, single: tuple) -> None:
     model = jaxengine.load(GOLDEN / "llama", plan=WHOLE_VOCAB, sharding=sharding, mesh=mesh, **given)
     # the sums over a split dim are made in another order: the same bound as against transformers
@@ -68,7 +68,7 @@ def test_a_vocabulary_that_does_not_divide_is_told() -> None:
 
 @pytest.mark.parametrize(("sharding", "mesh"), TABLES)
 @pytest.mark.parametrize("given", [{}, {"home": "host", "kv": "int8"}], ids=["device", "host"])
-@pytest.mark.in_thirds
+@pytest.mark.some_rows
 def test_the_second_call_of_decode_compiles_nothing(
     sharding: str, mesh: str, given: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -120,7 +120,7 @@ MORE = [("gemma2", "scan", "fsdp"), ("gemma3_text", "ahead", "fsdp+tensor"), ("f
         *(pytest.param(*row, marks=pytest.mark.thorough) for row in MORE),
     ],
 )  # fmt: skip
-@pytest.mark.in_thirds
+@pytest.mark.some_rows
 def test_streamed_layers_and_their_gradients(family: str, form: str, sharding: str) -> None:
     """Of unlike layers that alternate, and of like ones one ahead, against one device with resident ones: the parts of a
     layer that each device has, brought in the loops of both ways."""

@@ -78,7 +78,7 @@ def test_vectors_and_what_is_named_stand_on_the_device(family: str, form: str) -
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.in_thirds
+@pytest.mark.some_rows
 def test_the_same_bits(family: str) -> None:
     """As resident layers in the same form, whatever stays; and the checkpoint's numbers come out again."""
     prompts, data = golden(family)
@@ -213,7 +213,7 @@ ROWS = pack(
 
 
 @pytest.mark.parametrize("train", ["all", "lora", "lisa", "mezo"])
-@pytest.mark.in_thirds
+@pytest.mark.some_rows
 def test_fine_tuning(train: str) -> None:
     """Each way of going through streamed layers gives the losses of layers of which only vectors stay, and parameters and
     their optimizer's states are after a step where they were before it."""

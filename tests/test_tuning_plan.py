@@ -500,7 +500,7 @@ def both_ways(report: Report, text: str) -> bool:
     ],
     ids=str,
 )  # fmt: skip
-@pytest.mark.in_thirds
+@pytest.mark.some_rows
 def test_the_compiled_step_agrees(
     card: str, task: str, plan: dict[str, Any], batch: int, context: int, vocab: int
 ) -> None:

@@ -304,7 +304,7 @@ def test_a_scan_holds_its_states_once() -> None:
 
 
 @pytest.mark.parametrize("name", technique.names("jaxengine.weights"))
-@pytest.mark.in_thirds
+@pytest.mark.some_rows
 def test_a_weight_of_any_format_walks(name: str) -> None:
     """A Weight is a pytree: stacked, on the host, it is fetched and contracted like an array."""
     kinds = "aba"
@@ -361,7 +361,7 @@ def test_gradients(where: str, form: str) -> None:
 @pytest.mark.parametrize(
     ("resident", "near"), [(1, "unrolled"), (2, "unrolled"), (3, "unrolled"), (2, "scan"), (3, "scan")]
 )
-@pytest.mark.in_thirds
+@pytest.mark.some_rows
 def test_gradients_through_resident_layers_and_then_one_ahead(resident: int, near: str, remat: str) -> None:
     """Against all layers on the device without a walk of ours back; what goes along counts the layers, an integer."""
 

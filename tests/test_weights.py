@@ -130,7 +130,7 @@ def assert_contracts(y: Any, case: Case, x: Any, w: np.ndarray, *, err_msg: str 
 @pytest.mark.parametrize("scale", [1.0, 1e-30, 1e-37, 1e-42, 1e38])
 @pytest.mark.parametrize("case", CASES, ids=IDS)
 @each_format
-@pytest.mark.in_thirds
+@pytest.mark.some_rows
 def test_dense_is_within_the_formats_own_bound(name: str, case: Case, scale: float) -> None:
     w = np.clip(matrix(case), -3, 3) * np.float32(scale)
     leaf = fmt(name).encode(jnp.asarray(w), out=case.out)
@@ -164,7 +164,7 @@ def test_dense_is_within_bound_for_any_numbers(numbers: list[float], name: str) 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @each_format
-@pytest.mark.in_thirds
+@pytest.mark.some_rows
 def test_encodes_what_the_plan_has_cast(name: str, dtype: str) -> None:
     w = jnp.asarray(matrix(QUERY), dtype)
     leaf = fmt(name).encode(w, out=2)
@@ -201,7 +201,7 @@ def test_every_array_has_a_name_for_each_dim(name: str, case: Case) -> None:
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-@pytest.mark.in_thirds
+@pytest.mark.some_rows
 def test_an_options_value_changes_no_promise(name: str) -> None:
     """The bound, the abstract form, the axes, a contraction and its gradient, and rows."""
     for case, scale in ((QUERY, 1.0), (ODD, 1.0), (GATE, 1e-42), (GATE, 1e38)):
@@ -241,7 +241,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @each_format
-@pytest.mark.in_thirds
+@pytest.mark.some_rows
 def test_contract_for_every_number_of_rows(name: str, dtype: str) -> None:
     leaf = fmt(name).encode(jnp.asarray(matrix(ODD)), out=1)
     for rows in ROWS:
@@ -251,7 +251,7 @@ def test_contract_for_every_number_of_rows(name: str, dtype: str) -> None:
 
 @pytest.mark.parametrize("case", [GATE, QUERY, OUTPUT, ONE], ids=["gate", "query", "output", "one"])
 @each_format
-@pytest.mark.in_thirds
+@pytest.mark.some_rows
 def test_contract_for_every_shape(name: str, case: Case) -> None:
     leaf = fmt(name).encode(jnp.asarray(matrix(case)), out=case.out)
     for rows, dtype in ((1, "float32"), (6, "float32"), (65, "float32"), (1, "bfloat16"), (4, "bfloat16")):
@@ -280,7 +280,7 @@ def test_the_rows_above_select_every_form() -> None:
 @pytest.mark.parametrize("case", [GATE, QUERY, OUTPUT], ids=["gate", "query", "output"])
 @pytest.mark.parametrize("rows", [1, 6])
 @each_format
-@pytest.mark.in_thirds
+@pytest.mark.some_rows
 def test_nothing_overflows_where_the_result_fits(name: str, case: Case, rows: int) -> None:
     """In float16, whose largest number is 65504: y is 12000 at most, sums of a format's codes may be far above."""
     w = np.ones(case.shape, np.float32)
@@ -355,7 +355,7 @@ def test_a_flax_param_holds_it(name: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @each_format
-@pytest.mark.in_thirds
+@pytest.mark.some_rows
 def test_take_is_denses_rows(name: str, dtype: str) -> None:
     leaf = fmt(name).encode(jnp.asarray(matrix(ODD)), out=1)
     dense = dense_of(leaf)
@@ -367,7 +367,7 @@ def test_take_is_denses_rows(name: str, dtype: str) -> None:
 
 
 @each_format
-@pytest.mark.in_thirds
+@pytest.mark.some_rows
 def test_take_from_a_matrix_of_more_dims(name: str) -> None:
     leaf = fmt(name).encode(jnp.asarray(matrix(OUTPUT)), out=1)
     found = take(leaf, jnp.array([5, 1]), jnp.float32)
@@ -389,7 +389,7 @@ def every_split() -> list[Any]:
 
 
 @pytest.mark.parametrize(("text", "along"), every_split())
-@pytest.mark.in_thirds
+@pytest.mark.some_rows
 def test_a_shard_each(text: str, along: str) -> None:
     """Encoded where its shards are: the same bits as whole, the codes in as many parts as there are, and the product's bound."""
     mesh, over = make_mesh("data=2,tensor=4"), SPLITS[along]
@@ -484,7 +484,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("texts", [*sevens(TEXTS), *sevens(VARIANTS, pytest.mark.thorough)])
-@pytest.mark.in_thirds
+@pytest.mark.some_rows
 def test_banks_in_every_home_and_orbax_hold_it(texts: list[str], small: Path, tmp_path: Path) -> None:
     """A format for each of a layer's matrices, and the first one for the embedding: the same bits in stacks on the device, in
     host memory and on disk, as in orbax and out of it; and the same logits from programs of one form."""
