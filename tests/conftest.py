@@ -60,7 +60,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             rows.setdefault(item.nodeid.partition("[")[0], []).append(item)
     for name, each in rows.items():
         # by the name, so that what stands last in one test's rows (a family, a format) comes first in another's
-        asked, again = marked(each[0], "aot"), COMPILER and not marked(each[0], "aot")  # the first leg has one in six of them
+        asked = marked(each[0], "aot")
+        again = COMPILER and not asked  # the first leg has one in six of them
         step, start = min(len(each), 3 if asked else len(each) if again else 6), zlib.crc32(name.encode()) + int(again)
         for i, item in enumerate(each):
             if i % step != start % step:
