@@ -44,8 +44,8 @@ BY_FAMILY, FURTHER = ("test_homes.py", "test_models.py"), ("gemma3_text", "gpt2"
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Mark what CI's second leg leaves out, as it has XLA's GPU compiler to ask as well (`thorough`), and, where no test is named
-    or picked, five of six rows of tests that take long and have many (`rest`). With that compiler it is two of three of those
-    that ask it, and all but one of the others."""
+    or picked, most rows of tests that take long and have many (`rest`): five of six, or of few two of three, or with that
+    compiler, of what needs it not, all but one."""
 
     def marked(item: pytest.Item, name: str) -> bool:
         return item.get_closest_marker(name) is not None
@@ -60,9 +60,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             rows.setdefault(item.nodeid.partition("[")[0], []).append(item)
     for name, each in rows.items():
         # by the name, so that what stands last in one test's rows (a family, a format) comes first in another's
-        asked = marked(each[0], "aot")
-        again = COMPILER and not asked  # the first leg has one in six of them
-        step, start = min(len(each), 3 if asked else len(each) if again else 6), zlib.crc32(name.encode()) + int(again)
+        again = COMPILER and not marked(each[0], "aot")  # in the first leg a sixth of them
+        step = len(each) if again else 6 if len(each) >= 6 else min(3, len(each))
+        start = zlib.crc32(name.encode()) + int(again)
         for i, item in enumerate(each):
             if i % step != start % step:
                 item.add_marker(pytest.mark.rest)
