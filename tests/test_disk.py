@@ -610,6 +610,7 @@ UNDER_A_LIMIT = """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of a process's memory are Linux's")
+@pytest.mark.thorough
 def test_a_checkpoint_larger_than_the_memory_there_is(tmp_path: Path) -> None:
     """Under a limit on what the process may hold, half of the layers' bytes, disk generates, from the checkpoint's own files
     and from a store that it packs first, and host cannot."""

@@ -196,6 +196,7 @@ def test_streamed_layers_beside_adapters_give_the_bits_of_resident_ones(how: dic
 
 
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])
+@pytest.mark.thorough
 def test_a_loop_of_resident_layers_before_streamed_ones(remat: str) -> None:
     """As one loop over all of them, and as they are written out."""
     settings = dataclasses.replace(HOW, remat=remat)
@@ -278,6 +279,7 @@ def longer(**how: Any) -> Model:
     ids=str,
 )
 @pytest.mark.some_rows
+@pytest.mark.thorough
 def test_layers_fetched_ahead_give_the_losses_of_the_others(given: dict[str, Any], how: dict[str, Any]) -> None:
     """Of a plain scan, and of layers on the device."""
     settings, found = dataclasses.replace(HOW, steps=3, **given), {}
@@ -1001,6 +1003,7 @@ def test_a_run_starts_from_pefts_adapter(case: str, how: dict[str, Any]) -> None
 
 
 @pytest.mark.parametrize("train", ["lora", "dora"])
+@pytest.mark.thorough
 def test_a_run_from_an_adapter_goes_on_where_that_ended(train: str, tmp_path: Path) -> None:
     """Six steps of one batch are three, and three from what those wrote: losses, and what comes out."""
     settings = dataclasses.replace(
@@ -1088,6 +1091,7 @@ def test_a_run_without_a_folder_is_told_where_it_is(sums: str, tmp_path: Path, m
 
 
 @pytest.mark.usefixtures("ctrl_c")
+@pytest.mark.thorough
 def test_the_demo_learns_goes_on_after_ctrl_c_and_is_merged(
     sums: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1233,6 +1237,7 @@ def test_memory_chooses_where_layers_stand(sums: str, tmp_path: Path, monkeypatc
     assert "memory='1MB': a step on 4 x 64 tokens needs at least 5.05 MB of the device" in done.output
 
 
+@pytest.mark.thorough
 def test_a_run_goes_on_in_the_homes_that_it_began_in(
     sums: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1268,6 +1273,7 @@ def test_a_run_goes_on_in_the_homes_that_it_began_in(
     assert "home was" not in done.output
 
 
+@pytest.mark.thorough
 def test_a_run_goes_on_in_the_form_that_it_began_in(sums: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where none is said, whatever would be taken now; one that is said is another run's."""
     plans: list[Any] = []
@@ -1427,6 +1433,7 @@ def test_resident_layers_before_streamed_ones_beside_adapters_are_scanned(
     assert (chosen[0].home, chosen[0].resident_form) == ("split", form)
 
 
+@pytest.mark.thorough
 def test_a_run_with_written_out_layers_before_streamed_ones_goes_on_so(
     sums: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -55,6 +55,7 @@ def test_a_layer_of_every_family(family: str) -> None:
     ],
     ids=str,
 )
+@pytest.mark.thorough
 def test_steps(given: dict[str, Any], how: dict[str, Any]) -> None:
     settings = dataclasses.replace(HOW, steps=3, **given)
     wanted, found = (losses(run_of(llama(**how), s)) for s in (settings, dataclasses.replace(settings, tile=TILE)))

@@ -271,6 +271,7 @@ def test_all_layers_at_once_are_full_fine_tuning() -> None:
     ],
     ids=["lisa", "hift"],
 )
+@pytest.mark.thorough
 def test_a_run_goes_on_over_a_switch_bit_for_bit(given: dict[str, Any], how: dict[str, Any], tmp_path: Path) -> None:
     """Ends within a turn and at its end. Layers are bfloat16, and what is kept of them beside is float32."""
     settings = dataclasses.replace(HOW, optimizer="adamw", learning_rate=3e-3, **given)
