@@ -26,9 +26,16 @@ import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# Eight simulated devices share eight threads. A program that is handed over while another runs, as is usual, was seen to stand
-# still in two of five runs of the suite, until XLA ended the process (scripts/LOG.md, "programs of eight simulated devices").
-jax.config.update("jax_cpu_enable_async_dispatch", False)
+
+# XLA has as many threads as there are devices or cores, and those of eight simulated devices that wait for each other hold one
+# each: a step was seen to stand still for ever in two runs of the suite (scripts/LOG.md, "steps of eight simulated devices
+# that stood still"). XLA reads how many when it starts; processes that tests start have as many as they would.
+given = os.environ.get("NPROC")
+os.environ["NPROC"] = "16"
+jax.devices()
+os.environ.pop("NPROC")
+if given is not None:
+    os.environ["NPROC"] = given
 
 
 # one more of the same, family after family and format after format, which differs little from one jax to the next
