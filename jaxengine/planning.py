@@ -233,10 +233,15 @@ def _kinds(plan: Plan, *, batch: int, context: int, task: Task | None) -> dict[s
     over = bool(plan.mesh) and task is not None  # of what is counted over a mesh
     if plan.remat and task is not None and len(tuning.remats(task)) > 1 and not over:
         kinds["remat"] = [_Change("remat as fits", plan=(("remat", ""),))]
-    if task is not None and task.optimizer.name == "adamw" and not over:
-        fewer = dataclasses.replace(task.optimizer, name="adamw8bit")
-        changed = dataclasses.replace(task, optimizer=fewer)
-        kinds["optimizer"] = [_Change("optimizer adamw8bit", sizes=(("task", changed),))]
+    if task is not None:
+        less = [("without ema", {"ema": 0.0})] if task.optimizer.ema else []
+        if task.optimizer.name == "adamw" and not over:
+            less += [("optimizer adamw8bit", {"name": "adamw8bit"})]
+        both = [(" ".join(said for said, _ in reversed(less)), {n: x for _, d in less for n, x in d.items()})]
+        changed = [(said, dataclasses.replace(task.optimizer, **d)) for said, d in less + both * (len(less) > 1)]
+        kinds["optimizer"] = [
+            _Change(said, sizes=(("task", dataclasses.replace(task, optimizer=how)),)) for said, how in changed
+        ]
     if plan.kv_codec == "raw" and task is None:
         kinds["kv"] = [_Change("kv int8", plan=(("kv_codec", "int8"),))]
     if plan.weights == "dense" and not _as_they_are(task) and not over:
@@ -677,9 +682,9 @@ def plan_for(
     task: 'generate', or what is fine-tuned: 'lora' or 'dora' (rank 8 beside every matrix of a layer, AdamW), 'full' (every
     parameter in float32, AdamW), 'lisa', 'badam' or 'hift' (some layers at a time, as their papers say, AdamW) or 'mezo' (every
     parameter, without a gradient), each on `batch` rows of `context` tokens a part, with arithmetic in bfloat16. options: what
-    is said of it, as of a run's Settings: rank, targets, layers, optimizer, clip, compute, accumulate, loss_chunk, tile; or task
-    is a Task, such as a run's own (`Settings(...).task`). What is kept of layers for their way back is chosen, unless the plan
-    has a remat.
+    is said of it, as of a run's Settings: rank, targets, layers, optimizer, clip, ema, compute, accumulate, loss_chunk, tile; or
+    task is a Task, such as a run's own (`Settings(...).task`). What is kept of layers for their way back is chosen, unless
+    the plan has a remat.
     plan: the choices that stand (dtype, weights, cache; a chunk if it has one); home, form and resident layers are chosen.
     memory: bytes of the card to use (all that a process can have, if not given); ram: bytes of host memory for layers, the
     rest being read from a disk that gives disk_rate bytes a second (no limit, and no disk, if not given); context: tokens

@@ -93,6 +93,7 @@ Row = tuple[str, str, str, dict[str, Any], int, int, dict[str, Any]]
 RANK_64 = {"options": LowRank(rank=64)}
 ADAFACTOR = Optimizer("adafactor")
 TWO_CARDS = {"mesh": "data=2", "sharding": "data"}
+AVERAGED = Optimizer(ema=0.99)
 EIGHT_BITS, MEZO = Optimizer("adamw8bit"), Optimizer("mezo", 1e-6, eps=1e-3)
 ROWS: list[Row] = [
     ("small", "RTX 4090", "lora", AHEAD, 4, 1024, {}),
@@ -124,6 +125,7 @@ ROWS: list[Row] = [
     ("small", "RTX 4090", "lora", HOST, 4, 1024, {"compute": "float32"}),
     ("small", "RTX 4090", "full", HOST, 4, 1024, {"optimizer": Optimizer("lion")}),
     ("small", "H200", "full", {}, 2, 1024, {"optimizer": Optimizer("lion")}),
+    ("small", "RTX 4090", "full", HOST, 4, 1024, {"optimizer": AVERAGED}),
     ("vocab", "RTX 4090", "full", HOST, 2, 1024, {}),
     ("small", "RTX 4090", "lora", HOST, 4, 1024, {"optimizer": MEZO, "clip": 0.0, "accumulate": 2}),
     ("small", "RTX 4090", "full", HOST, 4, 1024, {"optimizer": ADAFACTOR}),
@@ -190,6 +192,22 @@ FURTHER: list[Any] = [
     ("8B", "H200", "full", HOST, 1, 2048, {}),  # whose embedding and head are changed by rows, as of the next two
     ("tied vocab", "RTX 4090", "full", HOST, 2, 1024, {}),
     ("vocab", "H200", "full", HOST, 2, 1024, {"accumulate": 2}),
+    ("vocab", "RTX 4090", "full", HOST, 2, 1024, {"optimizer": AVERAGED}),
+    ("thin", "H200", "full", HOST, 2, 1024, {"optimizer": AVERAGED}),
+    ("small", "RTX 4090", "full", HOST, 4, 1024, {"optimizer": Optimizer("adafactor", ema=0.99)}),
+    ("small", "RTX 4090", "full", HOST | {"remat": "offload"}, 4, 1024, {"optimizer": Optimizer("muon", ema=0.99)}),
+    ("small", "H200", "full", {}, 2, 1024, {"optimizer": AVERAGED}),
+    (
+        "wide",
+        "RTX 4090",
+        "full",
+        {"home": "split", "resident": 2},
+        2,
+        1024,
+        {"optimizer": Optimizer("adamw8bit", ema=0.99)},
+    ),
+    ("small", "H200", "lora", {}, 4, 1024, RANK_64 | {"optimizer": AVERAGED}),
+    ("small", "RTX 4090", "lora", HOST, 4, 1024, RANK_64 | {"optimizer": AVERAGED}),
     ("vocab", "H200", "full", HOST, 2, 1024, {"optimizer": ADAFACTOR}),  # changed whole
     ("8B, long", "H200", "full", HOST | {"remat": "offload"}, 1, 500_000, {"tile": 8192}),
     ("thin", "RTX 4090", "full", HOST | {"remat": "offload"}, 1, 2**14, {"tile": 1024}),

@@ -274,11 +274,11 @@ def test_what_is_not_done_is_refused(given: dict[str, Any], said: str) -> None:
 # Options of a task
 
 SAID: list[tuple[str, dict[str, Any]]] = [
-    ("lora", {"rank": 64, "optimizer": "adamw8bit", "targets": ["q", "down"]}),
+    ("lora", {"rank": 64, "optimizer": "adamw8bit", "ema": 0.99, "targets": ["q", "down"]}),
     ("dora", {"rank": 16, "optimizer": "lion", "accumulate": 2, "remat": "offload"}),
     ("lora", {"optimizer": "mezo", "accumulate": 2}),
     ("full", {"optimizer": "adafactor", "compute": "float32", "clip": 0.0}),
-    ("full", {"optimizer": "lion", "tile": 16, "loss_chunk": 8}),
+    ("full", {"optimizer": "lion", "ema": 0.9, "tile": 16, "loss_chunk": 8}),
     ("lisa", {"layers": 3, "optimizer": "sgd"}),
     ("hift", {"layers": 2, "optimizer": "muon", "remat": "offload"}),
     ("mezo", {"compute": "float32", "loss_chunk": 16}),
@@ -308,7 +308,19 @@ def test_a_run_counts_the_same_and_chooses_the_same(
     words = ["--train", train, *as_words(said), *rows, *(["--optimizer", "mezo"] if task == "mezo" else [])]
     words += ["--learning-rate", "0.1"]
     given = finetune.make_context("finetune", ["demo", str(data), "--out", "x", *words]).params
-    beside = {"folder", "data", "out", "held_out", "eval_every", "save_every", "keep", "best", "merge", "skip_bad"}
+    beside = {
+        "folder",
+        "data",
+        "out",
+        "held_out",
+        "eval_every",
+        "save_every",
+        "keep",
+        "best",
+        "live",
+        "merge",
+        "skip_bad",
+    }
     folder, chosen = jaxengine.demo_folder(), None
     with contextlib.suppress(ValueError):  # what needs least is over it
         chosen = chosen_plan(folder, {n: x for n, x in given.items() if n not in beside})

@@ -47,6 +47,10 @@ OPTIMIZER = click.option(
 CLIP = click.option(
     "--clip", metavar="NORM", type=float, show_default="1; mezo none", help="The largest norm of a gradient; 0 for any."
 )
+EMA = click.option(
+    "--ema", metavar="DECAY", type=float, show_default="none",
+    help="Keep an average over about 1/(1-DECAY) steps, such as 0.99, and write that.",
+)  # fmt: skip
 COMPUTE = click.option("--compute", metavar="DTYPE", show_default="bfloat16", help="Arithmetic in bfloat16 or float32.")
 TILE = click.option(
     "--tile", metavar="N", type=click.IntRange(1), show_default="all",
@@ -66,7 +70,7 @@ def remat(usual: str) -> Any:
     )  # fmt: skip
 
 
-PLANNED = (RANK, TARGET, LAYERS, OPTIMIZER, CLIP, COMPUTE, ACCUMULATE, remat("as fits"), TILE, LOSS_CHUNK)
+PLANNED = (RANK, TARGET, LAYERS, OPTIMIZER, CLIP, EMA, COMPUTE, ACCUMULATE, remat("as fits"), TILE, LOSS_CHUNK)
 
 WHAT = (
     click.option(
@@ -116,6 +120,7 @@ HOW = (
         help="Of the optimizer: beside a root, or of mezo the size of the noise.",
     ),
     CLIP,
+    EMA,
     COMPUTE,
     remat("full, with --memory as fits"),
     TILE,
@@ -171,6 +176,7 @@ KEEPING = (
     click.option("--save-every", metavar="N", type=click.IntRange(1), default=100, help="Steps between checkpoints."),
     click.option("--keep", metavar="N", type=click.IntRange(1), default=2, help="Checkpoints that stay, and the best one."),
     click.option("--best", is_flag=True, help="Write what the best held-out loss had, not the last step."),
+    click.option("--live", is_flag=True, help="Write what the step itself had, not the average that --ema keeps."),
     click.option("--merge", metavar="FOLDER", type=A_FOLDER, help="Write the merged model, a Hugging Face folder, too."),
     click.option("--skip-bad", is_flag=True, help="Leave rows out that cannot be read."),
 )  # fmt: skip
@@ -213,7 +219,8 @@ def finetune(folder: str, data: tuple[Path, ...], out: Path | None, **given: Any
 
 
 def _finetune(folder: str, data: tuple[Path, ...], out: Path | None, reading: Any, **given: Any) -> None:
-    keeping = {o: given.pop(o) for o in ("held_out", "eval_every", "save_every", "keep", "best", "merge", "skip_bad")}
+    own = ("held_out", "eval_every", "save_every", "keep", "best", "live", "merge", "skip_bad")
+    keeping = {o: given.pop(o) for o in own}
     merge_into, held_out, adapter = keeping["merge"], keeping["held_out"], given["adapter"]
     if (what := given["train"]) in ("all", "lisa", "badam", "hift"):
         for name in ("rank", "alpha", "rs", "target"):
@@ -228,6 +235,8 @@ def _finetune(folder: str, data: tuple[Path, ...], out: Path | None, reading: An
             )
     if held_out is None and (keeping["best"] or keeping["eval_every"]):
         raise click.UsageError("--best and --eval-every ask for held-out data: give --eval too.")
+    if keeping["live"] and not given["ema"]:
+        raise click.UsageError("--live is of a run with --ema: without one, what a step had is what is written.")
     fraction = _fraction(held_out)
     if merge_into is not None and merge_into.exists() and any(merge_into.iterdir()):
         raise click.UsageError(f"--merge: {merge_into} is not empty: give a new folder.")
@@ -302,7 +311,7 @@ def _finetune(folder: str, data: tuple[Path, ...], out: Path | None, reading: An
     with run:
         try:
             with Steps(run) as shown:
-                made = run.run(progress=shown)
+                made = run.run(progress=shown, live=keeping["live"])
         except KeyboardInterrupt:
             print(f"{run.stopped}. To go on, type the same again:\n  {typed()}", file=sys.stderr, flush=True)
             raise
@@ -310,12 +319,12 @@ def _finetune(folder: str, data: tuple[Path, ...], out: Path | None, reading: An
             print(f"the best held-out loss was {run.best[1]:.4f}, after step {run.best[0]}", flush=True)
             if keeping["best"]:
                 run.take_best()
-                run.export()
+                run.export(live=keeping["live"])
         if made:
             print(f"{made[-1].step} steps; the last loss was {made[-1].loss:.4f}", flush=True)
         print(f"wrote {out / ('adapter' if settings.train in ('lora', 'dora') else 'model')}", flush=True)
         if merge_into is not None:
-            merge(run.tuned(), merge_into)
+            merge(run.tuned(live=keeping["live"]), merge_into)
             print(f"wrote {merge_into}", flush=True)
 
 
@@ -408,6 +417,7 @@ def _would_fit(folder: str, given: dict[str, Any], refused: NothingFitsError) ->
     rows = [B >> i for i in range(1, B.bit_length())]
     rows = [b for b in rows if on_one(plan, ("batch",), (b,))[0] * (B // share) == b]
     tries: list[list[dict[str, Any]]] = [[{"remat": None}]] if given["remat"] is not None else []
+    tries += [[{"ema": None}]] if given["ema"] else []
     tries.append([{"batch": b, "accumulate": settings.accumulate * (B // b)} for b in rows])
     if beside and plan.weights == "dense" and not plan.weight_rules:
         tries.append([{"weights": name} for name in ("int8", "nf4")])

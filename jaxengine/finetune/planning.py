@@ -64,6 +64,7 @@ class Options(TypedDict, total=False):
     layers: int | None
     optimizer: str | None
     clip: float | None
+    ema: float | None
     compute: str | None
     accumulate: int | None
     loss_chunk: int | None
@@ -102,7 +103,7 @@ def task(name: str, **options: Unpack[Options]) -> Task:
 
 def asked(what: str | Task, **options: Unpack[Options]) -> Task | None:
     """The task that is planned for: one as it is, or by name with its options; None for 'generate', which has none."""
-    whole = ("tile", "loss_chunk")  # of which 0 is none
+    whole = ("tile", "loss_chunk", "ema")  # of which 0 is none
     given = {n: x for n, x in options.items() if x is not None and x != () and (x != 0 or n not in whole)}
     if isinstance(what, Task):
         if given:

@@ -50,7 +50,7 @@ from checkpoints.output import in_the_making, output_file, output_folder, room_i
 from checkpoints.peft import Adapter, AdapterConfig, read_adapter, uniform, write_adapter
 from jaxengine import export, placement
 from jaxengine.architecture import Architecture
-from jaxengine.finetune import layered, mezo, places, sampled
+from jaxengine.finetune import average, layered, mezo, places, sampled
 from jaxengine.finetune import step as whole
 from jaxengine.finetune.data import Batches, Packed
 from jaxengine.finetune.events import EventWriter
@@ -336,7 +336,9 @@ class Run:
 
     With 'lora' and 'dora' the model stays as it is, and `tuned()` is the model with what is trained beside it. With the
     others the model's own arrays are trained: it holds the trained parameters at every time (of 'mezo', but for the last
-    step's change, which `tuned`, `evaluate`, `export` and the end of the run make).
+    step's change, which `tuned`, `evaluate`, `export` and the end of the run make). With `ema` the average of what is trained
+    is evaluated, written and `tuned()`, unless live=True is said; where the model itself is trained, it holds the average from
+    then to the next step.
 
     Raises ValueError, before anything is allocated, for settings that do not fit the model, and for an `out` of another
     run; and when a loss, a gradient or what is trained is no number any more, which is then neither saved nor written.
@@ -392,6 +394,7 @@ class Run:
         self._every = settings.train not in ADAPTERS
         self._layered = settings.task.layered(model.plan)
         self._eval_loss = (-1, math.nan)  # (step, loss)
+        self._averaged = False  # whether the average stands where what is trained does, and that where the average did
         self._events: EventWriter | None = None
         self._ahead: tuple[Batch, int, dict[str, Any]] | None = None
         self._manager: Any = None
@@ -469,6 +472,7 @@ class Run:
             self._score_again()
         if self.step >= self.steps:
             raise StopIteration
+        self._show(live=True)
         with interrupts_deferred():
             start = time.perf_counter()
             batch, seen, position = self._ahead or self._next_batch()
@@ -510,8 +514,8 @@ class Run:
         if not placement.is_finite(self._state.trained):
             raise self._lost(f"some of what is trained is nan or infinite after step {self.step}")
 
-    def run(self, progress: Callable[[Record], None] | None = None) -> list[Record]:
-        """Make all steps that are left, save, and write what came out (`export`); the Records of these steps.
+    def run(self, progress: Callable[[Record], None] | None = None, *, live: bool = False) -> list[Record]:
+        """Make all steps that are left, save, and write what came out (`export(live=live)`); the Records of these steps.
 
         progress: called with each. Ctrl-C saves, and is raised again: the next run over the same folder goes on there.
         """
@@ -528,7 +532,7 @@ class Run:
             raise
         self.wait()
         if self.out is not None:
-            self.export()
+            self.export(live=live)
         return made
 
     def _next_batch(self) -> tuple[Batch, int, dict[str, Any]]:
@@ -568,14 +572,26 @@ class Run:
             with interrupts_deferred():
                 self._take(mezo.settle(self.tuning, self._frozen, self._state))
 
+    def _show(self, *, live: bool) -> None:
+        """Put the average where what is trained stands, if one is kept, or that back."""
+        averaged = bool(self.settings.ema) and self.step > 0 and not live
+        if averaged == self._averaged:
+            return
+        with interrupts_deferred():
+            changed = average.exchanged(self._state.trained, self._state.optimizer)
+            self._take(dataclasses.replace(self._state, trained=changed[0], optimizer=changed[1]))
+            self._averaged = averaged
+
     def _combined(self) -> Any:
         return trained(self.settings.train).combine(self.settings.options, self._frozen, self._state.trained)
 
     def evaluate(self) -> float:
-        """The mean loss of a held-out token, nats. Also told to the events, and kept with this step's checkpoint."""
+        """The mean loss of a held-out token, nats; with `ema` under the average. Also told to the events, and kept with this
+        step's checkpoint."""
         if self.held_out is None:
             raise ValueError("there are no held-out rows to evaluate: Run(..., held_out=pack(...))")
         self._settle()
+        self._show(live=False)
         total = tokens = 0.0
         B = self.settings.batch
         for rows in Batches(self.held_out, B, shuffle=False, epochs=1):
@@ -644,6 +660,7 @@ class Run:
             return
         import orbax.checkpoint as ocp
 
+        self._show(live=True)
         self._check_finite()
         self._check_room()
         step, loss = self._eval_loss
@@ -701,7 +718,7 @@ class Run:
         import orbax.checkpoint as ocp
 
         wanted = _named(self._abstract)
-        self._state = self._abstract  # no second copy while it is read
+        self._state, self._averaged = self._abstract, False  # no second copy while it is read
         if self._every:
             self.model.params = self._frozen
         found = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(wanted))).state
@@ -760,16 +777,19 @@ class Run:
 
     # --- what comes out --------------------------------------------------------------------------------------------
 
-    def tuned(self) -> Model:
-        """The model with what is trained in or beside it, ready to generate; until the next step, which writes over it."""
+    def tuned(self, *, live: bool = False) -> Model:
+        """The model with what is trained in or beside it, ready to generate; until the next step, which writes over it. With
+        `ema` it is the average; live: what the last step had."""
         self._settle()
+        self._show(live=live)
         m = self.model
         return m if self._every else Model(
             m.architecture, m.plan, m.mesh, self._combined(), m.origin, m.tokenizer, m.budget
         )  # fmt: skip
 
-    def export(self, folder: str | os.PathLike[str] | None = None) -> Path:
-        """Write what was trained: a PEFT folder (`out`/adapter), or a Hugging Face folder (`out`/model) of all parameters.
+    def export(self, folder: str | os.PathLike[str] | None = None, *, live: bool = False) -> Path:
+        """Write what was trained: a PEFT folder (`out`/adapter), or a Hugging Face folder (`out`/model) of all parameters. With
+        `ema` it is the average; live: what the last step had.
 
         A folder of an earlier export is replaced.
         """
@@ -779,6 +799,7 @@ class Run:
         target = own if folder is None else Path(folder)
         assert target is not None
         self._settle()
+        self._show(live=live)
         self._check_finite()
         if self._every:
             merge(self.model, target, overwrite=target == own)

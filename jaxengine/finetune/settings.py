@@ -77,7 +77,9 @@ class Task:
         own = {f.name: getattr(self.options, f.name) for f in dataclasses.fields(self.options)}
         found = {n: own[n] for n in ("rank", "targets", "layers") if n in own} | {"optimizer": self.optimizer.name}
         found |= {n: getattr(self, n) for n in ("compute", "accumulate", "loss_chunk")}
-        return found | ({"clip": self.clip, "tile": self.tile} if self.optimizer.order else {})
+        return found | (
+            {"clip": self.clip, "ema": self.optimizer.ema, "tile": self.tile} if self.optimizer.order else {}
+        )
 
     @property
     def beside(self) -> bool:
@@ -101,7 +103,8 @@ class Settings:
     and 1e-6 under 'mezo'); schedule: what follows the warmup, 'constant', 'linear' or 'cosine' to 0; warmup: steps of a
     linear rise, or below 1 the part of all steps; b1: None is 0.9, of 'muon' 0.95; b2: None is 0.999, of 'lion' 0.99; eps:
     None is 1e-8, of 'mezo', where it is the size of the noise, 1e-2 and 1e-3. clip: the largest global norm of a gradient
-    (0: any; None: 1). compute: dtype of the arithmetic. remat: what is kept of a layer for its way back (walk.REMAT).
+    (0: any; None: 1). ema: decay of an average of what is trained, which is then what is evaluated and written (average.py; 0:
+    none). compute: dtype of the arithmetic. remat: what is kept of a layer for its way back (walk.REMAT).
     loss_chunk: tokens of each row whose logits stand at a time (0: as many as fit 256 MB); tile: tokens of each row that a
     layer's feed-forward block takes at a time (0: all). A step is on batch x accumulate
     rows of `context` tokens, `batch` at a time. steps or epochs: how long (one epoch, if neither is said). seed: of A's
@@ -125,6 +128,7 @@ class Settings:
     b2: float | None = None
     eps: float | None = None
     clip: float | None = None
+    ema: float = 0.0
     compute: str = "bfloat16"
     remat: str = "full"
     loss_chunk: int = 0
@@ -144,7 +148,7 @@ class Settings:
             given, least = getattr(self, name), int(name in ("rank", "batch", "accumulate", "context"))
             if not isinstance(given, int) or isinstance(given, bool) or given < least:
                 raise ValueError(f"{name} is {given!r}; it is a whole number, at least {least}")
-        for name in ("alpha", "learning_rate", "warmup", "weight_decay", "b1", "b2", "eps", "clip"):
+        for name in ("alpha", "learning_rate", "warmup", "weight_decay", "b1", "b2", "eps", "clip", "ema"):
             given = getattr(self, name)
             number = isinstance(given, int | float) and not isinstance(given, bool)
             if not (number and math.isfinite(given) and given >= 0) and not (given is None and name in _USUAL):
@@ -201,6 +205,12 @@ class Settings:
                 )
         if self.train in SAMPLED:
             sampled.check_remat(self.train, self.remat)
+            if self.ema:
+                whole = ", ".join(n for n in RATES if n not in SAMPLED)
+                raise ValueError(
+                    f"ema is {self.ema:g}, and train is {self.train!r}, which keeps nothing of layers that are not in turn: an"
+                    f" average goes with {whole}; leave it out"
+                )
         tiles.check(self.tile, self.remat)
         for name, value in made.items():
             object.__setattr__(self, name, value)
@@ -237,7 +247,7 @@ class Settings:
         warmup = int(self.warmup if self.warmup >= 1 else self.warmup * steps)
         return Optimizer(
             self.optimizer, self.learning_rate, schedule or self.schedule, warmup, steps, self.weight_decay, self.b1,
-            self.b2, self.eps,
+            self.b2, self.eps, self.ema,
         )  # fmt: skip
 
     @property
@@ -277,7 +287,7 @@ def _check_zeroth_order(settings: Settings) -> None:
         raise ValueError(f"train is {given!r} and optimizer {name!r}, which trains {', '.join(MEZO)}")
     if not settings.eps:
         raise ValueError(f"eps is 0; of {name!r} it is the size of the noise, such as {MEZO[given][1]:g}")
-    for field, usual in (("clip", 0), ("remat", "full"), ("b1", 0.9), ("b2", 0.999)):
+    for field, usual in (("clip", 0), ("remat", "full"), ("b1", 0.9), ("b2", 0.999), ("ema", 0)):
         if (said := getattr(settings, field)) != usual:
             raise ValueError(
                 f"{field} is {said!r}, and {name!r} makes no gradient and keeps nothing of a layer or a step: leave it out"

@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxengine import technique
+from jaxengine.finetune.average import averaging
 
 OPTIMIZERS = "jaxengine.finetune.optimizers"
 SCHEDULES = ("constant", "linear", "cosine")
@@ -50,6 +51,7 @@ class Optimizer:
 
     learning_rate: the highest; schedule: what follows `warmup` steps of a linear rise from 0, until `steps`: 'constant',
     'linear' or 'cosine' to 0. weight_decay: decoupled, times the learning rate. b1, b2, eps: as in the optimizer's paper.
+    ema: decay of an average of the parameters, kept beside them (average.py); 0: none.
     """
 
     name: str = "adamw"
@@ -61,6 +63,7 @@ class Optimizer:
     b1: float = 0.9
     b2: float = 0.999
     eps: float = 1e-8
+    ema: float = 0.0
 
     def __post_init__(self) -> None:
         optimizer(self.name)
@@ -75,6 +78,11 @@ class Optimizer:
             )
         if max(self.b1, self.b2) >= 1:
             raise ValueError(f"optimizer: b1 and b2 are {self.b1} and {self.b2}; they are below 1")
+        if not 0 <= self.ema < 1:
+            raise ValueError(
+                f"optimizer: ema is {self.ema}; it is at least 0, which keeps no average, and below 1, such as 0.99 (an average"
+                f" over about 100 steps)"
+            )
         if self.schedule not in SCHEDULES:
             raise ValueError(f"optimizer: schedule is {self.schedule!r}; it can be {', '.join(SCHEDULES)}")
         if self.warmup < 0 or (self.schedule != "constant" and self.steps <= self.warmup):
@@ -116,7 +124,8 @@ class Optimizer:
             with jax.numpy_dtype_promotion("standard"):  # optax takes powers of a float by an integer's count
                 return made.update(updates, state, params, **extra)
 
-        return optax.GradientTransformation(made.init, update)
+        own = optax.GradientTransformation(made.init, update)
+        return optax.chain(own, averaging(self.ema)) if self.ema else own
 
     def finish(self, scale: optax.GradientTransformation, decayed: Any) -> optax.GradientTransformation:
         """What comes after an optimizer's own scaling: decay, then the learning rate."""
