@@ -183,6 +183,13 @@ def load(
                 f"adapter is {os.fspath(adapter)!r} and home {chosen.home!r}: layers read from disk have nothing beside them;"
                 f" say home='host' or 'split', or merge the adapter into the model once"
             )
+        if any(d.process_index != jax.process_index() for d in over.devices.flat) and any(
+            find_home(part.home).TIER == "disk" for part in chosen.parts(arch)
+        ):
+            raise ValueError(
+                f"home is {chosen.home!r}, and the mesh {chosen.mesh!r} is of {jax.process_count()} processes: layers are read"
+                f" from disk by one; say home='host' or 'split', or take the devices of one process"
+            )
         if chosen.dtype == "bfloat16" and below_ampere():
             log.warning("this GPU multiplies no bfloat16: XLA widens each matrix to float32 first. Say dtype='float16'")
         if chosen.chunk != begun.chunk:

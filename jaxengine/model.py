@@ -20,6 +20,7 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jaxtyping import Array, Float
 
 from checkpoints.output import output_folder
@@ -293,6 +294,11 @@ class Model:
             raise ValueError(
                 f"save: max_shard_bytes goes with format='hf'; {format!r} is not split into files of a size"
             )
+        if jax.process_count() > 1:
+            raise ValueError(
+                f"save: one process writes a model, and there are {jax.process_count()}: load and save it in one, or convert the"
+                f" checkpoint itself (jaxengine.export.convert)"
+            )
         if not self.origin.config:
             raise ValueError("save: this model was made without a config.json; give from_arrays its fields")
         lost = [name for name, was in self.origin.dtypes.items() if export.loses(was, self.plan.dtype)]
@@ -506,7 +512,7 @@ class _Run:
 
     def _keep(self, chosen: engine.Chosen, made: int) -> None:
         tokens, logprobs, top_ids, top_logprobs = (
-            np.asarray(a) for a in (chosen.token, chosen.logprob, chosen.top_ids, chosen.top_logprobs)
+            _whole(a) for a in (chosen.token, chosen.logprob, chosen.top_ids, chosen.top_logprobs)
         )
         for b, row in enumerate(self.rows):
             for t in range(made):
@@ -528,6 +534,11 @@ class _Run:
             )
             for r in self.rows
         ]  # fmt: skip
+
+
+def _whole(x: Array) -> np.ndarray:
+    """All of an array, in each process that has some of it."""
+    return np.asarray(x if x.is_fully_addressable else multihost_utils.process_allgather(x, tiled=True))
 
 
 def _config_eos(config: Mapping[str, Any]) -> tuple[int, ...]:

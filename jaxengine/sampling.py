@@ -32,6 +32,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.experimental import multihost_utils
 from jaxtyping import Array, Bool, Float, Int, Key
 
 # Temperatures and repetition penalties are clipped to this range on their way to float32, where 1e-50 would be 0 and
@@ -318,8 +319,8 @@ def row_keys(seed: int | None, samples: Sequence[int]) -> Key[Array, "B"]:
     """One key per row of a batch; samples[b] = j says that row b is the j-th continuation of its prompt.
 
     The key depends on (seed, j) and not on b: a prompt gives the same text alone and in any batch. Without a seed each
-    row draws its own key from the operating system. `jax.random.key` keeps 32 bits of a seed; here 64 count, and below
-    2**32 the keys are the same.
+    row draws its own key from the operating system, of several processes that of the first. `jax.random.key` keeps 32 bits
+    of a seed; here 64 count, and below 2**32 the keys are the same.
 
     Raises ValueError for a seed outside [0, 2**64) or a sample index outside [0, 2**32).
     """
@@ -329,6 +330,8 @@ def row_keys(seed: int | None, samples: Sequence[int]) -> Key[Array, "B"]:
             raise ValueError(f"sample index {j} must be at least 0 and below 2**32; number the samples 0, 1, ...")
     if seed is None:
         words = np.frombuffer(secrets.token_bytes(8 * len(js)), np.uint32).reshape(len(js), 2)
+        if jax.process_count() > 1:
+            words = multihost_utils.broadcast_one_to_all(words)
         return jax.random.wrap_key_data(jnp.asarray(words), impl=_PRNG)
     number = _whole("seed", seed, "a whole number or None", "use None for a fresh one")
     if not 0 <= number < 2**64:
