@@ -29,7 +29,7 @@ from jaxengine import command, loading, machine, placement, proof
 from jaxengine.architecture import architecture
 from jaxengine.finetune import command as tuning_command
 from jaxengine.finetune import planning as tuning
-from jaxengine.finetune.command import chosen_plan
+from jaxengine.finetune.command import KEPT, chosen_plan
 from jaxengine.plan import Plan, choose, need, settled
 from jaxengine.planning import PROMISED, traps
 from pallas_kernels import aot
@@ -368,7 +368,7 @@ def test_load_places_nothing_where_none_holds(monkeypatch: pytest.MonkeyPatch) -
 def test_finetune_takes_the_next_plan_that_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     words = [str(LLAMA), __file__, "--memory", "64MB", "--dtype", "float32", "--context", "64", "--batch", "2"]
     params = tuning_command.finetune.make_context("finetune", words).params
-    beside = ("folder", "data", "out", "held_out", "eval_every", "save_every", "keep", "best", "merge", "skip_bad")
+    beside = ("folder", "data", "out", *KEPT)
     given = {n: x for n, x in params.items() if n not in beside}
     tried = stand_in(monkeypatch, proof, [(0, ("wrong",)), (0, ())])
     _, plan, settings = chosen_plan(str(LLAMA), given, proved=True)

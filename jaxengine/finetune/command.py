@@ -27,6 +27,8 @@ A_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 A_FOLDER = click.Path(file_okay=False, path_type=Path)
 CONTEXT = 1024  # tokens of a row, where nobody says how many and the model takes as many
 
+KEPT = ("held_out", "eval_every", "save_every", "keep", "best", "live", "merge", "skip_bad")  # of KEEPING, by name
+
 # None where nothing is said, and Settings has what is usual: so they are the options of `jaxengine plan --task` too
 RANK = click.option("--rank", metavar="R", type=click.IntRange(1), show_default="8", help="Rank of LoRA and DoRA.")
 TARGET = click.option(
@@ -219,8 +221,7 @@ def finetune(folder: str, data: tuple[Path, ...], out: Path | None, **given: Any
 
 
 def _finetune(folder: str, data: tuple[Path, ...], out: Path | None, reading: Any, **given: Any) -> None:
-    own = ("held_out", "eval_every", "save_every", "keep", "best", "live", "merge", "skip_bad")
-    keeping = {o: given.pop(o) for o in own}
+    keeping = {o: given.pop(o) for o in KEPT}
     merge_into, held_out, adapter = keeping["merge"], keeping["held_out"], given["adapter"]
     if (what := given["train"]) in ("all", "lisa", "badam", "hift"):
         for name in ("rank", "alpha", "rs", "target"):
