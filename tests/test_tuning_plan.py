@@ -26,7 +26,7 @@ from checkpoints.safetensors import write_file
 from jaxengine.architecture import architecture
 from jaxengine.command import app
 from jaxengine.finetune import planning as tuning
-from jaxengine.finetune.command import chosen_plan, finetune
+from jaxengine.finetune.command import KEPT, chosen_plan, finetune
 from jaxengine.finetune.optimizers.base import Matrix, Optimizer
 from jaxengine.finetune.settings import Settings
 from jaxengine.plan import Plan
@@ -308,19 +308,7 @@ def test_a_run_counts_the_same_and_chooses_the_same(
     words = ["--train", train, *as_words(said), *rows, *(["--optimizer", "mezo"] if task == "mezo" else [])]
     words += ["--learning-rate", "0.1"]
     given = finetune.make_context("finetune", ["demo", str(data), "--out", "x", *words]).params
-    beside = {
-        "folder",
-        "data",
-        "out",
-        "held_out",
-        "eval_every",
-        "save_every",
-        "keep",
-        "best",
-        "live",
-        "merge",
-        "skip_bad",
-    }
+    beside = {"folder", "data", "out", *KEPT}
     folder, chosen = jaxengine.demo_folder(), None
     with contextlib.suppress(ValueError):  # what needs least is over it
         chosen = chosen_plan(folder, {n: x for n, x in given.items() if n not in beside})
