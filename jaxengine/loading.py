@@ -183,8 +183,8 @@ def load(
                 f"adapter is {os.fspath(adapter)!r} and home {chosen.home!r}: layers read from disk have nothing beside them;"
                 f" say home='host' or 'split', or merge the adapter into the model once"
             )
-        if any(d.process_index != jax.process_index() for d in over.devices.flat) and any(
-            find_home(part.home).TIER == "disk" for part in chosen.parts(arch)
+        if any(find_home(part.home).TIER == "disk" for part in chosen.parts(arch)) and any(
+            d.process_index != jax.process_index() for d in over.devices.flat
         ):
             raise ValueError(
                 f"home is {chosen.home!r}, and the mesh {chosen.mesh!r} is of {jax.process_count()} processes: layers are read"
