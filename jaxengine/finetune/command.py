@@ -654,8 +654,7 @@ def _with_loops(arch: Architecture, plan: Plan, settings: Settings) -> Plan:
 
     if plan.home == "device" and not plan.form and _better_scanned(arch, plan, settings):
         return dataclasses.replace(plan, form="scan")
-    in_turn = settings.backward and settings.remat in _scanned_remats()
-    in_turn = in_turn and plan.resolved_form != "python"
+    in_turn = settings.remat in _scanned_remats() and plan.resolved_form != "python"
     looped = in_turn and scans(arch, dataclasses.replace(plan, remat=settings.remat), settings.task)
     if looped and plan.home == "split" and plan.resident > 1 and not plan.resident_form:
         return dataclasses.replace(plan, resident_form="scan")

@@ -203,7 +203,7 @@ def _through(tuning: Tuning, params: Any, state: State, x: Any, run: Run) -> tup
         if before:
             held = _changed(bank, held, layer, change)
         streamed = home(bank.home).TIER != "device"
-        if streamed and tuning.train == "all" and len(bank.kinds) > 1 and bank.stacked:
+        if tuning.train == "all" and len(bank.kinds) > 1 and bank.stacked:
             layer, x, of_bank = _in_turn(bank, place, held, layer, x, change, run)
             new.append(of_bank)
             continue
