@@ -1416,6 +1416,8 @@ def test_on_a_gpu_resident_layers_beside_adapters_are_scanned(
         (("--remat", "none"), "cpu", ""),
         (("--train", "dora", "--remat", "none"), "gpu", ""),
         (("--train", "all"), "gpu", ""),
+        (("--train", "all", "--optimizer", "mezo"), "gpu", "scan"),
+        (("--optimizer", "mezo"), "cpu", "scan"),
         (("--target", "layers.0.q"), "gpu", ""),
         (("--resident", "1"), "gpu", ""),
     ],

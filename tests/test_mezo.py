@@ -27,6 +27,7 @@ import numpy as np
 import pytest
 from oracles.golden import GOLDEN
 from test_finetune import CLOSE, ROOT, documents, invoke, rows
+from test_finetune_bytes import of
 from test_planning import BF16, LLAMA_3_8B, SMALL
 
 import jaxengine
@@ -46,6 +47,7 @@ from jaxengine.planning import plan_for
 from pallas_kernels import aot
 from pallas_kernels.audit import audit
 from pallas_kernels.cards import find
+from sharding.mesh import make_mesh
 
 STEPS, SEED = 5, 7
 HOW = Settings(
@@ -267,6 +269,20 @@ def test_adapters_of_alternating_layers_take_the_noise_of_their_own() -> None:
     for (k, n), x in named.items():
         np.testing.assert_allclose(found[1][k][n], x, rtol=0, atol=moved / 1000, err_msg=str((k, n)))
     assert moved > 1e-3
+
+
+@pytest.mark.usefixtures("cheap")
+def test_layers_that_alternate_are_changed_in_their_turn() -> None:
+    """On the device in a loop, against layers written out there, as above: each takes its own noise, decay and place."""
+    wanted, found = (ran(run_of(load("gemma2", form=form), HASHED)) for form in ("unrolled", "scan"))
+    for one, other in zip(losses(found[0]), losses(wanted[0]), strict=True):
+        assert one[0] == pytest.approx(other[0], rel=2**-18)
+    fresh = load("gemma2")
+    before = by_name(fresh, {"outer": fresh.params["outer"], "banks": tuple(b.weights for b in fresh.params["banks"])})
+    for k, x in wanted[1].items():
+        moved = np.abs(x - before[k]).max()
+        np.testing.assert_allclose(found[1][k], x, rtol=0, atol=moved / 1000, err_msg=str(k))
+        assert moved > 1e-4
 
 
 @pytest.mark.usefixtures("cheap")
@@ -497,6 +513,49 @@ def test_a_model_larger_than_the_card_is_planned_for() -> None:
     assert whole.need.device < 1.15 * 2 * 8.03e9
     with pytest.raises(ValueError, match="weights is 'int8': task 'lora' trains beside"):
         plan_for(arch, Plan(dtype="bfloat16", weights="int8"), card, task="mezo")
+
+
+TWELVE_LAYERS: dict[str, dict[str, Any]] = {
+    "llama": SMALL | {"num_hidden_layers": 12},
+    "gemma2": of("gemma2") | {"num_hidden_layers": 12, "layer_types": ["sliding_attention", "full_attention"] * 6},
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "task", "optimizer"), [("llama", "mezo", None), ("gemma2", "mezo", None), ("llama", "lora", "mezo")]
+)
+def test_a_program_is_no_larger_for_more_resident_layers(family: str, task: str, optimizer: str | None) -> None:
+    """Which are planned for in a loop: the noise of each of their arrays would be made by operations of its own."""
+    arch, what = architecture(TWELVE_LAYERS[family]), tuning.task(task, optimizer=optimizer)
+    rows: dict[str, Any] = {"batch": 1, "context": 64}
+
+    def size(resident: int, **form: str) -> int:
+        split = dataclasses.replace(BF16, home="split", resident=resident, remat="full")
+        memory = tuning.need(arch, split, what, **rows).device
+        variants = tuning.variants(arch, BF16, what, memory=memory, ram=None, **rows)
+        (planned,) = {v.plan for v in variants if v.plan.home == "split" and not v.plan.form}
+        assert planned.resident == resident
+        plan = dataclasses.replace(planned, **form)
+        program, static, abstract = tuning.program(arch, plan, what, make_mesh(None), **rows)
+        return program.on("cpu").trace(*static, *abstract).lower().as_text().count(" = ")
+
+    assert size(4) == size(8)
+    assert size(4) < size(4, resident_form="unrolled") < size(8, resident_form="unrolled")
+
+
+@pytest.mark.aot
+@pytest.mark.usefixtures("cheap")
+@pytest.mark.skipif(aot.missing() is not None, reason=str(aot.missing()))
+@pytest.mark.parametrize("plan", [{"form": "scan"}, {"home": "split", "resident": 4, "resident_form": "scan"}], ids=str)
+def test_of_resident_layers_that_alternate_one_is_changed_at_a_time(plan: dict[str, Any]) -> None:
+    """As is counted: XLA would bring a whole turn's beside the first."""
+    arch, what = architecture(TWELVE_LAYERS["gemma2"]), tuning.task("mezo")
+    chosen = dataclasses.replace(BF16, **plan)
+    with aot.target(aot.CARDS["RTX 4090"]) as target:
+        program, static, abstract = tuning.program(arch, chosen, what, cast(Any, target.mesh), batch=4, context=1024)
+        compiled = target.compile(program.on("gpu"), *static, *target.place(abstract))
+    need = tuning.need(arch, chosen, what, batch=4, context=1024)
+    assert aot.device_bytes(compiled) == pytest.approx(need.device, rel=0.05)
 
 
 @pytest.mark.aot

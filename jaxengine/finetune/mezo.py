@@ -247,8 +247,9 @@ def _changed(bank: Bank, held: Any, layer: Array, change: Change) -> Any:
 def _in_turn(
     bank: Bank, place: Place, held: Any, layer: Array, x: Any, change: Change, run: Run
 ) -> tuple[Array, Any, Any]:
-    """(layer, x, trained) after a bank whose unlike layers follow each other and are trained themselves: each is brought when
-    the one before it was used and has gone back. (`walk` takes slices of all of a turn's states at its beginning.)"""
+    """(layer, x, trained) after a bank whose unlike layers follow each other and are trained themselves: each is brought, or
+    changed where it stands, when the one before it was used and has gone back. (`walk` takes slices of all of a turn's states
+    at its beginning.)"""
 
     def period(i: Array, loop: Any) -> Any:
         layer, x, stacks = loop
