@@ -60,9 +60,9 @@ class Plan:
     home: where layers live; form: 'unrolled', 'scan', 'ahead' or 'python' ('' is the home's own); resident: under the homes
     'split' and 'disk', the number of layers, from the first on, that stand on the device; kept: under the home 'disk', the
     number of layers after those that stand in host memory. resident_form: how those of a split home go that stand on the
-    device, 'unrolled' ('' is that; where adapters are trained, or by MeZO, what is better) or 'scan'. stay: name patterns, e.g. 'k' or
-    'layers.*.k', of parameters that stand on the device although their layers are streamed from host memory, besides those
-    that always do (`stays`).
+    device, 'unrolled' ('' is that; where adapters are trained, or by MeZO, what is better) or 'scan'. stay: name patterns,
+    e.g. 'k' or 'layers.*.k', of parameters that stand on the device although their layers are streamed from host memory,
+    besides those that always do (`stays`).
     kv_layout, kv_codec, kv_store: the cache.
     sharding: a named table of rules; rules: (logical axis, mesh axis or None) pairs that go before it.
     mesh: e.g. 'data=2,tensor=4' ('' is one device). remat: when fine-tuning, what is kept of a layer for its way back
