@@ -46,7 +46,7 @@ from jaxengine.sources import Origin, Source, check_numbers, open_source, read_c
 from jaxengine.text import Tokenizer
 from pallas_kernels.cards import CARDS
 from pallas_kernels.dispatch import Refused, below_ampere
-from sharding.mesh import make_mesh
+from sharding.mesh import make_mesh, spans_processes
 
 log = logging.getLogger("jaxengine")
 
@@ -183,9 +183,7 @@ def load(
                 f"adapter is {os.fspath(adapter)!r} and home {chosen.home!r}: layers read from disk have nothing beside them;"
                 f" say home='host' or 'split', or merge the adapter into the model once"
             )
-        if any(find_home(part.home).TIER == "disk" for part in chosen.parts(arch)) and any(
-            d.process_index != jax.process_index() for d in over.devices.flat
-        ):
+        if any(find_home(part.home).TIER == "disk" for part in chosen.parts(arch)) and spans_processes(over):
             raise ValueError(
                 f"home is {chosen.home!r}, and the mesh {chosen.mesh!r} is of {jax.process_count()} processes: layers are read"
                 f" from disk by one; say home='host' or 'split', or take the devices of one process"

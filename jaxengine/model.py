@@ -11,6 +11,7 @@ one batch, right-padded to a bucket of lengths; every row gives what it gives al
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import os
 import time
@@ -21,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from checkpoints.output import output_folder
@@ -31,6 +33,7 @@ from jaxengine.plan import DTYPES, Plan, activation_bytes, cache_bytes, device_b
 from jaxengine.sources import Origin
 from jaxengine.text import Detokenizer, StopStrings, Tokenizer
 from pallas_kernels.dispatch import below_ampere
+from sharding.mesh import spans_processes
 
 log = logging.getLogger("jaxengine")
 
@@ -61,7 +64,7 @@ class Model:
         self,
         architecture: Architecture,
         plan: Plan,
-        mesh: jax.sharding.Mesh,
+        mesh: Mesh,
         params: Any,
         origin: Origin,
         tokenizer: Tokenizer | None,
@@ -190,7 +193,8 @@ class Model:
     def stream(self, prompt: Prompt, *, max_new_tokens: int = 128, **options: Any) -> Iterator[str]:
         """Continue one prompt, yielding text as it becomes final: never half a character, never a part of a stop string.
 
-        Takes `generate`'s options but n and logprobs. Joined together, the pieces are `generate`'s text.
+        Takes `generate`'s options but n and logprobs. Joined together, the pieces are `generate`'s text. Over a mesh of several
+        processes each of them takes the same pieces.
         """
         for refused in ("n", "logprobs"):
             if refused in options:
@@ -205,7 +209,8 @@ class Model:
         return self._pieces(run)
 
     def _pieces(self, run: _Run) -> Iterator[str]:
-        steps = 1
+        together = spans_processes(self.mesh)  # all make the same calls, whatever each one's clock says
+        steps = 8 if together else 1
         while True:
             if piece := run.rows[0].take_text():
                 yield piece
@@ -214,7 +219,8 @@ class Model:
             start = time.perf_counter()
             run.advance(steps)
             # a call for every token costs a fast model more than its steps; a slow one should be seen token by token
-            steps = min(2 * steps, 16) if time.perf_counter() - start < 0.05 else max(steps // 2, 1)
+            if not together:
+                steps = min(2 * steps, 16) if time.perf_counter() - start < 0.05 else max(steps // 2, 1)
 
     def _check_budget(self, prompts: int, rows: int, tokens: int, length: int) -> None:
         """Refuse a call that needs more device memory than the model was loaded for."""
@@ -294,10 +300,15 @@ class Model:
             raise ValueError(
                 f"save: max_shard_bytes goes with format='hf'; {format!r} is not split into files of a size"
             )
-        if jax.process_count() > 1:
+        if spans_processes(self.mesh):
             raise ValueError(
-                f"save: one process writes a model, and there are {jax.process_count()}: load and save it in one, or convert the"
-                f" checkpoint itself (jaxengine.export.convert)"
+                f"save: one process writes a model, and the mesh {self.plan.mesh!r} is of {jax.process_count()}: load it on"
+                f" devices of one and save it there, or convert the checkpoint itself (jaxengine.export.convert)"
+            )
+        if format == "orbax" and jax.process_count() > 1:
+            raise ValueError(
+                f"save: orbax writes with all {jax.process_count()} processes, and this model is in one of them: say format='hf',"
+                f" or save it where there is one process"
             )
         if not self.origin.config:
             raise ValueError("save: this model was made without a config.json; give from_arrays its fields")
@@ -327,7 +338,7 @@ class Model:
     # --- inputs ----------------------------------------------------------------------------------------------------
 
     def _put(self, x: np.ndarray) -> Array:
-        return jax.device_put(x, jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec()))
+        return jax.device_put(x, NamedSharding(self.mesh, PartitionSpec()))
 
     def _encode_all(self, prompts: Any) -> list[list[int]]:
         one = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int | np.integer | Mapping))
@@ -464,6 +475,7 @@ class _Run:
         self.ids = ids
         self.steps = sampling.Steps.of([how])
         self.values = sampling.values(self.steps, [how] * len(owners))
+        agree = functools.partial(_of_first, model.mesh) if spans_processes(model.mesh) else None
         padded = np.full(engine.bucket(len(stop_ids), least=8), -1, np.int32)  # their number must not compile anew
         padded[: len(stop_ids)] = sorted(stop_ids)
         self.stop_ids = model._put(padded)
@@ -476,7 +488,7 @@ class _Run:
         self.now, chosen = model.runs.prefill(
             model.engine, self.steps, length, n, self.top, model.params,
             model._put(tokens), model._put(np.asarray([len(i) for i in ids], np.int32)), self.values,
-            sampling.row_keys(seed, [j for _ in ids for j in range(n)]), self.stop_ids,
+            sampling.row_keys(seed, [j for _ in ids for j in range(n)], agree), self.stop_ids,
         )  # fmt: skip
         self.made = 1
         self._keep(jax.tree.map(lambda a: a[:, None], chosen), 1)
@@ -539,6 +551,16 @@ class _Run:
 def _whole(x: Array) -> np.ndarray:
     """All of an array, in each process that has some of it."""
     return np.asarray(x if x.is_fully_addressable else multihost_utils.process_allgather(x, tiled=True))
+
+
+def _of_first(mesh: Mesh, x: np.ndarray) -> np.ndarray:
+    """What the process of a mesh's first device gave, in each of the mesh's processes."""
+    along = Mesh(mesh.devices.reshape(-1), ("all",))
+    each = jax.make_array_from_callback(
+        (along.size, *x.shape), NamedSharding(along, PartitionSpec("all")), lambda index: x[None]
+    )
+    first = jax.jit(lambda each: each[0], out_shardings=NamedSharding(along, PartitionSpec()))(each)
+    return np.asarray(first.addressable_data(0))
 
 
 def _config_eos(config: Mapping[str, Any]) -> tuple[int, ...]:

@@ -24,7 +24,7 @@ Legend: B batch, T prompt positions, V vocab.
 import math
 import operator
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
@@ -32,7 +32,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.experimental import multihost_utils
 from jaxtyping import Array, Bool, Float, Int, Key
 
 # Temperatures and repetition penalties are clipped to this range on their way to float32, where 1e-50 would be 0 and
@@ -315,12 +314,15 @@ def top_logprobs(logits: Float[Array, "B V"], n: int) -> tuple[Int[Array, "B N"]
     return ids, _logprobs(logits, largest)
 
 
-def row_keys(seed: int | None, samples: Sequence[int]) -> Key[Array, "B"]:
+def row_keys(
+    seed: int | None, samples: Sequence[int], agree: Callable[[np.ndarray], np.ndarray] | None = None
+) -> Key[Array, "B"]:
     """One key per row of a batch; samples[b] = j says that row b is the j-th continuation of its prompt.
 
     The key depends on (seed, j) and not on b: a prompt gives the same text alone and in any batch. Without a seed each
-    row draws its own key from the operating system, of several processes that of the first. `jax.random.key` keeps 32 bits
-    of a seed; here 64 count, and below 2**32 the keys are the same.
+    row draws its own key from the operating system; agree: takes such words, uint32 [B, 2], that each process of several drew,
+    to those that all of them use. `jax.random.key` keeps 32 bits of a seed; here 64 count, and below 2**32 the keys are the
+    same.
 
     Raises ValueError for a seed outside [0, 2**64) or a sample index outside [0, 2**32).
     """
@@ -330,8 +332,8 @@ def row_keys(seed: int | None, samples: Sequence[int]) -> Key[Array, "B"]:
             raise ValueError(f"sample index {j} must be at least 0 and below 2**32; number the samples 0, 1, ...")
     if seed is None:
         words = np.frombuffer(secrets.token_bytes(8 * len(js)), np.uint32).reshape(len(js), 2)
-        if jax.process_count() > 1:
-            words = multihost_utils.broadcast_one_to_all(words)
+        if agree is not None:
+            words = agree(words)
         return jax.random.wrap_key_data(jnp.asarray(words), impl=_PRNG)
     number = _whole("seed", seed, "a whole number or None", "use None for a fresh one")
     if not 0 <= number < 2**64:

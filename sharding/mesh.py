@@ -56,6 +56,11 @@ def make_mesh(spec: str | Mapping[str, int] | Mesh | None = None, devices: Devic
     return jax.make_mesh(shape, names, (AxisType.Auto,) * len(names), devices=devices)
 
 
+def spans_processes(mesh: Mesh) -> bool:
+    """Whether some of a mesh's devices are another process's."""
+    return any(device.process_index != jax.process_index() for device in mesh.devices.flat)
+
+
 def abstract_mesh(spec: str) -> AbstractMesh:
     """The mesh that `make_mesh` makes of a text such as "data=2,tensor=4", of devices that need not be there.
 

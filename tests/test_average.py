@@ -160,6 +160,82 @@ def test_a_run_goes_on_with_its_average(train: str, how: dict[str, Any], tmp_pat
         Run(llama(**how), dataclasses.replace(settings, ema=0.0), rows(), rows(6, 60), out=tmp_path / "cut")
 
 
+def test_what_is_exchanged_stands_once() -> None:
+    """Where an average lives elsewhere, in host memory: what it and its parameter were in is free."""
+    run = run_of(llama(home="host"), dataclasses.replace(EMA, train="all"))
+    next(run)
+    run._show(live=True)
+    before = jax.tree.leaves(run._state)
+    run._show(live=False)
+    gone = [x for x in before if all(x is not y for y in jax.tree.leaves(run._state))]
+    assert len(gone) == 2 * len(run.model.params["outer"])
+    assert all(x.is_deleted() for x in gone)
+
+
+def test_what_is_saved_is_not_the_average_when_interrupted_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second Ctrl-C, which waits for nothing, comes while the average is put in place."""
+    settings = dataclasses.replace(EMA, train="all")
+
+    def opened(name: str) -> Run:
+        return Run(llama(), settings, rows(), rows(6, 60), out=tmp_path / name, save_every=9, eval_every=2)
+
+    with opened("whole") as whole:
+        wanted = [(r.loss, r.eval_loss) for r in whole.run()]
+    combined, met = Run._combined, []
+
+    def stops(run: Run) -> Any:
+        if run._averaged and not met:
+            met.append(run.step)
+            raise KeyboardInterrupt
+        return combined(run)
+
+    with opened("cut") as run, monkeypatch.context() as patched:
+        patched.setattr(Run, "_combined", stops)
+        with pytest.raises(KeyboardInterrupt):
+            run.run()
+    assert met == [2]
+    with opened("cut") as run:
+        assert run.step == 2
+        assert [(r.loss, r.eval_loss) for r in run.run()] == wanted[2:]
+
+
+def test_an_average_that_finds_no_place_ends_the_run_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = run_of(llama(home="host"), dataclasses.replace(EMA, train="all"))
+    next(run)
+
+    def full(*given: Any) -> Any:
+        raise RuntimeError("RESOURCE_EXHAUSTED")
+
+    monkeypatch.setattr(average, "_exchanged", full)
+    with pytest.raises(
+        RuntimeError, match=r"the average could not be put .* \(RESOURCE_EXHAUSTED\), which ends this run: "
+    ):
+        run.tuned()
+
+
+@pytest.mark.parametrize("scored", [False, True])
+def test_a_model_that_is_trained_itself_holds_what_was_asked(scored: bool, tmp_path: Path) -> None:
+    """At the end of a run that writes nothing, whether or not held-out rows were looked at; and after a checkpoint what it held
+    before."""
+    settings = dataclasses.replace(EMA, train="all")
+    held: dict[bool, dict[str, np.ndarray]] = {}
+    for live in (False, True):
+        run = Run(llama(), settings, rows(), rows(6, 60) if scored else None)
+        run.run(live=live)
+        held[live] = numbers(run.model.params)
+        assert all(np.array_equal(x, held[live][n]) for n, x in numbers(run.tuned(live=live).params).items())
+    assert any(not np.array_equal(x, held[True][n]) for n, x in held[False].items())
+    with Run(llama(), settings, rows(), out=tmp_path / "out") as run:
+        next(run), next(run)
+        for live in (False, True):
+            model = run.tuned(live=live)
+            before = numbers(model.params)
+            run.save()
+            assert all(np.array_equal(x, before[n]) for n, x in numbers(model.params).items())
+
+
 @pytest.mark.parametrize("train", ["lora", "all"])
 def test_what_is_written_is_the_average_and_what_the_step_had_when_asked(train: str, tmp_path: Path) -> None:
     """The held-out loss of the written folder, by a run of no average, is that of the average; live, of a run without one."""
@@ -276,14 +352,15 @@ def test_the_command_writes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         "finetune", "demo", str(path), "--out", str(out), "--context", "48", "--batch", "4", "--steps", "5", "--eval", "0.2",
         "--learning-rate", "1e-2", "--warmup", "0", "--ema", "0.9", "--compute", "float32",
     )  # fmt: skip
-    written: dict[bool, list[bytes]] = {}
-    for live in (False, True):
-        more = ["--merge", str(tmp_path / f"merged{live}"), *(["--live"] if live else [])]
-        done = CliRunner().invoke(app, [*words, *more])
+    written: dict[str, list[bytes]] = {}
+    for more in ("", "--live", "--best", "--best --live"):
+        merged = tmp_path / f"merged{more}"
+        done = CliRunner().invoke(app, [*words, "--merge", str(merged), *more.split()])
         assert done.exit_code == 0, done.output
-        files = (out / "adapter" / "adapter_model.safetensors", tmp_path / f"merged{live}" / "model.safetensors")
-        written[live] = [file.read_bytes() for file in files]
-    assert all(a != b for a, b in zip(written[False], written[True], strict=True))
+        files = (out / "adapter" / "adapter_model.safetensors", merged / "model.safetensors")
+        written[more] = [file.read_bytes() for file in files]
+    assert all(a != b for a, b in zip(written[""], written["--live"], strict=True))
+    assert (written["--best"], written["--best --live"]) == (written[""], written["--live"])  # it is the last
     scores = [n["eval/loss"] for f in (out / "events").iterdir() for _, n in read_events(f) if "eval/loss" in n]
     assert len(scores) == 1
     done = CliRunner().invoke(app, [*words, "--live", "--ema", "0"])

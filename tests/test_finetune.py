@@ -1362,7 +1362,8 @@ def test_what_a_refusal_of_memory_advises_is_taken(
         ((), "scan"),
         (("--form", "unrolled"), "unrolled"),
         (("--remat", "none"), "unrolled"),
-        (("--optimizer", "mezo"), "unrolled"),
+        (("--optimizer", "mezo"), "scan"),
+        (("--train", "all", "--optimizer", "mezo"), "scan"),
         (("--target", "layers.0.q"), "unrolled"),  # a stack's layers have the same ones
         (("--home", "host", "--stay", "k"), "scan"),
     ],
@@ -1389,7 +1390,8 @@ def test_on_a_cpu_layers_that_are_run_again_are_scanned(
         (("--memory", "64MB", "--target", "layers.*.q"), "scan", "none"),
         (("--form", "unrolled"), "unrolled", "full"),
         (("--train", "all"), "unrolled", "full"),
-        (("--optimizer", "mezo"), "unrolled", "full"),
+        (("--optimizer", "mezo"), "scan", "full"),
+        (("--train", "all", "--optimizer", "mezo"), "scan", "full"),
         (("--memory", "64MB", "--target", "layers.0.q"), "unrolled", "none"),
         (("--rule", "layers.1.*=int8"), "unrolled", "full"),  # two stacks of one layer
     ],

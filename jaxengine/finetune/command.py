@@ -663,15 +663,15 @@ def _with_loops(arch: Architecture, plan: Plan, settings: Settings) -> Plan:
 
 def _better_scanned(arch: Architecture, plan: Plan, settings: Settings) -> bool:
     """Whether layers on this device should be scanned, where nobody says: on a GPU where a plan has them so, and on a CPU where
-    they are run again, which XLA:CPU does long before they are gone back through where they are written out
-    (scripts/LOG.md)."""
+    they are run again, which XLA:CPU does long before they are gone back through where they are written out, or there is no
+    gradient (scripts/LOG.md)."""
     import dataclasses
 
     import jax
 
     from jaxengine.finetune.planning import same_targets, scans
 
-    if not settings.backward or settings.remat not in _scanned_remats():
+    if settings.remat not in _scanned_remats():
         return False
     if jax.default_backend() == "gpu":
         return scans(arch, dataclasses.replace(plan, remat=settings.remat), settings.task)

@@ -496,7 +496,7 @@ class Run:
         if self._is_scored:
             record = dataclasses.replace(record, eval_loss=self.evaluate())
         if self.step % self.save_every == 0 or last:
-            self.save()
+            self._save()
         if last:
             self._settle()
             self.wait()
@@ -515,7 +515,8 @@ class Run:
             raise self._lost(f"some of what is trained is nan or infinite after step {self.step}")
 
     def run(self, progress: Callable[[Record], None] | None = None, *, live: bool = False) -> list[Record]:
-        """Make all steps that are left, save, and write what came out (`export(live=live)`); the Records of these steps.
+        """Make all steps that are left, save, and write what came out (`export(live=live)`); the Records of these steps. A model
+        that is trained itself holds the same then.
 
         progress: called with each. Ctrl-C saves, and is raised again: the next run over the same folder goes on there.
         """
@@ -527,12 +528,13 @@ class Run:
                     progress(record)
         except KeyboardInterrupt:
             if not any(x.is_deleted() for x in jax.tree.leaves(self._state)):  # by a step that was not waited for
-                self.save()
+                self._save()
                 self.wait()
             raise
         self.wait()
         if self.out is not None:
             self.export(live=live)
+        self._show(live=live)
         return made
 
     def _next_batch(self) -> tuple[Batch, int, dict[str, Any]]:
@@ -578,9 +580,19 @@ class Run:
         if averaged == self._averaged:
             return
         with interrupts_deferred():
-            changed = average.exchanged(self._state.trained, self._state.optimizer)
-            self._take(dataclasses.replace(self._state, trained=changed[0], optimizer=changed[1]))
-            self._averaged = averaged
+            try:
+                trained, optimizer = average.exchanged(self._state.trained, self._state.optimizer)
+            except RuntimeError as error:  # XLA's, of memory that is not there
+                raise RuntimeError(
+                    f"the average could not be put where what is trained stands ({error}), which ends this run: {self.stopped}."
+                    f" The same again goes on from what is saved"
+                ) from error
+            changed = dataclasses.replace(self._state, trained=trained, optimizer=optimizer)
+            self._state, self._averaged = (
+                changed,
+                averaged,
+            )  # at once: a second Ctrl-C may come next, and what is saved is live
+            self._take(changed)
 
     def _combined(self) -> Any:
         return trained(self.settings.train).combine(self.settings.options, self._frozen, self._state.trained)
@@ -656,6 +668,11 @@ class Run:
 
     def save(self) -> None:
         """Write a checkpoint of the last step made, beside the next steps; nothing where it is there already."""
+        averaged = self._averaged
+        self._save()
+        self._show(live=not averaged)
+
+    def _save(self) -> None:
         if self._manager is None or not self.step or self.step in self._manager.all_steps():
             return
         import orbax.checkpoint as ocp
