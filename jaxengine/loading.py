@@ -157,6 +157,11 @@ def load(
                 if size is not None and size < 1:
                     raise ValueError(f"{what} is {size}; it is at least 1")
             longest = min(2048, arch.config.max_position_embeddings) if context is None else context
+            if ram is None and spans_processes(over):
+                raise ValueError(
+                    f"memory is {memory!r}, and the mesh {chosen.mesh!r} is of {jax.process_count()} processes, of which each may"
+                    f" count other free host memory and plan otherwise: say ram= too, what there is for all of them"
+                )
             room = _room(budget, over.size) if ram is None else parse_bytes(ram, "ram")
             rows, device = 1 if batch is None else batch, over.devices.flat[0]
             check_rows(arch, rows, longest)

@@ -18,6 +18,7 @@ import jaxengine
 PROMPTS = ["2 + 2 =", "for i in range("]
 WAYS: dict[str, dict[str, Any]] = {
     "host": {"home": "host", "mesh": "fsdp=4", "sharding": "fsdp"},
+    "budget": {"memory": "1GB", "ram": "4GB", "mesh": "fsdp=4", "sharding": "fsdp"},
     "split": {"home": "split", "resident": 1, "mesh": "data=2,tensor=2", "sharding": "tensor"},
 }
 CODE = """
@@ -46,7 +47,8 @@ for name, how in ways.items():
         "streamed": [len(streamed), sum(len(x.addressable_shards) == 2 and not x.is_fully_addressable for x in streamed)],
     }
 for what in (lambda: jaxengine.load(jaxengine.demo_folder(), home="disk", mesh="fsdp=4", sharding="fsdp"),
-             lambda: model.save(sys.argv[2])):
+             lambda: model.save(sys.argv[2]),
+             lambda: jaxengine.load(jaxengine.demo_folder(), memory="1GB", mesh="fsdp=4", sharding="fsdp")):
     try:
         what()
     except ValueError as error:
@@ -97,7 +99,8 @@ def test_streamed_layers_of_two_processes_give_what_one_does(tmp_path: Path) -> 
     for name in WAYS:
         assert found[0][name]["text"] == text
         streamed, shared = found[0][name]["streamed"]
-        assert shared == streamed > 0
+        assert shared == streamed
+        assert (streamed > 0) == (name != "budget")  # which holds all
         np.testing.assert_allclose(found[0][name]["logits"], logits, rtol=0, atol=1e-4)
         assert [tokens for tokens, _ in found[0][name]["made"]] == [c.tokens for c in made]
         theirs, ours = (
@@ -107,10 +110,11 @@ def test_streamed_layers_of_two_processes_give_what_one_does(tmp_path: Path) -> 
         np.testing.assert_allclose(theirs, ours, atol=1e-4)
     drawn = found[0]["split"]["drawn"]
     assert len({tuple(tokens) for tokens in drawn}) == len(drawn) == 4
-    disk, save, orbax = found[0]["refused"]
+    disk, save, budget, orbax = found[0]["refused"]
     assert "home is 'disk', and the mesh 'fsdp=4' is of 2 processes: layers are read from disk by one" in disk
     assert "save: one process writes a model, and the mesh 'data=2,tensor=2' is of 2: load it on devices" in save
     assert not (tmp_path / "saved").exists()
+    assert "memory is '1GB', and the mesh 'fsdp=4' is of 2 processes, of which each may" in budget
     # a model that is in one process is that one's alone
     assert alone == [c.tokens for c in model.generate(PROMPTS, max_new_tokens=8)]
     assert own[0] != own[1]
