@@ -93,6 +93,7 @@ Row = tuple[str, str, str, dict[str, Any], int, int, dict[str, Any]]
 RANK_64 = {"options": LowRank(rank=64)}
 ADAFACTOR = Optimizer("adafactor")
 TWO_CARDS = {"mesh": "data=2", "sharding": "data"}
+HALVES = {"mesh": "tensor=2", "sharding": "tensor"}
 AVERAGED = Optimizer(ema=0.99)
 EIGHT_BITS, MEZO = Optimizer("adamw8bit"), Optimizer("mezo", 1e-6, eps=1e-3)
 ROWS: list[Row] = [
@@ -417,6 +418,9 @@ def test_models_of_real_size_and_what_compiles_long(
         ("small", "H200", "full", HOST, {"accumulate": 2}, ""),
         ("gemma2", "H200", "lora", HOST, {"optimizer": MEZO, "clip": 0.0}, ""),
         ("small", "RTX 4090", "lora", HOST | TWO_CARDS, {}, "of about a thousand tokens on each card"),
+        ("thin", "H200", "full", HOST | HALVES, {}, "of every parameter over tensor, with many tokens"),
+        ("wide", "H200", "full", HOST | HALVES, {}, ""),
+        ("thin", "H200", "full", HOST | TWO_CARDS, {}, ""),
         ("wide", "RTX 4090", "hift", HOST, {"optimizer": ADAFACTOR}, "in which adafactor changes some layers"),
         ("wide", "RTX 4090", "hift", HOST, {}, ""),
     ],

@@ -185,7 +185,6 @@ FURTHER: list[Any] = [
             ("wide", "RTX 4090", "full", HERE, 2, 2048, "fsdp=2"),
             ("thin", "H200", "full", {}, 2, 1024, "fsdp=2"),
             ("wide", "RTX 4090", "full", SCANNED, 2, 2048, "tensor=2"),
-            ("thin", "H200", "full", HERE, 2, 1024, "tensor=2"),
         )
     ),
     *(
@@ -194,6 +193,8 @@ FURTHER: list[Any] = [
         )
         for reason, *row in (
             ("8 % over: few rows, as on one card", "small", "RTX 4090", "lora", HERE, 8, 512, "data=4"),
+            ("5.01 % over: many tokens for so small layers", "thin", "H200", "full", HERE, 2, 1024, "tensor=2"),
+            ("13 % over: many tokens for so small layers", "small", "RTX 4090", "full", HERE, 8, 1024, "tensor=2"),
         )
     ),
 ]

@@ -541,7 +541,11 @@ def strays(architecture: Architecture, plan: Plan, task: Task, tokens: int) -> l
         # counted is that all matrices stand beside the widest of what is made; the last one is gone by then (scripts/LOG.md)
         each = " on each card" if rows > 1 else ""
         found.append((f"of about a thousand tokens{each} beside streamed layers", "0.92 to 1"))
-    if plan.mesh:
+    if mesh is not None:
+        one = max(layer_bytes(architecture, plan)) // cards
+        if not task.beside and streamed and cards > rows and 5 * 4 * tokens * width(architecture) > one:
+            # counted is that a layer, its gradient and what devices sum stand at the same time (scripts/LOG.md)
+            found.append(("of every parameter over tensor, with many tokens for so small layers,", "0.83 to 1"))
         return found
     if task.beside and streamed and narrow and plan.attention == "xla":
         found.append(("beside streamed layers with attention 'xla' in 16 bits", "up to 1.08"))
