@@ -542,8 +542,8 @@ def strays(architecture: Architecture, plan: Plan, task: Task, tokens: int) -> l
         each = " on each card" if rows > 1 else ""
         found.append((f"of about a thousand tokens{each} beside streamed layers", "0.92 to 1"))
     if mesh is not None:
-        one = max(layer_bytes(architecture, plan)) // cards
-        if not task.beside and streamed and cards > rows and 5 * 4 * tokens * width(architecture) > one:
+        sums = 4 * tokens * width(architecture)  # in float32
+        if not task.beside and streamed and cards > rows and 5 * sums > max(layer_bytes(architecture, plan)):
             # counted is that a layer, its gradient and what devices sum stand at the same time (scripts/LOG.md)
             found.append(("of every parameter over tensor, with many tokens for so small layers,", "0.83 to 1"))
         return found
