@@ -48,8 +48,8 @@ def averaging(decay: float) -> optax.GradientTransformation:
 
 def exchanged(trained: Any, optimizer: Any) -> tuple[Any, Any]:
     """What is trained and an optimizer's state, with the averages there and what they are of in each other's places, which
-    takes no more of any device: an array whose average lives elsewhere goes there before that comes. Twice is as before. What
-    was given is used up."""
+    takes no more of any device: an array whose average lives elsewhere goes there before that comes, so that host memory holds
+    one of them more meanwhile. Twice is as before. What was given is used up."""
     states, structure = jax.tree.flatten(optimizer, is_leaf=_is_average)
     where = [i for i, x in enumerate(states) if _is_average(x)]
     live, tree = jax.tree.flatten(trained)
