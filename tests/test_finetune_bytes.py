@@ -421,6 +421,8 @@ def test_models_of_real_size_and_what_compiles_long(
         ("thin", "H200", "full", HOST | HALVES, {}, "of every parameter over tensor, with many tokens"),
         ("wide", "H200", "full", HOST | HALVES, {}, ""),
         ("thin", "H200", "full", HOST | TWO_CARDS, {}, ""),
+        ("thin", "H200", "full", HOST | TWO_CARDS, {"optimizer": AVERAGED}, "every parameter and its average over"),
+        ("thin", "H200", "full", HOST, {"optimizer": AVERAGED}, ""),
         ("wide", "RTX 4090", "hift", HOST, {"optimizer": ADAFACTOR}, "in which adafactor changes some layers"),
         ("wide", "RTX 4090", "hift", HOST, {}, ""),
     ],

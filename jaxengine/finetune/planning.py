@@ -546,6 +546,8 @@ def strays(architecture: Architecture, plan: Plan, task: Task, tokens: int) -> l
         if not task.beside and streamed and cards > rows and 5 * sums > max(layer_bytes(architecture, plan)):
             # counted is that a layer, its gradient and what devices sum stand at the same time (scripts/LOG.md)
             found.append(("of every parameter over tensor, with many tokens for so small layers,", "0.83 to 1"))
+        elif not task.beside and task.optimizer.ema:
+            found.append(("of every parameter and its average over several cards", "0.94 to 1.02"))
         return found
     if task.beside and streamed and narrow and plan.attention == "xla":
         found.append(("beside streamed layers with attention 'xla' in 16 bits", "up to 1.08"))
