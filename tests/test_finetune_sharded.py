@@ -163,6 +163,7 @@ ROWS: list[Row] = [
     ("small", "RTX 4090", "lora", SCANNED, 4, 1024, "data=2"),
     ("small", "RTX 4090", "full", HERE, 4, 1024, "fsdp=2"),
     ("vocab", "RTX 4090", "full", HERE, 4, 1024, "tensor=2"),
+    ("vocab", "RTX 4090", "full", HERE, 4, 1024, "fsdp=2"),  # whose loss is made in a loop
     ("small", "RTX 4090", "full", SCANNED, 4, 1024, "data=2"),
 ]
 FURTHER: list[Any] = [
@@ -183,6 +184,8 @@ FURTHER: list[Any] = [
             ("wide", "RTX 4090", "full", HERE, 2, 2048, "data=2"),
             ("wide", "H200", "full", HERE, 2, 2048, "data=2"),
             ("wide", "RTX 4090", "full", HERE, 2, 2048, "fsdp=2"),
+            ("8B", "RTX 4090", "full", HERE, 2, 2048, "fsdp=2"),
+            ("tied vocab", "RTX 4090", "full", HERE, 2, 1024, "fsdp=2"),
             ("thin", "H200", "full", {}, 2, 1024, "fsdp=2"),
             ("wide", "RTX 4090", "full", SCANNED, 2, 2048, "tensor=2"),
         )

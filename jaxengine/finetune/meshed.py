@@ -183,6 +183,16 @@ def need(
         coming = whole + part + 2 * rows * context * width(used) * itemsize
         making = whole + loss(used, one, rows, context, itemsize)
         found["activations"] = max(found["activations"], coming - found["streaming"], making - found["streaming"])
+    if task.layered(plan) and layer > shard and context > chunk:
+        # the head's whole gradient in float32, of a loop over tokens, then its shard; the head's own, and brought together,
+        # beside which the loop's logits were
+        names, outer = step.head_names(used.outer()[1]), used.outer()[1]
+        whole = sum(math.prod(outer[n].shape) for n in names)
+        part = sum(math.prod(held.outer()[1][n].shape) for n in names)
+        pieces = loss(used, one, rows, context, itemsize)
+        making = 4 * (whole + part) + itemsize * whole + max(4 * part, pieces)
+        making += 3 * rows * context * width(used) * itemsize
+        found["activations"] = max(found["activations"], making - found["streaming"] - found["gradients"])
     for name in ("host_weights", "host_optimizer", "host_kept"):
         found[name] *= mesh.size
     return Need(**found)
