@@ -46,7 +46,7 @@ from jaxengine.sources import Origin, Source, check_numbers, open_source, read_c
 from jaxengine.text import Tokenizer
 from pallas_kernels.cards import CARDS
 from pallas_kernels.dispatch import Refused, below_ampere
-from sharding.mesh import make_mesh, spans_processes
+from sharding.mesh import make_mesh, processes
 
 log = logging.getLogger("jaxengine")
 
@@ -157,9 +157,9 @@ def load(
                 if size is not None and size < 1:
                     raise ValueError(f"{what} is {size}; it is at least 1")
             longest = min(2048, arch.config.max_position_embeddings) if context is None else context
-            if ram is None and spans_processes(over):
+            if ram is None and processes(over) > 1:
                 raise ValueError(
-                    f"memory is {memory!r}, and the mesh {chosen.mesh!r} is of {jax.process_count()} processes, of which each may"
+                    f"memory is {memory!r}, and the mesh {chosen.mesh!r} is of {processes(over)} processes, of which each may"
                     f" count other free host memory and plan otherwise: say ram= too, what there is for all of them"
                 )
             room = _room(budget, over.size) if ram is None else parse_bytes(ram, "ram")
@@ -188,9 +188,9 @@ def load(
                 f"adapter is {os.fspath(adapter)!r} and home {chosen.home!r}: layers read from disk have nothing beside them;"
                 f" say home='host' or 'split', or merge the adapter into the model once"
             )
-        if any(find_home(part.home).TIER == "disk" for part in chosen.parts(arch)) and spans_processes(over):
+        if any(find_home(part.home).TIER == "disk" for part in chosen.parts(arch)) and processes(over) > 1:
             raise ValueError(
-                f"home is {chosen.home!r}, and the mesh {chosen.mesh!r} is of {jax.process_count()} processes: layers are read"
+                f"home is {chosen.home!r}, and the mesh {chosen.mesh!r} is of {processes(over)} processes: layers are read"
                 f" from disk by one; say home='host' or 'split', or take the devices of one process"
             )
         if chosen.dtype == "bfloat16" and below_ampere():

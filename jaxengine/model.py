@@ -33,7 +33,7 @@ from jaxengine.plan import DTYPES, Plan, activation_bytes, cache_bytes, device_b
 from jaxengine.sources import Origin
 from jaxengine.text import Detokenizer, StopStrings, Tokenizer
 from pallas_kernels.dispatch import below_ampere
-from sharding.mesh import spans_processes
+from sharding.mesh import processes
 
 log = logging.getLogger("jaxengine")
 
@@ -209,7 +209,7 @@ class Model:
         return self._pieces(run)
 
     def _pieces(self, run: _Run) -> Iterator[str]:
-        together = spans_processes(self.mesh)  # all make the same calls, whatever each one's clock says
+        together = processes(self.mesh) > 1  # all make the same calls, whatever each one's clock says
         steps = 8 if together else 1
         while True:
             if piece := run.rows[0].take_text():
@@ -300,9 +300,9 @@ class Model:
             raise ValueError(
                 f"save: max_shard_bytes goes with format='hf'; {format!r} is not split into files of a size"
             )
-        if spans_processes(self.mesh):
+        if processes(self.mesh) > 1:
             raise ValueError(
-                f"save: one process writes a model, and the mesh {self.plan.mesh!r} is of {jax.process_count()}: load it on"
+                f"save: one process writes a model, and the mesh {self.plan.mesh!r} is of {processes(self.mesh)}: load it on"
                 f" devices of one and save it there, or convert the checkpoint itself (jaxengine.export.convert)"
             )
         if format == "orbax" and jax.process_count() > 1:
@@ -475,7 +475,7 @@ class _Run:
         self.ids = ids
         self.steps = sampling.Steps.of([how])
         self.values = sampling.values(self.steps, [how] * len(owners))
-        agree = functools.partial(_of_first, model.mesh) if spans_processes(model.mesh) else None
+        agree = functools.partial(_of_first, model.mesh) if processes(model.mesh) > 1 else None
         padded = np.full(engine.bucket(len(stop_ids), least=8), -1, np.int32)  # their number must not compile anew
         padded[: len(stop_ids)] = sorted(stop_ids)
         self.stop_ids = model._put(padded)
@@ -559,8 +559,7 @@ def _of_first(mesh: Mesh, x: np.ndarray) -> np.ndarray:
     each = jax.make_array_from_callback(
         (along.size, *x.shape), NamedSharding(along, PartitionSpec("all")), lambda index: x[None]
     )
-    first = jax.jit(lambda each: each[0], out_shardings=NamedSharding(along, PartitionSpec()))(each)
-    return np.asarray(first.addressable_data(0))
+    return _whole(each)[0]
 
 
 def _config_eos(config: Mapping[str, Any]) -> tuple[int, ...]:

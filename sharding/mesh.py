@@ -56,9 +56,9 @@ def make_mesh(spec: str | Mapping[str, int] | Mesh | None = None, devices: Devic
     return jax.make_mesh(shape, names, (AxisType.Auto,) * len(names), devices=devices)
 
 
-def spans_processes(mesh: Mesh) -> bool:
-    """Whether some of a mesh's devices are another process's."""
-    return any(device.process_index != jax.process_index() for device in mesh.devices.flat)
+def processes(mesh: Mesh) -> int:
+    """How many processes a mesh's devices are of."""
+    return len({device.process_index for device in mesh.devices.flat})
 
 
 def abstract_mesh(spec: str) -> AbstractMesh:

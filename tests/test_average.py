@@ -210,7 +210,8 @@ def test_an_average_that_finds_no_place_ends_the_run_in_words(monkeypatch: pytes
 
     monkeypatch.setattr(average, "_exchanged", full)
     with pytest.raises(
-        RuntimeError, match=r"the average could not be put .* \(RESOURCE_EXHAUSTED\), which ends this run: "
+        RuntimeError,
+        match=r"the average could not be put .* \(RESOURCE_EXHAUSTED\), .*; nothing is saved without out",
     ):
         run.tuned()
 

@@ -177,22 +177,18 @@ def need(
         found["gradients"] = found["outer"] + found["resident"]
     if task.beside:
         found["activations"] = max(found["activations"], most - found["streaming"])
-    if task.beside and layer > shard:  # the head is brought together, from a second form of its shard, and used
+    if layer > shard:  # the head is brought together too
         names = step.head_names(used.outer()[1])
         whole, part = (sum(shard_bytes(bare, n, a.outer()[1][n]) for n in names) for a in (used, held))
-        coming = whole + part + 2 * rows * context * width(used) * itemsize
-        making = whole + loss(used, one, rows, context, itemsize)
-        found["activations"] = max(found["activations"], coming - found["streaming"], making - found["streaming"])
-    if task.layered(plan) and layer > shard and context > chunk:
-        # the head's whole gradient in float32, of a loop over tokens, then its shard; the head's own, and brought together,
-        # beside which the loop's logits were
-        names, outer = step.head_names(used.outer()[1]), used.outer()[1]
-        whole = sum(math.prod(outer[n].shape) for n in names)
-        part = sum(math.prod(held.outer()[1][n].shape) for n in names)
-        pieces = loss(used, one, rows, context, itemsize)
-        making = 4 * (whole + part) + itemsize * whole + max(4 * part, pieces)
-        making += 3 * rows * context * width(used) * itemsize
-        found["activations"] = max(found["activations"], making - found["streaming"] - found["gradients"])
+        entering, pieces = rows * context * width(used) * itemsize, loss(used, one, rows, context, itemsize)
+        if task.beside:  # from a second form of its shard, and used
+            most = max(whole + part + 2 * entering, whole + pieces) - found["streaming"]
+            found["activations"] = max(found["activations"], most)
+        elif streamed and context > chunk:
+            # of a loop over tokens its gradient is whole in float32, and then a shard; beside it the shard as it is used, and
+            # the head as it was, beside which the loop's logits were
+            most = whole + part + whole * itemsize // 4 + max(part, pieces) + 3 * entering
+            found["activations"] = max(found["activations"], most - found["streaming"] - found["gradients"])
     for name in ("host_weights", "host_optimizer", "host_kept"):
         found[name] *= mesh.size
     return Need(**found)

@@ -1129,10 +1129,10 @@ def scans(architecture: Architecture, plan: Plan, task: Task) -> bool:
     adapters where all layers are of one kind, one format and the same targets. Written out, a program of 32 layers takes some
     five times as long to compile (scripts/LOG.md), and under remat 'none' keeps more. (A loop over kinds that alternate holds
     what is frozen of a whole turn; of DoRA and attention 'xla', one that keeps what matrices gave holds more than is counted.)"""
-    if plan.mesh or (task.optimizer.order and not task.beside):
+    if plan.mesh:
         return False
     if not task.beside:
-        return True
+        return not task.optimizer.order
     if plan.remat in ("none", "dots") and (task.train == "dora" or plan.attention == "xla"):
         return False
     made = dataclasses.replace(plan, home="device", form="scan", resident=0, kept=0, resident_form="")

@@ -585,13 +585,11 @@ class Run:
             except RuntimeError as error:  # XLA's, of memory that is not there
                 raise RuntimeError(
                     f"the average could not be put where what is trained stands ({error}), which ends this run: {self.stopped}."
-                    f" The same again goes on from what is saved"
+                    f" Run again, it goes on from what is saved, or begins anew"
                 ) from error
             changed = dataclasses.replace(self._state, trained=trained, optimizer=optimizer)
-            self._state, self._averaged = (
-                changed,
-                averaged,
-            )  # at once: a second Ctrl-C may come next, and what is saved is live
+            # at once: a second Ctrl-C may come next, and what is saved is live
+            self._state, self._averaged = changed, averaged
             self._take(changed)
 
     def _combined(self) -> Any:
@@ -751,6 +749,8 @@ class Run:
         said = (
             f"stopped after step {self.step} of {self.steps}" if self.step else f"stopped before step 1 of {self.steps}"
         )
+        if self.out is None:
+            return f"{said}; nothing is saved without out"
         if saved and saved == self.step:
             return f"{said}, which is saved in {self.out}"
         return f"{said}; " + (
